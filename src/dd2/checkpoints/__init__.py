@@ -1,0 +1,1 @@
+"""Reading and writing models as folders of safetensors and JSON."""

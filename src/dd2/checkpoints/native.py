@@ -1,0 +1,180 @@
+"""dd2's own model folders: config.json and model.safetensors, and the tokenizer in a folder of its own inside.
+
+    teacher/    config.json  model.safetensors  tokenizer/
+    generator/  config.json  model.safetensors  tokenizer/
+    tokenizer/  config.json  model.safetensors
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dd2.errors import InputError
+from dd2.files import atomic_folder
+from dd2.student import HeadConfig, Student
+from dd2.teachers.base import Teacher
+from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
+from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.vq import VQConfig, VQTokenizer
+
+TOKENIZERS = {"vq": (VQConfig, VQTokenizer)}
+TEACHERS = {"llamagen": (LlamaGenConfig, llamagen_teacher, LlamaGenBackbone)}
+"""Family -> (configuration, builder, backbone class). A new family is one line here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A distilled generator as it is shipped: one network and the tokenizer that turns its tokens into images."""
+
+    student: Student
+    tokenizer: Tokenizer
+
+    def decode(self, tokens: torch.Tensor, nearest: bool = False) -> torch.Tensor:
+        """Standardised tokens (B, n, C) to images, as they are or snapped to their nearest codes."""
+        codes = self.student.backbone.to_codes(tokens)
+        if nearest:
+            codebook = self.tokenizer.codebook
+            codes = codebook[torch.cdist(codes, codebook.expand(len(codes), -1, -1)).argmin(-1)]
+        return self.tokenizer.decode_codes(codes)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
+    """Write a tokenizer folder; `dtype` is the storage format, loading always gives float32."""
+    family = _family_of(tokenizer, {name: entry[1] for name, entry in TOKENIZERS.items()})
+    config = {"kind": "tokenizer", "family": family, "config": _config_of(tokenizer)}
+    with atomic_folder(folder) as partial:
+        _write(partial, tokenizer, config, dtype)
+
+
+def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
+    """Write a teacher folder with its tokenizer inside."""
+    config = {"kind": "teacher", "family": _backbone_family(teacher.backbone), "config": _config_of(teacher.backbone)}
+    weights = nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output})
+    with atomic_folder(folder) as partial:
+        _write(partial, weights, config, dtype)
+        save_tokenizer(partial / "tokenizer", teacher.tokenizer, dtype)
+
+
+def save_generator(folder: Path, generator: Generator) -> None:
+    """Write a generator folder with its tokenizer inside: all that `dd2 sample --steps 1` needs."""
+    student = generator.student
+    config = {
+        "kind": "generator",
+        "family": _backbone_family(student.backbone),
+        "config": _config_of(student.backbone),
+        "head": dataclasses.asdict(student.head_config),
+    }
+    with atomic_folder(folder) as partial:
+        _write(partial, student, config, torch.float32)
+        save_tokenizer(partial / "tokenizer", generator.tokenizer)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read a tokenizer folder, in evaluation mode and float32.
+
+    Raises:
+        InputError: the folder is missing, damaged or holds something else.
+    """
+    config = read_config(folder, "tokenizer")
+    config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
+    tokenizer = build(_construct(config_class, config["config"], folder))
+    _load(folder, tokenizer)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def load_teacher(folder: Path) -> Teacher:
+    """Read a teacher folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
+    config = read_config(folder, "teacher")
+    config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
+    teacher = build(_construct(config_class, config["config"], folder), load_tokenizer(folder / "tokenizer"))
+    _load(folder, nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output}))
+    return teacher.eval().requires_grad_(False)
+
+
+def load_generator(folder: Path) -> Generator:
+    """Read a generator folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
+    config = read_config(folder, "generator")
+    config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    backbone = build(_construct(config_class, config["config"], folder), tokenizer).backbone
+    student = Student(backbone, _construct(HeadConfig, config["head"], folder))
+    _load(folder, student)
+    return Generator(student.eval().requires_grad_(False), tokenizer)
+
+
+def read_config(folder: Path, kind: str) -> dict[str, Any]:
+    """config.json of a model folder that must hold a `kind`.
+
+    Raises:
+        InputError: it is missing, is not JSON, or describes another kind of model.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is not a {kind} folder: it has no config.json; give a folder written by dd2")
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}); restore the folder from where it came") from error
+    found = config.get("kind") if isinstance(config, dict) else None
+    if found != kind:
+        raise InputError(f"{folder} holds {found or 'something else'}, where a {kind} was expected")
+    return config
+
+
+def _write(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors = {key: value.detach().to(dtype).contiguous() for key, value in module.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _load(folder: Path, module: nn.Module) -> None:
+    file = folder / "model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({error}); it is missing or damaged: copy it again") from error
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if found != expected:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        first = wrong[0]
+        raise InputError(
+            f"{file} does not fit its config.json: {len(wrong)} tensors differ, first {first}: expected "
+            f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
+        )
+    module.load_state_dict({key: value.float() for key, value in tensors.items()})
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    return dataclasses.asdict(module.config)  # pyright: ignore[reportArgumentType]
+
+
+def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:
+    for family, candidate in classes.items():
+        if isinstance(module, candidate):
+            return family
+    raise TypeError(f"{type(module).__name__} belongs to no known family: {', '.join(classes)}")
+
+
+def _backbone_family(backbone: nn.Module) -> str:
+    return _family_of(backbone, {name: entry[2] for name, entry in TEACHERS.items()})
+
+
+def _known(config: dict[str, Any], families: dict[str, Any], folder: Path) -> str:
+    family = config.get("family")
+    if family not in families:
+        raise InputError(f"{folder / 'config.json'}: unknown family {family!r}; this dd2 knows {', '.join(families)}")
+    return family
+
+
+def _construct(config_class: type, values: Any, folder: Path) -> Any:
+    try:
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} does not describe a {config_class.__name__}: {error}") from error

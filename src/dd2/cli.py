@@ -1,0 +1,152 @@
+"""The command line: `dd2 COMMAND [CONFIG.yaml] [--section.field value …]`."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dd2.errors import InputError, Interrupted, NumericalError
+
+USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: how it is configured and what it does. Imported when it is called."""
+
+    summary: str
+    load: Callable[[], tuple[type, Callable[[Any], object]]]
+    takes_run: bool = False
+
+
+def _demo() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.demo import DemoConfig, demo
+
+    return DemoConfig, demo
+
+
+def _distill() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.distill import DistillConfig, distill
+
+    return DistillConfig, distill
+
+
+def _sample() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.sample import SampleConfig, sample
+
+    return SampleConfig, sample
+
+
+def _evaluate() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.evaluate import EvaluateConfig, evaluate
+
+    return EvaluateConfig, evaluate
+
+
+def _train_tokenizer() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.train_tokenizer import TrainTokenizerConfig, train_tokenizer
+
+    return TrainTokenizerConfig, train_tokenizer
+
+
+def _train_teacher() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.train_teacher import TrainTeacherConfig, train_teacher
+
+    return TrainTeacherConfig, train_teacher
+
+
+def _train_classifier() -> tuple[type, Callable[[Any], object]]:
+    from dd2.jobs.train_classifier import TrainClassifierConfig, train_classifier
+
+    return TrainClassifierConfig, train_classifier
+
+
+COMMANDS = {
+    "demo": Command("the whole method on the embedded digits, in minutes", _demo),
+    "distill": Command("distil a teacher into a one-step generator", _distill),
+    "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", _sample, takes_run=True),
+    "evaluate": Command("numbers and pictures of a run, beside its teacher's", _evaluate, takes_run=True),
+    "train-tokenizer": Command("train a VQ tokenizer on your images", _train_tokenizer),
+    "train-teacher": Command("train an AR teacher on their tokens", _train_teacher),
+    "train-classifier": Command("train the digits classifier that the demo's metric uses", _train_classifier),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 2 for bad input, 1 for a numerical failure, 130 after an interruption.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        return _fail(str(error), USAGE_ERROR)
+    except NumericalError as error:
+        return _fail(str(error), FAILED)
+    except Interrupted as stop:
+        return _fail(str(stop), INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was saved is whole, run the same command again to go on", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; nothing more can be said, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        from dd2 import __version__
+
+        print(f"dd2 {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise InputError(f"there is no command {name}; the commands are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    config_class, function = command.load()
+
+    from dd2.config import load_config
+
+    positional = []
+    while rest and not rest[0].startswith("-"):
+        positional.append(rest.pop(0))
+    if command.takes_run and positional:
+        rest = ["--run", positional.pop(0), *rest]
+    if len(positional) > 1:
+        raise InputError(f"unexpected argument {positional[1]}; usage: {_usage(name)}")
+    try:
+        config = load_config(config_class, positional[0] if positional else "", rest, f"dd2 {name}")
+    except SystemExit:
+        return 0
+    function(config)
+    return 0
+
+
+def overview() -> str:
+    """What `dd2 --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = ["dd2: one-step image generation from autoregressive models", ""]
+    lines += [f"  dd2 {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "dd2 COMMAND --help lists a command's fields. A YAML file gives any of them; flags after it win:"]
+    lines += ["  dd2 distill configs/digits.yaml --distill.iterations 2000 --out runs/longer"]
+    return "\n".join(lines)
+
+
+def _usage(name: str) -> str:
+    run = " RUN" if COMMANDS[name].takes_run else ""
+    return f"dd2 {name}{run} [CONFIG.yaml] [--field value ...]"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"dd2: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Typed configurations: dataclasses, YAML files and command-line overrides are three spellings of the same fields."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from dd2.errors import InputError
+
+C = TypeVar("C")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file as a flat {"section.field": value} mapping.
+
+    Raises:
+        InputError: the file is missing, is not YAML or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise InputError(f"configuration {file} cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"configuration {file} must be a mapping of fields to values, not a {type(content).__name__}")
+    return dict(_flatten(content))
+
+
+def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list[str]:
+    """The command-line flags that a person would type for the fields of a YAML file.
+
+    Raises:
+        InputError: a field does not exist; the message names the nearest one that does.
+    """
+    known = set(field_names(config_class))
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; see --help for the fields of {config_class.__name__}"
+            raise InputError(f"{file}: there is no field {name}{hint}")
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(flag if value else _negated(flag))
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif value is None:
+            raise InputError(f"{file}: {name} has no value")
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML with every field resolved; reading it back gives the same configuration."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def field_names(config_class: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields, nested dataclasses included."""
+    for name, kind in _field_types(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            yield from field_names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A configuration as {"section.field": value} in plain YAML types."""
+    return dict(_flatten(_plain(dataclasses.asdict(config))))
+
+
+def _field_types(config_class: Any) -> dict[str, Any]:
+    hints = get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _negated(flag: str) -> str:
+    """tyro's spelling of a false boolean: --a.no-b."""
+    head, _, last = flag.removeprefix("--").rpartition(".")
+    return f"--{head}.no-{last}" if head else f"--no-{last}"
+
+
+def find_yaml(name: str) -> Path:
+    """The file that a name means: a path, or the name of a configuration that dd2 brings along.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = files("dd2") / "configs"
+    stem = Path(name).stem
+    if (packaged / f"{stem}.yaml").is_file() and name in (stem, f"{stem}.yaml", f"configs/{stem}.yaml"):
+        return Path(str(packaged / f"{stem}.yaml"))
+    known = ", ".join(sorted(Path(str(entry)).stem for entry in packaged.iterdir()))
+    raise InputError(f"configuration {name} does not exist; give a YAML file, or one of dd2's own: {known}")
+
+
+def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (), command: str = "dd2") -> C:
+    """A configuration from a YAML file and flags typed after it, which win.
+
+    Args:
+        config_class: the dataclass to fill.
+        name: a path or the name of a packaged configuration; "" starts from the defaults.
+        overrides: command-line flags.
+        command: shown in help and errors.
+
+    Raises:
+        InputError: a field does not exist or a value does not fit; one line.
+        SystemExit: the flags ask for help.
+    """
+    arguments, source = [], ""
+    if name:
+        file = find_yaml(name)
+        source = f"{file}: "
+        arguments = to_arguments(read_yaml(file), config_class, file)
+        _parse(config_class, arguments, command, source)  # so that an error names the file it is in
+    return _parse(config_class, [*arguments, *overrides], command, "")
+
+
+def _parse(config_class: type[C], arguments: list[str], command: str, source: str) -> C:
+    """tyro's parsing, its boxed error message reduced to one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config_class, prog=command, args=arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(source + _one_line(box.getvalue(), command)) from None
+
+
+def _one_line(box: str, command: str) -> str:
+    lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
+    message: list[str] = []
+    for line in lines[1:]:  # the first is the box's title
+        if not line:
+            break
+        message.append(line)
+    text = " ".join(message) or " ".join(filter(None, lines))
+    suggestions = [line.split()[0] for line in lines if line.startswith("--")]
+    if suggestions and "nrecognized" in text:
+        text += f"; perhaps you meant {suggestions[0]}"
+    return f"{text}; see {command} --help"

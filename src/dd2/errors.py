@@ -1,0 +1,16 @@
+"""The one exception that reaches the command line as a single line and exit code 2."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used.
+
+    The message names what is wrong, where it stands, what was expected and what to do. It is one line.
+    """
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after it had saved; the message says how to resume."""
+
+
+class NumericalError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite. Nothing was saved after it appeared."""

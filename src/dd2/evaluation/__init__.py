@@ -1,0 +1,1 @@
+"""Metrics, likelihood, speed, plots and reports."""

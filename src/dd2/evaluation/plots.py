@@ -1,0 +1,68 @@
+"""Training curves as a picture."""
+
+import io
+from typing import Any
+
+PANELS = (
+    ("tune", "student/loss", "Stage 1: velocity regression (GTS)"),
+    ("distill", "guidance/loss", "Stage 2: guidance network (FCS)"),
+    ("distill", "generator/loss", "Stage 2: generator (CSD)"),
+    ("distill", "generator/to_nearest_code", "Stage 2: distance to the nearest code"),
+    ("distill", "generator/grad_norm", "Stage 2: generator's gradient norm"),
+    ("distill", "generator/lr", "Stage 2: generator's learning rate"),
+)
+"""(stage, number of metrics.jsonl, title)."""
+
+EXPLAINED = {
+    "Stage 1: velocity regression (GTS)": (
+        "Falls steeply, then slowly. It cannot be judged by its height alone: the AR-diffusion row of the table tells."
+    ),
+    "Stage 2: guidance network (FCS)": (
+        "Drops from its stage-1 value within the first tens of iterations, then follows the generator: it settles at "
+        "the variance of eps - x_0 given x_t. A slow rise means the guidance network falls behind: raise K or its rate."
+    ),
+    "Stage 2: generator (CSD)": (
+        "No progress meter. SiD's expectation is 0 at alpha = 1 when the guidance network is perfect; DMD's shows half "
+        "the weighted squared score difference, which should fall, but also shrinks when both networks are wrong alike."
+    ),
+    "Stage 2: distance to the nearest code": (
+        "How far generated tokens are from the codebook, in standard deviations. Should fall: the tokens become codes."
+    ),
+    "Stage 2: generator's gradient norm": "Steady or falling. Spikes that do not calm down call for a lower rate.",
+    "Stage 2: generator's learning rate": "The raw weights only become good as this decays; until then the EMA is better.",
+}
+"""How to read each panel, by title."""
+
+
+def curves(rows: list[dict[str, Any]]) -> bytes:
+    """PNG of the panels that have data; grey is what was logged, blue its running mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(title, _series(rows, stage, number)) for stage, number, title in PANELS]
+    panels = [(title, series) for title, series in panels if len(series) > 1]
+    figure = Figure(figsize=(12, 3.2 * max(1, -(-len(panels) // 3))), layout="constrained")
+    for index, (title, series) in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // 3), 3, index + 1)
+        steps, values = zip(*series, strict=True)
+        axes.plot(steps, values, color="0.75", linewidth=0.8)
+        axes.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _series(rows: list[dict[str, Any]], stage: str, number: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[number]) for row in rows if row.get("stage") == stage and number in row]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    rate, average, smoothed = 0.9, values[0], []
+    for value in values:
+        average = rate * average + (1 - rate) * value
+        smoothed.append(average)
+    return smoothed

@@ -1,0 +1,112 @@
+"""The result of a run for people: samples.png, curves.png and one self-contained report.html."""
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dd2.evaluation.plots import EXPLAINED, curves
+from dd2.files import write_atomic
+from dd2.images import grid, png
+from dd2.training.metrics import MetricsLog
+
+TITLES = {
+    "teacher": "Teacher (all AR steps)",
+    "ar_diffusion": "AR-diffusion, stage 1 (all AR steps, 10 Euler steps each)",
+    "generator": "Generator (one step)",
+    "generator_nearest": "Generator (one step), nearest codes",
+    "onestep_marginal": "onestep*: independent tokens",
+}
+PICTURED = ("teacher", "ar_diffusion", "generator", "onestep_marginal")
+COLUMNS = 20
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
+.best{font-weight:600}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}.note{color:#555}
+"""
+
+
+def write_report(run: Path, numbers: dict[str, Any], images: dict[str, Tensor]) -> None:
+    """Write samples.png, curves.png and report.html into the run's folder.
+
+    Args:
+        run: the run, with its metrics.jsonl and config.yaml.
+        numbers: content of metrics.json.
+        images: (N, channels, H, W) of each method at the same labels.
+    """
+    samples = png(side_by_side(images))
+    plotted = curves(MetricsLog(run / "metrics.jsonl").rows())
+    write_atomic(run / "samples.png", samples)
+    write_atomic(run / "curves.png", plotted)
+    write_atomic(run / "report.html", page(run, numbers, samples, plotted))
+
+
+def side_by_side(images: dict[str, Tensor]) -> Image.Image:
+    """The methods' images under each other, the same label in the same place."""
+    blocks = [(TITLES[name], grid(images[name], COLUMNS)) for name in PICTURED if name in images]
+    caption = 22
+    width = max(block.width for _, block in blocks)
+    sheet = Image.new("RGB", (width, sum(block.height + caption for _, block in blocks)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for title, block in blocks:
+        draw.text((4, top + 4), title, fill="black", font_size=14)
+        sheet.paste(block, (0, top + caption))
+        top += block.height + caption
+    return sheet
+
+
+def page(run: Path, numbers: dict[str, Any], samples: bytes, plotted: bytes) -> str:
+    """The report as one HTML page without any outside reference."""
+    seconds, speed = numbers["seconds"], numbers["seconds_per_image"]
+    config = (run / "config.yaml").read_text()
+    versions = json.loads((run / "versions.json").read_text())
+    explained = "".join(f"<li><b>{html.escape(k)}.</b> {html.escape(v)}</li>" for k, v in EXPLAINED.items())
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dd2: {html.escape(run.name)}</title>
+<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
+<h1>One-step generator: {html.escape(run.name)}</h1>
+<p>A frozen autoregressive teacher was distilled by Distilled Decoding 2 (arXiv 2510.21003). Stage 1 turned a copy of it into
+an AR-diffusion model on the teacher's own samples; stage 2 trained a generator, which draws all tokens in one forward pass, until
+a guidance network's conditional score of its output agreed with the teacher's at every position. No images were used in either
+stage.</p>
+<p><b>Gap closed: {numbers["gap_closed"]:.3f}</b> of the way from independent tokens (0) to the teacher itself (1).
+<b>{numbers["speedup_vs_teacher"]:.1f} times faster</b> than the KV-cached teacher: {1000 * speed["generator"]:.3f} against
+{1000 * speed["teacher"]:.3f} ms per image at batch {numbers["speed_batch"]}, decoding included.</p>
+<h2>Samples</h2><p class="note">The same labels in the same places.</p>
+<img alt="samples of all methods" src="{_inline(samples)}">
+<h2>Numbers</h2>{_table(numbers)}
+<p class="note">Fréchet distance: between Gaussians fitted to features ({html.escape(numbers["features"])}) of {numbers["count"]:,}
+samples of each method and {numbers["count"]:,} samples of the teacher; the teacher's row is the floor, {numbers["count"]:,} other
+samples of its own. Teacher NLL: nats per image that the teacher assigns to the (nearest-code) sequences, ± standard error. Lower
+than the teacher's own means less varied, higher means less plausible. Distinct: different token sequences among them.</p>
+<p>Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())} on {versions["threads"]} threads.</p>
+<h2>Curves</h2><img alt="training curves" src="{_inline(plotted)}"><ul>{explained}</ul>
+<h2>How it was made</h2><pre>{html.escape(config)}</pre><pre>{html.escape(json.dumps(versions, indent=2))}</pre>
+</body></html>
+"""
+
+
+def _table(numbers: dict[str, Any]) -> str:
+    head = "<tr><th>method</th><th>Fréchet distance</th><th>teacher NLL</th><th>accuracy</th><th>distinct</th></tr>"
+    body = ""
+    for name, title in TITLES.items():
+        if name not in numbers["teacher_nll"]:
+            continue
+        frechet = numbers["frechet"]["floor" if name == "teacher" else name]
+        accuracy = numbers["accuracy"].get(name)
+        shown = f"{accuracy:.3f}" if accuracy is not None else "–"
+        nll, error = numbers["teacher_nll"][name], numbers["teacher_nll_standard_error"][name]
+        body += (
+            f'<tr{" class=best" if name == "generator" else ""}><td>{title}</td><td>{frechet:.2f}</td>'
+            f"<td>{nll:.1f} ± {error:.1f}</td><td>{shown}</td><td>{numbers['distinct_sequences'][name]:,}</td></tr>"
+        )
+    return f"<table>{head}{body}</table>"
+
+
+def _inline(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()

@@ -1,0 +1,158 @@
+"""The comparison of a distilled run with its teacher: every number of metrics.json."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dd2.baselines.marginal import MarginalSampler
+from dd2.checkpoints.native import Generator
+from dd2.evaluation.features import FeatureNetwork
+from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_distance
+from dd2.evaluation.likelihood import teacher_nll
+from dd2.evaluation.speed import seconds_per_call
+from dd2.sampling import ar_diffusion, one_step
+from dd2.seeding import seed_of
+from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.filtering import Sampling
+
+SHOWN = 40
+"""Images of each method that are kept for the pictures."""
+
+
+@dataclass
+class Scored:
+    """One method's samples, reduced to what is reported."""
+
+    fit: GaussianFit
+    correct: float | None
+    nll: Tensor
+    distinct: int
+    images: Tensor
+
+
+@dataclass
+class Scorer:
+    """Draws samples of every method at the same labels and scores them.
+
+    Args:
+        teacher: the teacher, standardised as the generator.
+        network: the feature network.
+        sampling: how the teacher samples here.
+        count: images per method, classes in turn.
+        batch: images at a time.
+        seed: seed of the evaluation.
+    """
+
+    teacher: Teacher
+    network: FeatureNetwork
+    sampling: Sampling
+    count: int
+    batch: int
+    seed: int
+
+    def run(self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Score everything.
+
+        Returns:
+            The content of metrics.json, and images to show by method.
+        """
+        teacher, codebook = self.teacher, self.teacher.codebook
+
+        def teacher_ids(cond: Tensor, seeds: list[int]) -> Tensor:
+            return teacher.generate(cond, self.sampling, seeds)
+
+        def from_ids(draw: Callable[[Tensor, list[int]], Tensor]) -> Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]:
+            def sample(cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+                ids = draw(cond, seeds)
+                return teacher.tokenizer.decode(ids), ids
+
+            return sample
+
+        def from_tokens(draw: Callable[[Tensor, list[int]], Tensor], nearest: bool) -> Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]:
+            def sample(cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+                tokens = draw(cond, seeds)
+                ids = nearest_ids(tokens, codebook)
+                return teacher.tokenizer.decode(ids) if nearest else teacher.decode(tokens), ids
+
+            return sample
+
+        def generated(cond: Tensor, seeds: list[int]) -> Tensor:
+            return one_step(generator.student, cond, seeds)
+
+        reference = self._score("reference (teacher)", from_ids(teacher_ids), "reference")
+        floor = self._score("teacher", from_ids(teacher_ids), "floor")
+        scored = {
+            "onestep_marginal": self._score("onestep*", from_ids(marginal.sample), "methods"),
+            "generator": self._score("generator", from_tokens(generated, False), "methods"),
+            "generator_nearest": self._score("generator, nearest codes", from_tokens(generated, True), "methods"),
+        }
+        if tuned is not None:
+            student = tuned.student
+            draw = from_tokens(lambda cond, seeds: ar_diffusion(student, cond, seeds), False)
+            scored["ar_diffusion"] = self._score("AR-diffusion", draw, "methods")
+
+        frechet = {name: frechet_distance(entry.fit, reference.fit) for name, entry in scored.items()}
+        frechet["floor"] = frechet_distance(floor.fit, reference.fit)
+        span = frechet["onestep_marginal"] - frechet["floor"]
+        everything = {"teacher": floor, **scored}
+        numbers = {
+            "frechet": frechet,
+            "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span,
+            "teacher_nll": {name: float(entry.nll.double().mean()) for name, entry in everything.items()},
+            "teacher_nll_standard_error": {name: _standard_error(entry.nll) for name, entry in everything.items()},
+            "accuracy": {name: entry.correct for name, entry in everything.items() if entry.correct is not None},
+            "distinct_sequences": {name: entry.distinct for name, entry in everything.items()},
+            **self._speed(generator),
+        }
+        return numbers, {name: entry.images for name, entry in everything.items()}
+
+    @torch.inference_mode()
+    def _score(self, title: str, sample: Callable[[Tensor, list[int]], tuple[Tensor, Tensor]], seeds_of: str) -> Scored:
+        statistics, nll, sequences, shown = FeatureStatistics(), [], [], []
+        correct, classify = 0, self.network.classify
+        with tqdm(total=self.count, desc=title, unit="img", dynamic_ncols=True, mininterval=0.5) as bar:
+            for index, cond in self._batches():
+                seeds = [seed_of("evaluate", seeds_of, self.seed, int(i)) for i in index]
+                images, ids = sample(cond, seeds)
+                statistics.add(self.network.features(images))
+                if classify is not None:
+                    correct += int((classify(images) == cond).sum())
+                nll.append(teacher_nll(self.teacher, ids, cond).cpu())
+                sequences.append(ids.to(torch.int32).cpu())
+                if int(index[0]) < SHOWN:
+                    shown.append(images.cpu())
+                bar.update(len(index))
+        distinct = len(torch.unique(torch.cat(sequences), dim=0))
+        accuracy = correct / self.count if classify is not None else None
+        return Scored(statistics.fit(), accuracy, torch.cat(nll), distinct, torch.cat(shown)[:SHOWN])
+
+    def _speed(self, generator: Generator) -> dict[str, Any]:
+        """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process."""
+        size = min(self.batch, self.count)
+        cond = self.teacher.backbone.default_conditions(torch.arange(size, device=self.teacher.codebook.device))
+        seeds = list(range(size))
+        teacher = self.teacher
+        taken = seconds_per_call(
+            {
+                "teacher": lambda: teacher.tokenizer.decode(teacher.generate(cond, self.sampling, seeds)),
+                "generator": lambda: teacher.decode(one_step(generator.student, cond, seeds)),
+                "decode": lambda: teacher.tokenizer.decode_codes(teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)),
+            }
+        )
+        return {
+            "speedup_vs_teacher": taken["teacher"] / taken["generator"],
+            "seconds_per_image": {name: value / size for name, value in taken.items()},
+            "speed_batch": size,
+        }
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.arange(self.count).split(self.batch):
+            yield index, self.teacher.backbone.default_conditions(index).to(self.teacher.codebook.device)
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.double().std() / len(values) ** 0.5)

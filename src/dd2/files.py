@@ -1,0 +1,75 @@
+"""Files that are either whole or absent."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dd2.errors import InputError
+
+PARTIAL = ".partial"
+"""Ending of folders that are still being written."""
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write to a temporary neighbour, flush it to the disk, and rename it over `path`."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(path: Path, what: str) -> Path:
+    """Make a folder and prove that it can be written to, before any work is done for it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    probe = path / f".probe.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be written to ({error.strerror}); choose another with --out") from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary neighbour; when the block ends well it is flushed and takes the place of `path`.
+
+    A process killed at any moment leaves the old folder, the new one, or (between two renames) the new one under a
+    name that ends in ".partial".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for entry in sorted(partial.rglob("*")):
+        _sync(entry)
+    _sync(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,99 @@
+"""dd2 distill: from a teacher to a one-step generator (Sec. 5, Alg. 1-3)."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from dd2.checkpoints.native import Generator, save_generator
+from dd2.errors import InputError
+from dd2.files import write_atomic
+from dd2.jobs.models import open_teacher
+from dd2.jobs.run_folder import pick_device, start_run
+from dd2.stages.align import load_average
+from dd2.stages.recipe import AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.student import HeadConfig, Student
+from dd2.teachers.base import Teacher
+from dd2.training.checkpoint import steps
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.samples import TeacherSamples
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distil a teacher into a one-step generator.
+
+    Samples the teacher, tunes an AR-diffusion model on those samples (stage 1), then trains generator and guidance
+    network (stage 2). Writes OUT/generator/ (what dd2 sample and dd2 evaluate read), ar_diffusion/, metrics.jsonl,
+    checkpoints/, samples/, config.yaml and versions.json. Run the same command again to resume.
+    """
+
+    teacher: str = "digits"
+    """"digits" (embedded), or a teacher folder."""
+    out: Path = Path("runs/distill")
+    """Run folder; an interrupted run in it is resumed."""
+    seed: int = 0
+    """Seed of the weights, of the teacher's samples and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    teacher_samples: int = 400_000
+    """Sequences sampled from the teacher for stage 1."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The velocity head."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Stage 1."""
+    distill: CSDConfig = field(default_factory=CSDConfig)
+    """Stage 2."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """Performance alignment."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Logging and saving."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        if self.teacher_samples < 1:
+            raise InputError(f"teacher_samples must be at least 1, got {self.teacher_samples}")
+        if self.align.iterations and not self.align.then_iterations:
+            raise InputError("align.iterations needs align.then_iterations: alignment prepares further distillation")
+
+
+def distill(config: DistillConfig) -> dict[str, float]:
+    """Run the distillation, or what is left of it.
+
+    Returns:
+        Seconds of "tune" and "distill" over all sessions.
+    """
+    device = pick_device(config.device)
+    teacher = open_teacher(config.teacher, device)
+    hint = start_run(config.out, config, "distill")
+    samples = TeacherSamples.prepare(
+        config.out / "teacher_samples", teacher, config.tune.sampling, config.teacher_samples, config.seed
+    )
+    teacher.backbone.standardise(teacher.tokenizer.codebook[samples.ids.long()])
+    torch.manual_seed(config.seed)
+    student = Student.from_teacher(teacher, config.head).to(device)
+    trainer = Trainer(config.out, config.seed, config.loop, device, hint)
+    seconds = {"tune": 0.0, "distill": 0.0}
+
+    for stage in tune_stages(student, teacher, samples, config.tune):
+        seconds["tune"] += trainer.run(stage)
+    save_generator(config.out / "ar_diffusion", Generator(student, teacher.tokenizer))
+
+    networks = Networks.from_tuned(student)
+    seconds["distill"] += trainer.run(distill_stage(networks, teacher, samples, config.distill))
+    if config.align.iterations:
+        seconds["distill"] += _align(config, trainer, networks, teacher, samples)
+    save_generator(config.out / "generator", Generator(networks.ema, teacher.tokenizer))
+    write_atomic(config.out / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+    return seconds
+
+
+def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples) -> float:
+    """Alignment, then stage 2 with another K (App. C.3)."""
+    if not steps(trainer.folder / "checkpoints" / "align"):
+        load_average(networks.generator, networks.ema)
+    alone = replace(config.distill, iterations=config.align.iterations)
+    seconds = trainer.run(distill_stage(networks, teacher, samples, alone, name="align", generator_frozen=True))
+    further = replace(config.distill, iterations=config.align.then_iterations, k=config.align.then_k)
+    return seconds + trainer.run(distill_stage(networks, teacher, samples, further, name="distill_aligned"))

@@ -1,0 +1,110 @@
+"""dd2 evaluate: honest numbers and pictures of a distilled run, beside its teacher's."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dd2.baselines.marginal import MarginalSampler
+from dd2.config import flat
+from dd2.errors import InputError
+from dd2.evaluation.features import digits_features, user_features
+from dd2.evaluation.report import write_report
+from dd2.evaluation.score import Scorer
+from dd2.files import write_atomic
+from dd2.jobs.models import embedded, open_run
+from dd2.jobs.run_folder import pick_device
+from dd2.teachers.filtering import Sampling
+from dd2.training.samples import TeacherSamples
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a distilled run against its teacher. Writes metrics.json, samples.png, curves.png and report.html into RUN.
+
+    The Fréchet distance (FD) is to `count` samples of the teacher in the features of a network; "floor" is the FD of as
+    many other teacher samples, "onestep_marginal" that of independent tokens, and gap_closed how far the generator
+    got from the second to the first.
+    """
+
+    run: Path
+    """Run folder of dd2 distill."""
+    count: int = 10_000
+    """Images per method."""
+    batch: int = 500
+    """Images at a time."""
+    seed: int = 0
+    """Seed of the evaluation; training never uses its streams."""
+    features: str = "digits"
+    """"digits" (classifier trained on real digits only), or module:function mapping images in [-1, 1] to (B, F)."""
+    classifier: str = "digits"
+    """Folder of a digits classifier, or "digits" for the embedded one."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the teacher samples as reference."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts too small for a covariance."""
+        if self.count < 2 or self.batch < 1:
+            raise InputError(f"count must be at least 2 and batch at least 1, got {self.count} and {self.batch}")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score the run and write the results into its folder.
+
+    Returns:
+        The content of metrics.json.
+    """
+    start = time.perf_counter()
+    device = pick_device(config.device)
+    run = open_run(config.run, device)
+    if config.features == "digits":
+        if run.teacher.tokenizer.image_shape != (1, 16, 16):
+            raise InputError(
+                f"features 'digits' reads 1 x 16 x 16 images, this run makes {run.teacher.tokenizer.image_shape}; "
+                "give your own feature function with --features module:function"
+            )
+        folder = embedded("classifier") if config.classifier == "digits" else Path(config.classifier)
+        network = digits_features(folder, device)
+    else:
+        network = user_features(config.features)
+    samples = TeacherSamples.load(config.run / "teacher_samples")
+    marginal = MarginalSampler(samples.ids, samples.cond, len(run.teacher.codebook))
+    scorer = Scorer(run.teacher, network, config.sampling, config.count, config.batch, config.seed)
+    numbers, images = scorer.run(run.generator, run.ar_diffusion, marginal)
+    seconds = json.loads((config.run / "seconds.json").read_text())
+    seconds["evaluate"] = time.perf_counter() - start
+    seconds["total"] = seconds["tune"] + seconds["distill"] + seconds["evaluate"]
+    numbers |= {
+        "seconds": seconds,
+        "count": config.count,
+        "features": network.name,
+        "evaluation": {key: value for key, value in flat(config).items() if key not in ("run", "device")},
+    }
+    write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    write_report(config.run, numbers, images)
+    print(summary(numbers))
+    print(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
+    return numbers
+
+
+def summary(numbers: dict[str, Any]) -> str:
+    """The few numbers that matter, as a table for the terminal."""
+    lines = ["", f"{'':22}{'Fréchet':>10}{'teacher NLL':>14}{'accuracy':>10}"]
+    rows = {
+        "teacher (floor)": ("floor", "teacher"),
+        "AR-diffusion": ("ar_diffusion", "ar_diffusion"),
+        "generator": ("generator", "generator"),
+        "generator, nearest": ("generator_nearest", "generator_nearest"),
+        "onestep* (independent)": ("onestep_marginal", "onestep_marginal"),
+    }
+    for title, (frechet, other) in rows.items():
+        if frechet in numbers["frechet"]:
+            accuracy = numbers["accuracy"].get(other)
+            shown = f"{accuracy:10.3f}" if accuracy is not None else f"{'':>10}"
+            lines.append(f"{title:22}{numbers['frechet'][frechet]:10.2f}{numbers['teacher_nll'][other]:14.1f}{shown}")
+    lines.append(f"gap closed {numbers['gap_closed']:.3f}, {numbers['speedup_vs_teacher']:.1f} times faster than the teacher")
+    lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Opening what commands are pointed at: teachers by name or folder, and finished runs."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from dd2.checkpoints.native import Generator, load_generator, load_teacher
+from dd2.config import read_yaml
+from dd2.errors import InputError
+from dd2.teachers.base import Teacher
+
+
+def embedded(name: str) -> Path:
+    """Folder of an embedded digits model: "teacher" or "classifier"."""
+    return Path(str(files("dd2") / "assets" / "digits" / name))
+
+
+def open_teacher(name: str, device: torch.device) -> Teacher:
+    """The embedded teacher ("digits") or a teacher folder."""
+    folder = embedded("teacher") if name == "digits" else Path(name)
+    if not folder.is_dir():
+        raise InputError(f"teacher {name} does not exist; give 'digits' or a folder written by dd2 train-teacher")
+    return load_teacher(folder).to(device)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The networks of a distillation run.
+
+    Attributes:
+        folder: the run's folder.
+        generator: the one-step generator (EMA weights).
+        ar_diffusion: the stage-1 model, or None if the run has none.
+        teacher: the teacher, standardised as in the run.
+    """
+
+    folder: Path
+    generator: Generator
+    ar_diffusion: Generator | None
+    teacher: Teacher
+
+
+def open_generator(path: Path, device: torch.device) -> Generator:
+    """The generator of a run folder, or a generator folder itself."""
+    folder = path if (path / "model.safetensors").exists() or not (path / "generator").is_dir() else path / "generator"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run folder of dd2 distill or a generator folder")
+    if (path / "config.yaml").is_file() and not folder.joinpath("config.json").is_file():
+        raise InputError(f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml")
+    generator = load_generator(folder)
+    return Generator(generator.student.to(device), generator.tokenizer.to(device))
+
+
+def open_run(path: Path, device: torch.device) -> FinishedRun:
+    """A run with its teacher.
+
+    Raises:
+        InputError: the folder is no run, or teacher and generator do not belong together.
+    """
+    generator = open_generator(path, device)
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path} has no config.yaml, so its teacher is unknown; give the run folder of dd2 distill")
+    teacher = open_teacher(str(read_yaml(path / "config.yaml").get("teacher")), device)
+    student, backbone = generator.student.backbone, teacher.backbone
+    if not torch.equal(teacher.tokenizer.codebook, generator.tokenizer.codebook):
+        raise InputError(f"{path}: the teacher named in config.yaml has another codebook than the generator; restore it")
+    backbone.token_mean.copy_(student.token_mean)
+    backbone.token_std.copy_(student.token_std)
+    tuned = open_generator(path / "ar_diffusion", device) if (path / "ar_diffusion").is_dir() else None
+    return FinishedRun(path, generator, tuned, teacher)

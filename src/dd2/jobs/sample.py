@@ -1,0 +1,123 @@
+"""dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dd2.errors import InputError
+from dd2.files import writable_folder
+from dd2.images import save_folder, save_grid, save_npz
+from dd2.jobs.models import open_generator, open_run
+from dd2.jobs.run_folder import pick_device
+from dd2.sampling import ar_diffusion, one_step, refine
+from dd2.teachers.filtering import Sampling
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw images. Image i has seed `seed` + i and label labels[i mod the number of labels].
+
+    The same seed and label give the same image, whatever the count and the batch (up to float rounding).
+    """
+
+    run: Path
+    """Run folder of dd2 distill or dd2 demo, or a generator folder (one step only)."""
+    out: Path = Path("samples.png")
+    """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
+    labels: str = "all"
+    """Classes, e.g. 3,5; "all" takes every class in turn."""
+    count: int = 64
+    """Images."""
+    seed: int = 0
+    """Seed of the first image."""
+    steps: int = 1
+    """1: the generator alone. k: the teacher redraws the last k - 1 AR steps (Alg. 4)."""
+    method: Literal["generator", "ar_diffusion", "teacher"] = "generator"
+    """generator: one or few steps. ar_diffusion: the stage-1 model, step by step. teacher: KV-cached AR sampling."""
+    decoding: Literal["continuous", "nearest"] = "continuous"
+    """Decode tokens as they are, or snapped to their nearest codes."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the teacher samples (method teacher, or steps > 1)."""
+    batch: int = 256
+    """Images at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1 and unknown file types."""
+        for name in ("count", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.out.suffix not in ("", ".png", ".npz"):
+            raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
+        if self.steps > 1 and self.method != "generator":
+            raise InputError(f"steps {self.steps} goes with method generator only, not {self.method}")
+
+
+def sample(config: SampleConfig) -> Tensor:
+    """Draw the images and write them.
+
+    Returns:
+        Images (count, channels, H, W) in about [-1, 1].
+    """
+    device = pick_device(config.device)
+    alone = config.method == "generator" and config.steps == 1
+    run = None if alone else open_run(config.run, device)
+    generator = run.generator if run else open_generator(config.run, device)
+    if config.method == "ar_diffusion":
+        if run is None or run.ar_diffusion is None:
+            raise InputError(f"{config.run} has no ar_diffusion/ folder; give a run of dd2 distill")
+        generator = run.ar_diffusion
+    classes = generator.student.backbone.null_condition(torch.zeros(1, dtype=torch.long)).item()
+    labels = parse_labels(config.labels, int(classes), config.count)
+    seeds = list(range(config.seed, config.seed + config.count))
+    writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
+    parts = []
+    with tqdm(total=config.count, desc="sample", unit="img", dynamic_ncols=True, mininterval=0.5) as bar:
+        for start in range(0, config.count, config.batch):
+            chosen = slice(start, start + config.batch)
+            cond, own = torch.tensor(labels[chosen], device=device), seeds[chosen]
+            with torch.inference_mode():
+                if config.method == "teacher" and run:
+                    codebook = run.teacher.codebook
+                    tokens = codebook[run.teacher.generate(cond, config.sampling, own)]
+                elif config.method == "ar_diffusion":
+                    tokens = ar_diffusion(generator.student, cond, own)
+                elif run:
+                    tokens = refine(generator.student, run.teacher, cond, config.sampling, own, config.steps)
+                else:
+                    tokens = one_step(generator.student, cond, own)
+                parts.append(generator.decode(tokens, nearest=config.decoding == "nearest").cpu())
+            bar.update(len(own))
+    images = torch.cat(parts)
+    if config.out.suffix == ".png":
+        save_grid(images, config.out)
+    elif config.out.suffix == ".npz":
+        save_npz(images, config.out, labels, seeds)
+    else:
+        save_folder(images, config.out, labels, seeds)
+    print(f"wrote {config.count} images to {config.out}")
+    return images
+
+
+def parse_labels(text: str, num_classes: int, count: int) -> list[int]:
+    """The label of each of `count` images from "all" or a comma-separated list.
+
+    Raises:
+        InputError: an entry is not a class.
+    """
+    if text == "all":
+        chosen = list(range(num_classes))
+    else:
+        try:
+            chosen = [int(entry) for entry in text.split(",")]
+        except ValueError:
+            raise InputError(f'labels must be "all" or numbers separated by commas such as 3,5, got {text!r}') from None
+    for label in chosen:
+        if not 0 <= label < num_classes:
+            raise InputError(f"label {label} is not a class of this model; its classes are 0 to {num_classes - 1}")
+    return [chosen[index % len(chosen)] for index in range(count)]

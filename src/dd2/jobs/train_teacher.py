@@ -1,0 +1,125 @@
+"""dd2 train-teacher: train a LlamaGen-style AR teacher on the tokens of one's own images."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dd2.checkpoints.native import load_tokenizer, save_teacher
+from dd2.data.source import ImageData, open_data
+from dd2.errors import InputError
+from dd2.jobs.run_folder import pick_device, start_run
+from dd2.seeding import stream
+from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.train import ar_loss
+from dd2.tokenizers.base import Tokenizer
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.metrics import MetricsLog
+from dd2.training.schedule import OptimConfig
+from dd2.training.stage import Losses, Stage, Update
+
+
+@dataclass(frozen=True)
+class TrainTeacherConfig:
+    """Train an AR teacher. Writes OUT/teacher/ (with its tokenizer), metrics.jsonl, checkpoints/ and samples/."""
+
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")
+    """Folder of a trained tokenizer."""
+    data: str = "digits"
+    """"digits" (embedded), or a folder or zip of CLASS/IMAGE files."""
+    out: Path = Path("runs/teacher")
+    """Run folder; an interrupted run in it is resumed."""
+    seed: int = 0
+    """Seed of the weights and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    token_images: int = 100_000
+    """Augmented images turned into ids before training."""
+    iterations: int = 300_000
+    """Optimiser steps."""
+    batch: int = 256
+    """Sequences per micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    teacher: LlamaGenConfig = field(default_factory=LlamaGenConfig)
+    """Sizes; rows, columns and num_classes are taken from the tokenizer and the data."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.05))
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Logging and saving."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        if min(self.token_images, self.iterations, self.batch, self.accumulate) < 1:
+            raise InputError("token_images, iterations, batch and accumulate must be at least 1")
+
+
+def train_teacher(config: TrainTeacherConfig) -> Path:
+    """Run the training, or what is left of it.
+
+    Returns:
+        The teacher's folder.
+    """
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer).to(device)
+    channels, size, _ = tokenizer.image_shape
+    data = open_data(config.data, size, channels)
+    hint = start_run(config.out, config, "train-teacher")
+    torch.manual_seed(config.seed)
+    side = round(tokenizer.num_positions**0.5)
+    sizes = replace(config.teacher, rows=side, columns=side, num_classes=data.num_classes)
+    teacher = llamagen_teacher(sizes, tokenizer).to(device)
+    teacher.tokenizer.requires_grad_(False)
+    trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
+    ids, labels = _tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
+    test_ids, test_labels = _tokenise(tokenizer, data, "test", 4096, config.seed, device)
+
+    def loss(random: torch.Generator) -> Losses:
+        rows = torch.randint(len(ids), (config.batch,), generator=random, device=random.device)
+        return ar_loss(teacher, ids[rows], labels[rows], sizes.class_dropout, random)
+
+    @torch.no_grad()
+    def preview() -> Tensor:
+        teacher.eval()
+        cond = teacher.backbone.default_conditions(torch.arange(40, device=device))
+        images = teacher.tokenizer.decode(teacher.generate(cond, Sampling(), range(40)))
+        teacher.train()
+        return images
+
+    teacher.train()
+    update = Update("teacher", trained, config.optim, loss, accumulate=config.accumulate)
+    modules = {"backbone": teacher.backbone, "output": teacher.output}
+    stage = Stage("teacher", config.iterations, [update], modules, preview=preview)
+    Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
+    teacher.eval()
+    with torch.no_grad():
+        rows = range(0, len(test_ids), config.batch)
+        parts = [
+            ar_loss(teacher, test_ids[r : r + config.batch], test_labels[r : r + config.batch], 0.0, stream("nll"))[0]
+            * len(test_ids[r : r + config.batch])
+            for r in rows
+        ]
+        nats = float(sum(parts) / len(test_ids)) * tokenizer.num_positions
+    log = MetricsLog(config.out / "metrics.jsonl")
+    log.rewind("held_out", -1)
+    log.append({"stage": "held_out", "step": config.iterations, "nats_per_image": nats})
+    print(f"negative log-likelihood of held-out images: {nats:.2f} nats per image")
+    folder = config.out / "teacher"
+    save_teacher(folder, teacher)
+    return folder
+
+
+@torch.no_grad()
+def _tokenise(
+    tokenizer: Tokenizer, data: ImageData, split: str, count: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids (count, n) and labels (count,) of augmented images."""
+    ids, labels = [], []
+    for start in range(0, count, 512):
+        images, classes = data.batch(split, min(512, count - start), stream(seed, "tokenise", split, start))
+        ids.append(tokenizer.encode(images.to(device)))
+        labels.append(classes.to(device))
+    return torch.cat(ids), torch.cat(labels)

@@ -1,0 +1,88 @@
+"""dd2 train-tokenizer: train a VQ tokenizer on one's own images."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dd2.checkpoints.native import save_tokenizer
+from dd2.data.source import open_data
+from dd2.errors import InputError
+from dd2.jobs.run_folder import pick_device, start_run
+from dd2.tokenizers.train import CodeUsage, VQLossConfig, vq_loss
+from dd2.tokenizers.vq import VQConfig, VQTokenizer
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.schedule import OptimConfig
+from dd2.training.stage import Losses, Stage, Update
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """Train a VQ tokenizer. Writes OUT/tokenizer/, metrics.jsonl, checkpoints/ and reconstructions in samples/."""
+
+    data: str = "digits"
+    """"digits" (embedded), or a folder or zip of CLASS/IMAGE files."""
+    out: Path = Path("runs/tokenizer")
+    """Run folder; an interrupted run in it is resumed."""
+    seed: int = 0
+    """Seed of the weights and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    iterations: int = 100_000
+    """Optimiser steps."""
+    batch: int = 64
+    """Images per micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    tokenizer: VQConfig = field(default_factory=VQConfig)
+    """Sizes."""
+    vq_loss: VQLossConfig = field(default_factory=VQLossConfig)
+    """Losses and revival of dead codes."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Logging and saving."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        if min(self.iterations, self.batch, self.accumulate) < 1:
+            raise InputError("iterations, batch and accumulate must be at least 1")
+
+
+def train_tokenizer(config: TrainTokenizerConfig) -> Path:
+    """Run the training, or what is left of it.
+
+    Returns:
+        The tokenizer's folder.
+    """
+    device = pick_device(config.device)
+    data = open_data(config.data, config.tokenizer.image_size, config.tokenizer.image_channels)
+    hint = start_run(config.out, config, "train-tokenizer")
+    torch.manual_seed(config.seed)
+    tokenizer = VQTokenizer(config.tokenizer).to(device)
+    usage = CodeUsage(config.tokenizer.codebook_size).to(device)
+
+    def loss(random: torch.Generator) -> Losses:
+        images, _ = data.batch("train", config.batch, _on_cpu(random))
+        return vq_loss(tokenizer, usage, images.to(device), config.vq_loss, random)
+
+    held_out, _ = data.batch("test", 24, torch.Generator().manual_seed(config.seed))
+
+    @torch.no_grad()
+    def preview() -> Tensor:
+        images = held_out.to(device)
+        return torch.stack([images, tokenizer.decode(tokenizer.encode(images))], 1).flatten(0, 1)
+
+    update = Update("tokenizer", list(tokenizer.parameters()), config.optim, loss, accumulate=config.accumulate)
+    modules = {"tokenizer": tokenizer, "usage": usage}
+    stage = Stage("tokenizer", config.iterations, [update], modules, preview=preview)
+    Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
+    folder = config.out / "tokenizer"
+    save_tokenizer(folder, tokenizer)
+    return folder
+
+
+def _on_cpu(random: torch.Generator) -> torch.Generator:
+    """A CPU generator for data loading, seeded from the step's own."""
+    return torch.Generator().manual_seed(random.initial_seed()) if random.device.type != "cpu" else random

@@ -1,0 +1,95 @@
+"""The three losses of Distilled Decoding 2: Eq. 6 (GTS), Eq. 5 (FCS), Eq. 4 with Eq. 3 (CSD).
+
+All reduce by the mean over batch, positions and channels. The paper writes sums; under Adam the constant between
+them is absorbed, except in the gradient-clipping threshold, which refers to this mean.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distance = Literal["sid", "dmd"]
+
+WEIGHT_FLOOR = 1e-2
+"""Lower bound of mean_C |q - x0_hat|, whose inverse weighs a token in `csd_loss`."""
+
+
+def noised(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """RectFlow's x_t = (1 - t) x_0 + t eps; x_0 and eps (..., C), t (...)."""
+    level = t.unsqueeze(-1)
+    return (1 - level) * x_0 + level * eps
+
+
+def gts_loss(v_student: Tensor, v_teacher: Tensor) -> Tensor:
+    """Ground Truth Score loss (Eq. 6): regress the teacher's closed-form velocity.
+
+    Args:
+        v_student: (..., C) the student's velocity, with gradient.
+        v_teacher: (..., C) the teacher's velocity at the same x_t, t and condition; detached here.
+    """
+    return (v_student.float() - v_teacher.detach().float()).square().mean()
+
+
+def fcs_loss(v_guidance: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
+    """Fake Conditional Score loss (Eq. 5): flow matching on the generator's own tokens.
+
+    With teacher samples as `x_0` it is the plain diffusion loss that Table 7 compares with Eq. 6.
+
+    Args:
+        v_guidance: (..., C) the guidance network's velocity, with gradient.
+        x_0: (..., C) clean tokens; detached here, so that nothing reaches the generator.
+        eps: (..., C) the noise that made x_t.
+    """
+    return (v_guidance.float() - (eps - x_0.detach()).float()).square().mean()
+
+
+def csd_loss(
+    q: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    teacher_x0_hat: Callable[[Tensor], Tensor],
+    guidance_x0_hat: Callable[[Tensor], Tensor],
+    *,
+    d: Distance = "sid",
+    alpha: float = 1.0,
+    weight_floor: float = WEIGHT_FLOOR,
+) -> Tensor:
+    """Conditional Score Distillation loss (Eq. 4), whose gradient reaches only `q`.
+
+    With a and b the posterior means of teacher and guidance at q^t, and w = 1 / mean_C |q - a| (detached):
+    "sid" (Eq. 3) is w (a - b) . ((a - q) - alpha (a - b)), differentiated through q and through a and b by way of
+    q^t; "dmd" (Sec. 4.2) has no loss value of its own, and its gradient in q is w (b - a), the score difference.
+    The gradient in q is computed here and attached to q as a constant, so that by construction neither network
+    behind the two functions receives any.
+
+    Args:
+        q: (..., C) the generator's clean tokens, with gradient.
+        t: (...) noise levels in (0, 1).
+        eps: (..., C) noise.
+        teacher_x0_hat, guidance_x0_hat: map q^t (..., C) to posterior means (..., C), each under a condition that
+            the caller detached from `q` (Eq. 4's sg(q_<i)).
+        d: the distance.
+        alpha: SiD's alpha; the paper uses 1.0.
+        weight_floor: lower bound of mean_C |q - a|.
+
+    Returns:
+        Scalar. For "sid" its expectation is 0 at alpha = 1 under an optimal guidance network, so it does not
+        measure progress; for "dmd" it is half the weighted squared difference of the posterior means.
+    """
+    if d not in ("sid", "dmd"):
+        raise ValueError(f'd must be "sid" or "dmd", got {d!r}')
+    leaf = q.detach().float().requires_grad_(d == "sid")
+    with torch.set_grad_enabled(d == "sid"):
+        q_t = noised(leaf, t, eps)
+        a, b = teacher_x0_hat(q_t).float(), guidance_x0_hat(q_t).float()
+        weight = 1 / (leaf - a).detach().abs().mean(-1, keepdim=True).clamp_min(weight_floor)
+        if d == "sid":
+            value = (weight * (a - b) * ((a - leaf) - alpha * (a - b))).mean()
+            (grad,) = torch.autograd.grad(value, leaf)
+        else:
+            value = (weight * (a - b).square()).mean() / 2
+            grad = weight * (b - a) / q.numel()
+    surrogate = (q.float() * grad).sum()
+    return value.detach() + (surrogate - surrogate.detach())

@@ -1,0 +1,37 @@
+"""Where every random number comes from: one seed per image, and one per training step.
+
+A stream is named by the values that identify it, so no draw depends on batch size, on the order in which work is
+done or on an interruption.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from the values that name a random stream, e.g. (run seed, "distill", step, rank)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def stream(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator on `device` for the stream named by `parts`."""
+    return torch.Generator(device=device).manual_seed(seed_of(*parts))
+
+
+def image_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, (len(seeds), *shape) float32 on the CPU; row i depends on seeds[i] alone."""
+    return _per_image(seeds, "noise", lambda g: torch.randn(shape, generator=g))
+
+
+def image_uniforms(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers in [0, 1), (len(seeds), *shape) float32 on the CPU; row i depends on seeds[i] alone."""
+    return _per_image(seeds, "uniform", lambda g: torch.rand(shape, generator=g))
+
+
+def _per_image(seeds: Sequence[int], kind: str, draw) -> Tensor:
+    generator = torch.Generator()
+    return torch.stack([draw(generator.manual_seed(seed_of("image", kind, int(seed)))) for seed in seeds])

@@ -1,0 +1,237 @@
+"""The recipe of Sec. 5: which networks each stage trains, with which losses and hyper-parameters (Tables 10, 11)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dd2.errors import InputError
+from dd2.losses import Distance
+from dd2.sampling import ar_diffusion, one_step
+from dd2.stages.distill import generator_loss, guidance_loss
+from dd2.stages.tune import tune_loss
+from dd2.student import Student
+from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
+from dd2.training.ema import ema_copy, ema_update
+from dd2.training.samples import TeacherSamples
+from dd2.training.schedule import NoiseLevelConfig, OptimConfig, ema_rate
+from dd2.training.stage import Losses, Stage, Update
+
+PREVIEW_IMAGES = 40
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Stage 1, AR-diffusion tuning. Defaults: LlamaGen-L of Table 10."""
+
+    head_iterations: int = 0
+    """Iterations that train the head alone, first (VAR: 300k)."""
+    iterations: int = 100_000
+    """Iterations that train everything."""
+    batch: int = 128
+    """Sequences per micro-batch."""
+    accumulate: int = 4
+    """Micro-batches per optimiser step."""
+    draws: int = 4
+    """Noise draws m per sequence that share one backbone pass."""
+    loss: Literal["gts", "diffusion"] = "gts"
+    """gts: the teacher's closed-form velocity (Eq. 6). diffusion: the Monte-Carlo target (Table 7)."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(cfg_scale=2.0, top_k=8000))
+    """The teacher's distribution, for the samples and for the target."""
+    noise_level: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
+    """Distribution of t."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+    """Optimiser."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts without meaning."""
+        _counts("tune", self, ("batch", "accumulate", "draws"), ("head_iterations", "iterations"))
+
+
+@dataclass(frozen=True)
+class CSDConfig:
+    """Stage 2, conditional score distillation. Defaults: LlamaGen-L of Table 11."""
+
+    iterations: int = 12_000
+    """Generator updates."""
+    k: int = 5
+    """Guidance updates per generator update (App. C.4)."""
+    batch: int = 128
+    """Sequences per micro-batch."""
+    accumulate: int = 8
+    """Micro-batches per optimiser step."""
+    guidance_draws: int = 4
+    """Noise draws m per sequence of the guidance loss."""
+    generator_draws: int = 1
+    """Noise draws per sequence of the generator loss."""
+    d: Distance = "sid"
+    """Distance of Eq. 4: sid (Eq. 3) or dmd (reverse KL)."""
+    alpha: float = 1.0
+    """SiD's alpha."""
+    snap_teacher: bool = False
+    """Condition the teacher on the nearest codes of the generated q_<i, which are all it was trained on."""
+    snap_guidance: bool = False
+    """Condition the guidance network on the nearest codes of the generated q_<i."""
+    ema: float = 0.9999
+    """Limit of the generator's progressive EMA rate."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(cfg_scale=2.0, top_k=900))
+    """The teacher's distribution to match."""
+    noise_level: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
+    """Distribution of t."""
+    generator: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, warmup=8000))
+    """The generator's optimiser; warm-up counts generator updates (40k guidance updates / K)."""
+    guidance: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
+    """The guidance network's optimiser; its schedule counts generator updates."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts without meaning."""
+        _counts("distill", self, ("k", "batch", "accumulate", "guidance_draws", "generator_draws"), ("iterations",))
+        if self.d not in ("sid", "dmd"):
+            raise InputError(f'distill.d must be "sid" or "dmd", got {self.d!r}')
+        if not 0 <= self.ema < 1:
+            raise InputError(f"distill.ema must be in [0, 1), got {self.ema}")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Performance alignment (App. C.3) and the second half of stage 2 that follows it; off by default."""
+
+    iterations: int = 0
+    """Guidance updates on the frozen EMA generator; 0 skips alignment."""
+    then_iterations: int = 0
+    """Generator updates afterwards."""
+    then_k: int = 2
+    """Guidance updates per generator update afterwards."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts without meaning."""
+        _counts("align", self, ("then_k",), ("iterations", "then_iterations"))
+
+
+@dataclass
+class Networks:
+    """The trained networks of stage 2."""
+
+    generator: Student
+    guidance: Student
+    ema: Student
+
+    @classmethod
+    def from_tuned(cls, student: Student) -> "Networks":
+        """Generator and guidance both start from the stage-1 model (Table 4)."""
+        networks = [ema_copy(student).requires_grad_(True) for _ in range(2)]
+        return cls(networks[0], networks[1], ema_copy(student))
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """By checkpoint file name."""
+        return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema}
+
+
+def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples, config: TuneConfig) -> list[Stage]:
+    """Stage 1: the head alone for `head_iterations`, then everything (Alg. 1)."""
+
+    def loss(random: torch.Generator, head_only: bool) -> Losses:
+        ids, cond = samples.batch(config.batch, random, random.device)
+        return tune_loss(
+            student,
+            teacher,
+            teacher.codebook[ids],
+            cond,
+            config.sampling,
+            config.noise_level,
+            random,
+            draws=config.draws,
+            loss=config.loss,
+            head_only=head_only,
+        )
+
+    def preview() -> Tensor:
+        cond = _preview_conditions(teacher)
+        return teacher.decode(ar_diffusion(student, cond, range(len(cond))))
+
+    stages = []
+    for name, iterations in (("tune_head", config.head_iterations), ("tune", config.iterations)):
+        head_only = name == "tune_head"
+        trained = list((student.head if head_only else student).parameters())
+        update = Update(
+            "student", trained, config.optim, lambda r, h=head_only: loss(r, h), accumulate=config.accumulate
+        )
+        if iterations:
+            stages.append(Stage(name, iterations, [update], {"student": student}, preview=preview))
+    return stages
+
+
+def distill_stage(
+    networks: Networks,
+    teacher: Teacher,
+    samples: TeacherSamples,
+    config: CSDConfig,
+    *,
+    name: str = "distill",
+    generator_frozen: bool = False,
+) -> Stage:
+    """Stage 2 (Alg. 2): K guidance updates, one generator update, the EMA.
+
+    With `generator_frozen` only the guidance network learns: performance alignment (App. C.3).
+    """
+    generator, guidance = networks.generator, networks.guidance
+
+    def train_guidance(random: torch.Generator) -> Losses:
+        _, cond = samples.batch(config.batch, random, random.device)
+        codebook = teacher.codebook if config.snap_guidance else None
+        draws, levels = config.guidance_draws, config.noise_level
+        return guidance_loss(guidance, generator, cond, levels, random, draws=draws, codebook=codebook)
+
+    def train_generator(random: torch.Generator) -> Losses:
+        _, cond = samples.batch(config.batch, random, random.device)
+        return generator_loss(
+            generator,
+            guidance,
+            teacher,
+            cond,
+            config.sampling,
+            config.noise_level,
+            random,
+            d=config.d,
+            alpha=config.alpha,
+            draws=config.generator_draws,
+            snap_teacher=config.snap_teacher,
+            snap_guidance=config.snap_guidance,
+        )
+
+    def average(step: int) -> None:
+        ema_update(networks.ema, generator, ema_rate(step, config.ema))
+
+    def preview() -> Tensor:
+        cond = _preview_conditions(teacher)
+        return teacher.decode(one_step(networks.ema, cond, range(len(cond))))
+
+    accumulate = config.accumulate
+    repeats = 1 if generator_frozen else config.k
+    updates = [
+        Update("guidance", list(guidance.parameters()), config.guidance, train_guidance, repeats, accumulate),
+    ]
+    if not generator_frozen:
+        updates.append(
+            Update(
+                "generator", list(generator.parameters()), config.generator, train_generator, accumulate=accumulate
+            )
+        )
+        return Stage(name, config.iterations, updates, networks.modules(), after=average, preview=preview)
+    return Stage(name, config.iterations, updates, networks.modules(), preview=preview)
+
+
+def _preview_conditions(teacher: Teacher) -> Tensor:
+    index = torch.arange(PREVIEW_IMAGES, device=teacher.codebook.device)
+    return teacher.backbone.default_conditions(index)
+
+
+def _counts(section: str, config: object, positive: tuple[str, ...], non_negative: tuple[str, ...]) -> None:
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise InputError(f"{section}.{name} must be at least 1, got {getattr(config, name)}")
+    for name in non_negative:
+        if getattr(config, name) < 0:
+            raise InputError(f"{section}.{name} must not be negative, got {getattr(config, name)}")

@@ -1,0 +1,137 @@
+"""The student: a teacher's backbone with a small velocity head (Sec. 3.3, App. C.5, E.1).
+
+One class has both roles of DD2. As guidance network it reads clean tokens and predicts the velocity of a noised token
+given the earlier ones; as generator it reads noise and gives all clean tokens in one pass.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dd2.errors import InputError
+from dd2.teachers.base import Backbone, Teacher
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Size of the velocity head; the defaults are MAR's 3 x 1024."""
+
+    depth: int = 3
+    """Residual blocks."""
+    width: int = 1024
+    """Channels of the blocks."""
+    frequencies: int = 128
+    """Sinusoid pairs that embed the noise level t."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below 1."""
+        for field in ("depth", "width", "frequencies"):
+            if getattr(self, field) < 1:
+                raise InputError(f"head.{field} must be at least 1, got {getattr(self, field)}")
+
+
+class HeadBlock(nn.Module):
+    """Residual MLP block, shifted, scaled and gated by the condition (adaLN); starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(cond).chunk(3, -1)
+        hidden = torch.addcmul(shift, self.norm(x), 1 + scale)
+        return torch.addcmul(x, gate, self.fc2(F.silu(self.fc1(hidden))))
+
+
+class VelocityHead(nn.Module):
+    """MAR's adaLN residual MLP: (noised token, t, feature) -> velocity, each token on its own.
+
+    Args:
+        code_dim: C, channels of a token.
+        feature_dim: D, channels of the backbone's features.
+        config: size.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, code_dim: int, feature_dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.input = nn.Linear(code_dim, width)
+        self.condition = nn.Linear(feature_dim, width)
+        self.time1 = nn.Linear(2 * config.frequencies, width)
+        self.time2 = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, code_dim)
+        steps = torch.arange(config.frequencies, dtype=torch.float32) / config.frequencies
+        self.register_buffer("frequencies", 1000 * torch.exp(-math.log(10000) * steps), persistent=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time1, self.time2):
+            nn.init.normal_(layer.weight, std=0.02)
+        gates = [block.modulation for block in self.blocks if isinstance(block, HeadBlock)]
+        for layer in (*gates, self.modulation, self.output):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        """x_t (..., C), t (...) in (0, 1], features (..., D) -> velocity (..., C)."""
+        angles = t.unsqueeze(-1) * self.frequencies
+        time = self.time2(F.silu(self.time1(torch.cat([angles.cos(), angles.sin()], -1))))
+        cond = F.silu(time + self.condition(features))
+        x = self.input(x_t)
+        for block in self.blocks:
+            x = block(x, cond)
+        shift, scale = self.modulation(cond).chunk(2, -1)
+        return self.output(torch.addcmul(shift, self.norm(x), 1 + scale))
+
+
+class Student(nn.Module):
+    """Backbone and head; generator or guidance network, the same class in both roles.
+
+    Args:
+        backbone: features of an AR order, usually copied from a teacher.
+        head_config: size of the head.
+    """
+
+    def __init__(self, backbone: Backbone, head_config: HeadConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head_config = head_config
+        self.head = VelocityHead(backbone.token_mean.shape[0], backbone.width, head_config)
+
+    @classmethod
+    def from_teacher(cls, teacher: Teacher, head_config: HeadConfig) -> "Student":
+        """A student whose backbone is a copy of the teacher's, and whose head is fresh (its velocity is 0)."""
+        student = cls(copy.deepcopy(teacher.backbone), head_config)
+        return student.requires_grad_(True)
+
+    def features(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, n, C) clean tokens, or noise in the generator's role, -> (B, n, D)."""
+        return self.backbone(tokens, cond)
+
+    def velocity(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        """E[eps - x_0 | x_t, q_<i]: x_t (..., C), t (...), features (..., D) broadcast to x_t -> (..., C)."""
+        return self.head(x_t, t, features)
+
+    def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
+        """One pass (App. E.1): noise (B, n, C), cond (B, ...) -> clean tokens q = eps - v (B, n, C).
+
+        The backbone reads the noise where it otherwise reads clean tokens; the head gets each position's own noise
+        at t = 1.
+        """
+        t = noise.new_ones(noise.shape[:-1])
+        return noise - self.velocity(noise, t, self.features(noise, cond))

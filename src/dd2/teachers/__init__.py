@@ -1,0 +1,1 @@
+"""Teachers: pre-trained AR models behind one interface."""

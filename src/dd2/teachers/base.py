@@ -1,0 +1,197 @@
+"""What a teacher is: the one interface behind which every AR model stands.
+
+A `Backbone` reads tokens and gives features; a `Teacher` adds the classifier over the codebook, the tokenizer and
+sampling. Students copy the backbone. Tokens are standardised everywhere outside a backbone: (code - mean) / std per
+channel, so that the data lie on the scale of the noise; the backbone itself reads codes in the tokenizer's space.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dd2.errors import InputError
+from dd2.order import Order
+from dd2.seeding import image_uniforms
+from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
+from dd2.tokenizers.base import Tokenizer
+
+
+class Backbone(nn.Module, ABC):
+    """A transformer over the AR order, without its classifier.
+
+    Attributes:
+        order: the AR order.
+        width: D, the channels of the features.
+        token_mean, token_std: (C,) buffers of the standardisation; 0 and 1 until `standardise` sets them.
+    """
+
+    order: Order
+    width: int
+    token_mean: Tensor
+    token_std: Tensor
+
+    def __init__(self, order: Order, width: int, code_dim: int) -> None:
+        super().__init__()
+        self.order, self.width = order, width
+        self.register_buffer("token_mean", torch.zeros(code_dim))
+        self.register_buffer("token_std", torch.ones(code_dim))
+
+    @torch.no_grad()
+    def standardise(self, codes: Tensor) -> None:
+        """Set mean and std per channel from codes (..., C) in the tokenizer's space."""
+        flat = codes.reshape(-1, codes.shape[-1]).double()
+        self.token_mean.copy_(flat.mean(0))
+        self.token_std.copy_(flat.std(0, correction=0).clamp_min(1e-6))
+
+    def to_codes(self, tokens: Tensor) -> Tensor:
+        """Standardised tokens (..., C) to the tokenizer's space."""
+        return tokens * self.token_std + self.token_mean
+
+    def to_tokens(self, codes: Tensor) -> Tensor:
+        """Codes (..., C) in the tokenizer's space to standardised tokens."""
+        return (codes - self.token_mean) / self.token_std
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Features of all positions at once: (B, n, C), cond (B, ...) -> (B, n, D).
+
+        Position i sees the condition and the tokens of earlier steps only.
+        """
+
+    @abstractmethod
+    def null_condition(self, cond: Tensor) -> Tensor:
+        """The condition of the unconditional model, shaped like `cond`."""
+
+    @abstractmethod
+    def default_conditions(self, indices: Tensor) -> Tensor:
+        """Conditions for images of the given indices (N,) when the user names none: balanced, classes in turn."""
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty key/value cache for `next_features`."""
+
+    @abstractmethod
+    def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Features of the next step's positions, reading only what the cache has not seen.
+
+        Args:
+            cache: from `new_cache`, used with the same batch throughout; updated in place.
+            tokens: (B, p, C) the tokens of all steps decided so far; p is 0 at the start.
+            cond: (B, ...) conditions.
+
+        Returns:
+            (B, positions of the next step, D), equal to `forward` at those positions.
+        """
+
+
+class Teacher(nn.Module):
+    """A pre-trained AR model with its tokenizer.
+
+    Args:
+        backbone: features of the AR order.
+        output: classifier over the codebook, (..., D) -> (..., V).
+        tokenizer: images to ids and back.
+    """
+
+    def __init__(self, backbone: Backbone, output: nn.Module, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        if tokenizer.num_positions != backbone.order.n:
+            raise InputError(
+                f"the tokenizer gives {tokenizer.num_positions} tokens an image, the transformer has {backbone.order.n} "
+                "positions: they were not trained together; give the tokenizer of this teacher"
+            )
+        self.backbone, self.output, self.tokenizer = backbone, output, tokenizer
+
+    @property
+    def order(self) -> Order:
+        """The AR order: n positions, S steps."""
+        return self.backbone.order
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C) standardised codes, the codebook of Eq. 1."""
+        return self.backbone.to_tokens(self.tokenizer.codebook)
+
+    def null_condition(self, cond: Tensor) -> Tensor:
+        """The unconditional model's condition, shaped like `cond`."""
+        return self.backbone.null_condition(cond)
+
+    def features(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, n, C), (B, ...) -> (B, n, D); position i sees `cond` and the tokens of earlier steps only."""
+        return self.backbone(tokens, cond)
+
+    def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, n, C), (B, ...) -> (B, n, V) float32 logits of p(. | tokens of earlier steps, cond)."""
+        return self.output(self.features(tokens, cond)).float()
+
+    def cfg_weights(self, cfg_scale: float, step: int | None = None) -> float | Tensor:
+        """Guidance scale of one step's positions, or of all; models whose guidance varies with the step override."""
+        return cfg_scale
+
+    def log_p(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> Tensor:
+        """(B, n, V) log of the sampling distribution after cfg, temperature, top-k, top-p; -inf where cut off."""
+        if sampling.cfg_scale == 1:
+            return filtered_log_p(self.logits(tokens, cond), sampling)
+        both = self.logits(tokens.repeat(2, 1, 1), torch.cat([cond, self.null_condition(cond)]))
+        logits, null_logits = both.chunk(2)
+        return filtered_log_p(guided(logits, null_logits, self.cfg_weights(sampling.cfg_scale)), sampling)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+    ) -> Tensor:
+        """Sample sequences with the key/value cache, one seed per image.
+
+        Args:
+            cond: (B, ...) conditions.
+            sampling: the sampling distribution.
+            seeds: B seeds. A position's draw depends on its image's seed alone, so the same prefix and seed give
+                the same continuation wherever generation starts (up to rounding in the logits).
+            prefix: (B, p, C) standardised tokens of the steps before `first_step`.
+            first_step: first step to sample.
+
+        Returns:
+            (B, n - p) ids of the sampled positions.
+
+        Raises:
+            ValueError: the seeds or the prefix do not fit.
+        """
+        if len(seeds) != len(cond):
+            raise ValueError(f"generate needs one seed per condition: {len(cond)} conditions, {len(seeds)} seeds")
+        start = self.order.steps[first_step].start if first_step < self.order.num_steps else self.order.n
+        codebook = self.codebook
+        tokens = codebook.new_zeros(len(cond), 0, codebook.shape[-1]) if prefix is None else prefix
+        if tokens.shape[1] != start:
+            raise ValueError(f"first_step {first_step} needs a prefix of {start} tokens, got {tokens.shape[1]}")
+        uniforms = image_uniforms(seeds, (self.order.n,)).to(codebook.device)
+        use_cfg = sampling.cfg_scale != 1
+        both = torch.cat([cond, self.null_condition(cond)]) if use_cfg else cond
+        cache = self.backbone.new_cache()
+        ids: list[Tensor] = []
+        for index in range(first_step, self.order.num_steps):
+            seen = tokens.repeat(2, 1, 1) if use_cfg else tokens
+            logits = self.output(self.backbone.next_features(cache, seen, both)).float()
+            if use_cfg:
+                logits = guided(*logits.chunk(2), self.cfg_weights(sampling.cfg_scale, index))
+            ids.append(draw(filtered_log_p(logits, sampling), uniforms[:, self.order.steps[index]]))
+            tokens = torch.cat([tokens, codebook[ids[-1]]], 1)
+        return torch.cat(ids, 1) if ids else torch.zeros(len(cond), 0, dtype=torch.long, device=cond.device)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Standardised continuous tokens (B, n, C) to images (B, channels, H, W) in about [-1, 1]."""
+        return self.tokenizer.decode_codes(self.backbone.to_codes(tokens))
+
+
+def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code of each token: (..., C), (V, C) -> (...) int64."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    closeness = flat @ codebook.T - codebook.square().sum(-1) / 2
+    return closeness.argmax(-1).view(tokens.shape[:-1])

@@ -1,0 +1,94 @@
+"""Training checkpoints: a folder of safetensors and one JSON, renamed into place when complete, never unpickled."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dd2.errors import InputError
+from dd2.files import atomic_folder
+from dd2.training.stage import Stage
+
+STATE_FILE = "state.json"
+
+
+def save(folder: Path, stage: Stage, step: int, seconds: float, keep: int = 2) -> Path:
+    """Write the state after `step` iterations and drop all but the newest `keep` checkpoints.
+
+    Args:
+        folder: the stage's checkpoint folder.
+        stage: networks and optimisers to save.
+        step: iterations done.
+        seconds: time spent on the stage so far.
+        keep: checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's folder. A process killed at any moment leaves the previous one loadable.
+    """
+    final = folder / f"{step:08d}"
+    with atomic_folder(final) as partial:
+        for name, module in stage.modules.items():
+            save_file(_contiguous(module.state_dict()), partial / f"{name}.safetensors")
+        for update in stage.updates:
+            tensors = _contiguous(_flatten(update.optimizer.state_dict()["state"]))
+            save_file(tensors, partial / f"{update.name}.optimizer.safetensors")
+        state = {"stage": stage.name, "step": step, "seconds": seconds, "torch": str(torch.__version__)}
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"{old:08d}")
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+
+def load(checkpoint: Path, stage: Stage) -> dict[str, Any]:
+    """Load networks and optimisers in place.
+
+    Returns:
+        The saved state: stage, step, seconds, torch.
+
+    Raises:
+        InputError: a file is missing, damaged or belongs to other networks.
+    """
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        for name, module in stage.modules.items():
+            module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"))
+        for update in stage.updates:
+            flat = load_file(checkpoint / f"{update.name}.optimizer.safetensors")
+            groups = update.optimizer.state_dict()["param_groups"]
+            update.optimizer.load_state_dict({"state": _unflatten(flat), "param_groups": groups})
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"checkpoint {checkpoint} cannot be loaded ({reason}); delete it to resume from the one before, "
+            "and check that the configuration is the one that wrote it"
+        ) from error
+    return state
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().contiguous() for key, value in tensors.items()}
+
+
+def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return state
+

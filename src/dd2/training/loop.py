@@ -1,0 +1,178 @@
+"""The training loop: every stage of every model goes through `Trainer.run`."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from dd2.errors import InputError, Interrupted, NumericalError
+from dd2.images import save_grid
+from dd2.seeding import seed_of, stream
+from dd2.training import checkpoint
+from dd2.training.metrics import MetricsLog
+from dd2.training.stage import Stage, Update
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a run is logged and saved."""
+
+    log_every: int = 10
+    """Iterations between rows of metrics.jsonl."""
+    save_every: int = 1000
+    """Iterations between checkpoints; each stage's last iteration is always saved."""
+    keep: int = 2
+    """Checkpoints kept per stage."""
+    preview_every: int = 500
+    """Iterations between sample grids; 0 draws none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the networks; losses and Eq. 1 are float32 in either case."""
+
+    def __post_init__(self) -> None:
+        """Refuse intervals below 1."""
+        for field in ("log_every", "save_every", "keep"):
+            if getattr(self, field) < 1:
+                raise InputError(f"loop.{field} must be at least 1, got {getattr(self, field)}")
+
+
+class Trainer:
+    """Runs stages inside one run folder, resuming whatever it finds there.
+
+    Args:
+        run: the run's folder; gets metrics.jsonl, checkpoints/ and samples/.
+        seed: the run's seed, from which every step's randomness is derived.
+        config: logging and saving.
+        device: where the networks live.
+        resume_hint: the command that resumes this run, for the message after an interruption.
+    """
+
+    def __init__(self, run: Path, seed: int, config: LoopConfig, device: torch.device, resume_hint: str) -> None:
+        self.folder, self.seed, self.config, self.device = run, seed, config, device
+        self.resume_hint = resume_hint
+        self.log = MetricsLog(run / "metrics.jsonl")
+        self._stop = False
+
+    def run(self, stage: Stage) -> float:
+        """Run `stage` to its last iteration, from its newest checkpoint if it has one.
+
+        Returns:
+            Seconds spent on the stage over all sessions, previews and checkpoints included.
+
+        Raises:
+            Interrupted: a signal arrived; the state was saved.
+            NumericalError: a loss or gradient is not finite; nothing was saved since the last checkpoint.
+        """
+        folder = self.folder / "checkpoints" / stage.name
+        done = checkpoint.steps(folder)
+        if done and done[-1] > stage.iterations:
+            raise InputError(
+                f"{folder} holds step {done[-1]}, beyond the {stage.iterations} iterations asked for; "
+                "raise the iterations or choose another run folder with --out"
+            )
+        step, before = 0, 0.0
+        if done:
+            state = checkpoint.load(folder / f"{done[-1]:08d}", stage)
+            step, before = int(state["step"]), float(state["seconds"])
+        if step == stage.iterations:
+            return before
+        self.log.rewind(stage.name, step)
+        start = time.perf_counter() - before
+        with self._signals(), self._progress(stage, step) as bar:
+            while step < stage.iterations:
+                numbers = self._iteration(stage, step)
+                stage.after(step)
+                step += 1
+                last = step == stage.iterations
+                if step % self.config.log_every == 0 or last or step == 1:
+                    elapsed = time.perf_counter() - start
+                    row = {name: float(value) for name, value in numbers.items()}
+                    self.log.append({"stage": stage.name, "step": step, **row, "seconds": round(elapsed, 3)})
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name})
+                if stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last):
+                    save_grid(stage.preview(), self.folder / "samples" / f"{stage.name}-{step:08d}.png")
+                if step % self.config.save_every == 0 or last or self._stop:
+                    checkpoint.save(folder, stage, step, time.perf_counter() - start, self.config.keep)
+                bar.update()
+                if self._stop and not last:
+                    raise Interrupted(
+                        f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; "
+                        f"resume with: {self.resume_hint}"
+                    )
+        return time.perf_counter() - start
+
+    def _iteration(self, stage: Stage, step: int) -> dict[str, torch.Tensor | float]:
+        numbers: dict[str, torch.Tensor | float] = {}
+        for update in stage.updates:
+            lr = update.optim.rate(step, stage.iterations)
+            for group in update.optimizer.param_groups:
+                group["lr"] = lr
+            for repeat in range(update.repeats):
+                logged = self._optimise(stage, update, step, repeat)
+            numbers |= {f"{update.name}/{name}": value for name, value in logged.items()}
+            numbers[f"{update.name}/lr"] = lr
+        return numbers
+
+    def _optimise(self, stage: Stage, update: Update, step: int, repeat: int) -> dict[str, torch.Tensor | float]:
+        update.optimizer.zero_grad(set_to_none=True)
+        logged: dict[str, torch.Tensor | float] = {}
+        autocast = self.config.precision == "bfloat16"
+        for micro in range(update.accumulate):
+            key = (self.seed, stage.name, update.name, step, repeat, micro)
+            random = stream(*key, device=self.device)
+            torch.manual_seed(seed_of("dropout", *key))  # dropout draws from the global generator
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                loss, numbers = update.loss(random)
+            # `inputs` is the guarantee that no other network's gradient is touched (Sec. 3.3's stop-gradients).
+            (loss / update.accumulate).backward(inputs=update.parameters)
+            for name, value in {"loss": loss.detach(), **numbers}.items():
+                logged[name] = logged.get(name, 0.0) + value / update.accumulate
+        limit = update.optim.clip_norm or float("inf")
+        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(update.parameters, limit)
+        for name in ("loss", "grad_norm"):
+            if not torch.isfinite(torch.as_tensor(logged[name])):
+                raise NumericalError(self._diagnosis(stage, update, step, name))
+        update.optimizer.step()
+        return logged
+
+    def _diagnosis(self, stage: Stage, update: Update, step: int, name: str) -> str:
+        saved = checkpoint.steps(self.folder / "checkpoints" / stage.name)
+        where = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint of this stage exists yet"
+        what = "the gradient" if name == "grad_norm" else "the loss"
+        return (
+            f"{stage.name} iteration {step + 1}: {what} of the {update.name} is not finite (NaN or infinite); stopped "
+            f"before saving ({where}). Lower {update.name}'s learning rate or its clip_norm, or use --loop.precision float32"
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT stops at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = True
+            print("\nstopping after this iteration; saving…", file=sys.stderr)
+
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _progress(self, stage: Stage, step: int) -> "tqdm[None]":
+        return tqdm(
+            total=stage.iterations,
+            initial=step,
+            desc=stage.name,
+            unit="it",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        )

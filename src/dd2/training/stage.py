@@ -1,0 +1,65 @@
+"""What the loop runs: a stage is a list of updates per iteration, each a loss for one network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dd2.training.schedule import OptimConfig
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""A scalar to differentiate, and detached numbers worth logging."""
+
+
+@dataclass
+class Update:
+    """One optimiser step on one network.
+
+    Attributes:
+        name: appears in metrics and errors, e.g. "guidance".
+        parameters: what is trained; gradients reach nothing else.
+        optim: Adam's settings.
+        loss: one micro-batch's loss, all its randomness taken from the given generator.
+        repeats: optimiser steps per iteration (K for the guidance network).
+        accumulate: micro-batches per optimiser step.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    optim: OptimConfig
+    loss: Callable[[torch.Generator], Losses]
+    repeats: int = 1
+    accumulate: int = 1
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the optimiser."""
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            weight_decay=self.optim.weight_decay,
+            fused=True,
+        )
+
+
+@dataclass
+class Stage:
+    """A named part of training.
+
+    Attributes:
+        name: folder of its checkpoints and tag of its metrics.
+        iterations: how many to run.
+        updates: done in order, every iteration.
+        modules: networks whose weights are saved, by file name.
+        after: called with the iteration (from 0) once its updates are done, e.g. for the EMA.
+        preview: images (N, channels, H, W) in [-1, 1] that show the present state.
+    """
+
+    name: str
+    iterations: int
+    updates: list[Update]
+    modules: dict[str, nn.Module]
+    after: Callable[[int], None] = lambda step: None
+    preview: Callable[[], Tensor] | None = None

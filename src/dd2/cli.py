@@ -133,7 +133,10 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     lines = ["dd2: one-step image generation from autoregressive models", ""]
     lines += [f"  dd2 {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "dd2 COMMAND --help lists a command's fields. A YAML file gives any of them; flags after it win:"]
+    lines += [
+        "",
+        "dd2 COMMAND --help lists a command's fields. A YAML file gives any of them; flags after it win:",
+    ]
     lines += ["  dd2 distill configs/digits.yaml --distill.iterations 2000 --out runs/longer"]
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
 
 
 def _negated(flag: str) -> str:
-    """tyro's spelling of a false boolean: --a.no-b."""
+    """Tyro's spelling of a false boolean: --a.no-b."""
     head, _, last = flag.removeprefix("--").rpartition(".")
     return f"--{head}.no-{last}" if head else f"--no-{last}"
 
@@ -146,7 +146,7 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
 
 
 def _parse(config_class: type[C], arguments: list[str], command: str, source: str) -> C:
-    """tyro's parsing, its boxed error message reduced to one line."""
+    """Tyro's parsing, its boxed error message reduced to one line."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

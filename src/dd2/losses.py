@@ -12,9 +12,6 @@ from torch import Tensor
 
 Distance = Literal["sid", "dmd"]
 
-WEIGHT_FLOOR = 1e-2
-"""Lower bound of mean_C |q - x0_hat|, whose inverse weighs a token in `csd_loss`."""
-
 
 def noised(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """RectFlow's x_t = (1 - t) x_0 + t eps; x_0 and eps (..., C), t (...)."""
@@ -54,7 +51,7 @@ def csd_loss(
     *,
     d: Distance = "sid",
     alpha: float = 1.0,
-    weight_floor: float = WEIGHT_FLOOR,
+    weight_floor: float = 1e-2,
 ) -> Tensor:
     """Conditional Score Distillation loss (Eq. 4), whose gradient reaches only `q`.
 

@@ -29,13 +29,6 @@ class Order(ABC):
         """Number of sequential steps of the teacher."""
         return len(self.steps)
 
-    def step_starting_at(self, position: int) -> int:
-        """Index of the step whose first position is `position`."""
-        for index, step in enumerate(self.steps):
-            if step.start == position:
-                return index
-        raise ValueError(f"{position} positions are not a whole number of steps of this order")
-
     @abstractmethod
     def inputs(self, codes: Tensor) -> Tensor:
         """What the transformer reads at every position after the first step (teacher forcing).

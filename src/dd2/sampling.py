@@ -3,12 +3,14 @@
 All return standardised tokens (B, n, C) and take one seed per image.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dd2.errors import InputError
+from dd2.order import Order
 from dd2.seeding import image_noise
 from dd2.student import Student
 from dd2.teachers.base import Teacher, nearest_ids
@@ -30,9 +32,7 @@ def one_step(generator: Student, cond: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def refine(
-    generator: Student, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int
-) -> Tensor:
+def refine(generator: Student, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int) -> Tensor:
     """Few steps with the teacher (Alg. 4): one generator pass, then the teacher redraws the last steps - 1 AR steps.
 
     The kept prefix is snapped to the nearest codes, which is what the teacher was trained to read.
@@ -41,19 +41,27 @@ def refine(
         InputError: steps is not in 1 … S + 1.
     """
     order = teacher.order
-    if not 1 <= steps <= order.num_steps + 1:
-        raise InputError(
-            f"steps must be 1 (the generator alone) to {order.num_steps + 1} (all {order.num_steps} AR steps redrawn), "
-            f"got {steps}"
-        )
+    first_step = first_redrawn_step(order, steps)
     tokens = one_step(generator, cond, seeds)
-    first_step = order.num_steps - (steps - 1)
     if first_step == order.num_steps:
         return tokens
     codebook = teacher.codebook
     prefix = codebook[nearest_ids(tokens[:, : order.steps[first_step].start], codebook)]
     ids = teacher.generate(cond, sampling, seeds, prefix=prefix, first_step=first_step)
     return torch.cat([prefix, codebook[ids]], 1)
+
+
+def first_redrawn_step(order: Order, steps: int) -> int:
+    """The AR step at which the teacher takes over when `steps` passes are allowed in all (Alg. 4).
+
+    Raises:
+        InputError: steps is not in 1 … S + 1.
+    """
+    if not 1 <= steps <= order.num_steps + 1:
+        raise InputError(
+            f"steps must be 1 (the generator alone) to {order.num_steps + 1} (all {order.num_steps} AR steps redrawn), got {steps}"
+        )
+    return order.num_steps - (steps - 1)
 
 
 @torch.inference_mode()
@@ -71,7 +79,7 @@ def ar_diffusion(student: Student, cond: Tensor, seeds: Sequence[int], euler_ste
     for step in student.backbone.order.steps:
         features = student.backbone.next_features(cache, tokens, cond)
         x = noise[:, step]
-        for level, following in zip(levels, levels[1:], strict=False):
+        for level, following in itertools.pairwise(levels):
             v = student.velocity(x, x.new_full(x.shape[:-1], level), features)
             x = x - (level - following) * v
         tokens = torch.cat([tokens, x], 1)

@@ -56,17 +56,13 @@ def posterior_mean(
     return flat.view(x_t.shape)
 
 
-def velocity(
-    x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS
-) -> Tensor:
+def velocity(x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS) -> Tensor:
     """E[eps - x_0 | x_t] = (x_t - x0_hat) / t, the RectFlow velocity (App. C.1). Arguments as `posterior_mean`."""
     x0_hat = posterior_mean(x_t, t, log_p, codebook, max_elements=max_elements)
     return (x_t.to(x0_hat.dtype) - x0_hat) / t.unsqueeze(-1).to(x0_hat.dtype)
 
 
-def score(
-    x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS
-) -> Tensor:
+def score(x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS) -> Tensor:
     """Gradient of log p_t(x_t) in x_t, ((1 - t) x0_hat - x_t) / t^2 (Eq. 1). Arguments as `posterior_mean`."""
     x0_hat = posterior_mean(x_t, t, log_p, codebook, max_elements=max_elements)
     level = t.unsqueeze(-1).to(x0_hat.dtype)
@@ -93,7 +89,7 @@ class _PosteriorMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, t, log_p, codes, half_norms, mean = ctx.saved_tensors
         grad = grads[0]
         covariance_grad = torch.empty_like(x)

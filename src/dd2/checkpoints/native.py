@@ -1,8 +1,8 @@
 """dd2's own model folders: config.json and model.safetensors, and the tokenizer in a folder of its own inside.
 
-    teacher/    config.json  model.safetensors  tokenizer/
-    generator/  config.json  model.safetensors  tokenizer/
-    tokenizer/  config.json  model.safetensors
+teacher/    config.json  model.safetensors  tokenizer/
+generator/  config.json  model.safetensors  tokenizer/
+tokenizer/  config.json  model.safetensors
 """
 
 import dataclasses
@@ -54,7 +54,11 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torc
 
 def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write a teacher folder with its tokenizer inside."""
-    config = {"kind": "teacher", "family": _backbone_family(teacher.backbone), "config": _config_of(teacher.backbone)}
+    config = {
+        "kind": "teacher",
+        "family": _backbone_family(teacher.backbone),
+        "config": _config_of(teacher.backbone),
+    }
     weights = nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output})
     with atomic_folder(folder) as partial:
         _write(partial, weights, config, dtype)

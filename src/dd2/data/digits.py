@@ -29,9 +29,9 @@ def load(split: str = "train") -> tuple[Tensor, Tensor]:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = torch.tensor(bunch["data"], dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    labels = torch.tensor(bunch["target"], dtype=torch.int64)
+    pixels, targets = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    labels = torch.tensor(targets, dtype=torch.int64)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     keep = order[HELD_OUT:] if split == "train" else order[:HELD_OUT]
     return images[keep], labels[keep]
@@ -45,18 +45,18 @@ def enlarge(images: Tensor) -> Tensor:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """(N, 1, 8, 8) to (N, 1, 16, 16) under random affine maps.
 
-    Rotation within 12 degrees, scale 0.88 to 1.12 per axis, shear within 0.15, shift within 1.5 pixels of 16.
+    Rotation within 9 degrees, scale 0.92 to 1.08 per axis, shear within 0.1, shift within 1 pixel of 16.
     """
     n = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
 
-    angle, shear = uniform(-math.pi / 15, math.pi / 15), uniform(-0.15, 0.15)
-    scale_x, scale_y = uniform(0.88, 1.12), uniform(0.88, 1.12)
+    angle, shear = uniform(-math.pi / 20, math.pi / 20), uniform(-0.1, 0.1)
+    scale_x, scale_y = uniform(0.92, 1.08), uniform(0.92, 1.08)
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos / scale_x, (shear * cos - sin) / scale_x, sin / scale_y, (shear * sin + cos) / scale_y], 1)
-    shift = torch.stack([uniform(-1.5, 1.5), uniform(-1.5, 1.5)], 1) * 2 / SIZE
+    shift = torch.stack([uniform(-1.0, 1.0), uniform(-1.0, 1.0)], 1) * 2 / SIZE
     return _warp(images, matrix.view(n, 2, 2), shift)
 
 

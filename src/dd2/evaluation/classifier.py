@@ -50,7 +50,10 @@ def classifier_loss(classifier: DigitsClassifier, images: Tensor, labels: Tensor
 def save_classifier(folder: Path, classifier: DigitsClassifier, dtype: torch.dtype = torch.float32) -> None:
     """Write a classifier folder."""
     with atomic_folder(folder) as partial:
-        save_file({key: value.to(dtype) for key, value in classifier.state_dict().items()}, partial / "model.safetensors")
+        save_file(
+            {key: value.to(dtype) for key, value in classifier.state_dict().items()},
+            partial / "model.safetensors",
+        )
         (partial / "config.json").write_text(json.dumps({"kind": "classifier", "width": classifier.width}) + "\n")
 
 
@@ -60,4 +63,3 @@ def load_classifier(folder: Path) -> DigitsClassifier:
     classifier = DigitsClassifier(int(config["width"]))
     classifier.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return classifier.eval().requires_grad_(False)
-

@@ -80,10 +80,11 @@ stage.</p>
 <h2>Samples</h2><p class="note">The same labels in the same places.</p>
 <img alt="samples of all methods" src="{_inline(samples)}">
 <h2>Numbers</h2>{_table(numbers)}
-<p class="note">Fréchet distance: between Gaussians fitted to features ({html.escape(numbers["features"])}) of {numbers["count"]:,}
-samples of each method and {numbers["count"]:,} samples of the teacher; the teacher's row is the floor, {numbers["count"]:,} other
-samples of its own. Teacher NLL: nats per image that the teacher assigns to the (nearest-code) sequences, ± standard error. Lower
-than the teacher's own means less varied, higher means less plausible. Distinct: different token sequences among them.</p>
+<p class="note">Fréchet distance: between Gaussians fitted to features ({html.escape(numbers["features"])})
+of {numbers["count"]:,} samples of each method and {numbers["count"]:,} samples of the teacher; the teacher's row is the floor,
+{numbers["count"]:,} other samples of its own. Teacher NLL: nats per image that the teacher assigns to the (nearest-code)
+sequences, ± standard error. Lower than the teacher's own means less varied, higher means less plausible. Distinct: different
+token sequences among them.</p>
 <p>Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())} on {versions["threads"]} threads.</p>
 <h2>Curves</h2><img alt="training curves" src="{_inline(plotted)}"><ul>{explained}</ul>
 <h2>How it was made</h2><pre>{html.escape(config)}</pre><pre>{html.escape(json.dumps(versions, indent=2))}</pre>
@@ -102,7 +103,7 @@ def _table(numbers: dict[str, Any]) -> str:
         shown = f"{accuracy:.3f}" if accuracy is not None else "–"
         nll, error = numbers["teacher_nll"][name], numbers["teacher_nll_standard_error"][name]
         body += (
-            f'<tr{" class=best" if name == "generator" else ""}><td>{title}</td><td>{frechet:.2f}</td>'
+            f"<tr{' class=best' if name == 'generator' else ''}><td>{title}</td><td>{frechet:.2f}</td>"
             f"<td>{nll:.1f} ± {error:.1f}</td><td>{shown}</td><td>{numbers['distinct_sequences'][name]:,}</td></tr>"
         )
     return f"<table>{head}{body}</table>"

@@ -22,6 +22,9 @@ from dd2.teachers.filtering import Sampling
 SHOWN = 40
 """Images of each method that are kept for the pictures."""
 
+Method = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
+"""Conditions (B, ...) and B seeds -> images (B, channels, H, W) and their (nearest-code) ids (B, n)."""
+
 
 @dataclass
 class Scored:
@@ -54,46 +57,29 @@ class Scorer:
     batch: int
     seed: int
 
-    def run(self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def run(
+        self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Score everything.
 
         Returns:
             The content of metrics.json, and images to show by method.
         """
-        teacher, codebook = self.teacher, self.teacher.codebook
-
-        def teacher_ids(cond: Tensor, seeds: list[int]) -> Tensor:
-            return teacher.generate(cond, self.sampling, seeds)
-
-        def from_ids(draw: Callable[[Tensor, list[int]], Tensor]) -> Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]:
-            def sample(cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
-                ids = draw(cond, seeds)
-                return teacher.tokenizer.decode(ids), ids
-
-            return sample
-
-        def from_tokens(draw: Callable[[Tensor, list[int]], Tensor], nearest: bool) -> Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]:
-            def sample(cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
-                tokens = draw(cond, seeds)
-                ids = nearest_ids(tokens, codebook)
-                return teacher.tokenizer.decode(ids) if nearest else teacher.decode(tokens), ids
-
-            return sample
+        reference = self._score("reference (teacher)", self._teacher_images, "reference")
+        floor = self._score("teacher", self._teacher_images, "floor")
 
         def generated(cond: Tensor, seeds: list[int]) -> Tensor:
             return one_step(generator.student, cond, seeds)
 
-        reference = self._score("reference (teacher)", from_ids(teacher_ids), "reference")
-        floor = self._score("teacher", from_ids(teacher_ids), "floor")
-        scored = {
-            "onestep_marginal": self._score("onestep*", from_ids(marginal.sample), "methods"),
-            "generator": self._score("generator", from_tokens(generated, False), "methods"),
-            "generator_nearest": self._score("generator, nearest codes", from_tokens(generated, True), "methods"),
+        methods: dict[str, Method] = {
+            "onestep_marginal": lambda cond, seeds: self._decoded(marginal.sample(cond, seeds)),
+            "generator": lambda cond, seeds: self._continuous(generated(cond, seeds)),
+            "generator_nearest": lambda cond, seeds: self._decoded(self._snapped(generated(cond, seeds))),
         }
         if tuned is not None:
             student = tuned.student
-            draw = from_tokens(lambda cond, seeds: ar_diffusion(student, cond, seeds), False)
-            scored["ar_diffusion"] = self._score("AR-diffusion", draw, "methods")
+            methods["ar_diffusion"] = lambda cond, seeds: self._continuous(ar_diffusion(student, cond, seeds))
+        scored = {name: self._score(name, method, "methods") for name, method in methods.items()}
 
         frechet = {name: frechet_distance(entry.fit, reference.fit) for name, entry in scored.items()}
         frechet["floor"] = frechet_distance(floor.fit, reference.fit)
@@ -110,8 +96,20 @@ class Scorer:
         }
         return numbers, {name: entry.images for name, entry in everything.items()}
 
+    def _teacher_images(self, cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+        return self._decoded(self.teacher.generate(cond, self.sampling, seeds))
+
+    def _decoded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.teacher.tokenizer.decode(ids), ids
+
+    def _continuous(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.teacher.decode(tokens), self._snapped(tokens)
+
+    def _snapped(self, tokens: Tensor) -> Tensor:
+        return nearest_ids(tokens, self.teacher.codebook)
+
     @torch.inference_mode()
-    def _score(self, title: str, sample: Callable[[Tensor, list[int]], tuple[Tensor, Tensor]], seeds_of: str) -> Scored:
+    def _score(self, title: str, sample: Method, seeds_of: str) -> Scored:
         statistics, nll, sequences, shown = FeatureStatistics(), [], [], []
         correct, classify = 0, self.network.classify
         with tqdm(total=self.count, desc=title, unit="img", dynamic_ncols=True, mininterval=0.5) as bar:
@@ -130,17 +128,18 @@ class Scorer:
         accuracy = correct / self.count if classify is not None else None
         return Scored(statistics.fit(), accuracy, torch.cat(nll), distinct, torch.cat(shown)[:SHOWN])
 
+    @torch.inference_mode()
     def _speed(self, generator: Generator) -> dict[str, Any]:
         """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process."""
-        size = min(self.batch, self.count)
-        cond = self.teacher.backbone.default_conditions(torch.arange(size, device=self.teacher.codebook.device))
+        size, teacher = min(self.batch, self.count), self.teacher
+        cond = teacher.backbone.default_conditions(torch.arange(size, device=teacher.codebook.device))
         seeds = list(range(size))
-        teacher = self.teacher
+        codes = teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)
         taken = seconds_per_call(
             {
-                "teacher": lambda: teacher.tokenizer.decode(teacher.generate(cond, self.sampling, seeds)),
+                "teacher": lambda: self._teacher_images(cond, seeds),
                 "generator": lambda: teacher.decode(one_step(generator.student, cond, seeds)),
-                "decode": lambda: teacher.tokenizer.decode_codes(teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)),
+                "decoding_alone": lambda: teacher.tokenizer.decode_codes(codes),
             }
         )
         return {

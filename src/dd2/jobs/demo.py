@@ -30,9 +30,7 @@ def demo(config: DemoConfig) -> None:
     classifier = "digits"
     if config.from_scratch:
         parts = config.out / "parts"
-        tokenizer = train_tokenizer(
-            replace(load_config(TrainTokenizerConfig, "digits_tokenizer"), out=parts / "tokenizer")
-        )
+        tokenizer = train_tokenizer(replace(load_config(TrainTokenizerConfig, "digits_tokenizer"), out=parts / "tokenizer"))
         teacher = train_teacher(
             replace(load_config(TrainTeacherConfig, "digits_teacher"), tokenizer=tokenizer, out=parts / "teacher")
         )

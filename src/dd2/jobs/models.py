@@ -48,7 +48,9 @@ def open_generator(path: Path, device: torch.device) -> Generator:
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run folder of dd2 distill or a generator folder")
     if (path / "config.yaml").is_file() and not folder.joinpath("config.json").is_file():
-        raise InputError(f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml")
+        raise InputError(
+            f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml"
+        )
     generator = load_generator(folder)
     return Generator(generator.student.to(device), generator.tokenizer.to(device))
 

@@ -13,7 +13,7 @@ from dd2.files import writable_folder
 from dd2.images import save_folder, save_grid, save_npz
 from dd2.jobs.models import open_generator, open_run
 from dd2.jobs.run_folder import pick_device
-from dd2.sampling import ar_diffusion, one_step, refine
+from dd2.sampling import ar_diffusion, first_redrawn_step, one_step, refine
 from dd2.teachers.filtering import Sampling
 
 
@@ -74,6 +74,7 @@ def sample(config: SampleConfig) -> Tensor:
         generator = run.ar_diffusion
     classes = generator.student.backbone.null_condition(torch.zeros(1, dtype=torch.long)).item()
     labels = parse_labels(config.labels, int(classes), config.count)
+    first_redrawn_step(generator.student.backbone.order, config.steps)  # refuses before anything is drawn
     seeds = list(range(config.seed, config.seed + config.count))
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
     parts = []

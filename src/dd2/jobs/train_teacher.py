@@ -11,7 +11,6 @@ from dd2.data.source import ImageData, open_data
 from dd2.errors import InputError
 from dd2.jobs.run_folder import pick_device, start_run
 from dd2.seeding import stream
-from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.train import ar_loss

@@ -54,6 +54,7 @@ def generator_loss(
     *,
     d: Distance = "sid",
     alpha: float = 1.0,
+    weight_floor: float = 1e-2,
     draws: int = 1,
     snap_teacher: bool = False,
     snap_guidance: bool = False,
@@ -67,7 +68,7 @@ def generator_loss(
         sampling: the teacher's distribution to match.
         noise_level: how t is drawn, per token.
         random: random stream of this step.
-        d, alpha: the distance, see `csd_loss`.
+        d, alpha, weight_floor: the distance, see `csd_loss`.
         draws: noise draws per sequence that share the passes of all three backbones.
         snap_teacher, snap_guidance: condition that network on the nearest codes of q_<i instead of q_<i itself.
 
@@ -90,7 +91,9 @@ def generator_loss(
     def guidance_x0_hat(q_t: Tensor) -> Tensor:
         return q_t - t.unsqueeze(-1) * guidance.velocity(q_t, t, features).float()
 
-    loss = csd_loss(q.expand(draws, *q.shape), t, eps, teacher_x0_hat, guidance_x0_hat, d=d, alpha=alpha)
+    loss = csd_loss(
+        q.expand(draws, *q.shape), t, eps, teacher_x0_hat, guidance_x0_hat, d=d, alpha=alpha, weight_floor=weight_floor
+    )
     return loss, {"to_nearest_code": (detached - snapped).square().mean().sqrt()}
 
 

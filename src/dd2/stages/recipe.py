@@ -70,6 +70,8 @@ class CSDConfig:
     """Distance of Eq. 4: sid (Eq. 3) or dmd (reverse KL)."""
     alpha: float = 1.0
     """SiD's alpha."""
+    weight_floor: float = 1e-2
+    """Lower bound of mean_C |q - x0_hat|, whose inverse weighs a token; raise it to trust small t less."""
     snap_teacher: bool = False
     """Condition the teacher on the nearest codes of the generated q_<i, which are all it was trained on."""
     snap_guidance: bool = False
@@ -87,7 +89,12 @@ class CSDConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts without meaning."""
-        _counts("distill", self, ("k", "batch", "accumulate", "guidance_draws", "generator_draws"), ("iterations",))
+        _counts(
+            "distill",
+            self,
+            ("k", "batch", "accumulate", "guidance_draws", "generator_draws"),
+            ("iterations",),
+        )
         if self.d not in ("sid", "dmd"):
             raise InputError(f'distill.d must be "sid" or "dmd", got {self.d!r}')
         if not 0 <= self.ema < 1:
@@ -155,9 +162,7 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples, con
     for name, iterations in (("tune_head", config.head_iterations), ("tune", config.iterations)):
         head_only = name == "tune_head"
         trained = list((student.head if head_only else student).parameters())
-        update = Update(
-            "student", trained, config.optim, lambda r, h=head_only: loss(r, h), accumulate=config.accumulate
-        )
+        update = Update("student", trained, config.optim, lambda r, h=head_only: loss(r, h), accumulate=config.accumulate)
         if iterations:
             stages.append(Stage(name, iterations, [update], {"student": student}, preview=preview))
     return stages
@@ -196,6 +201,7 @@ def distill_stage(
             random,
             d=config.d,
             alpha=config.alpha,
+            weight_floor=config.weight_floor,
             draws=config.generator_draws,
             snap_teacher=config.snap_teacher,
             snap_guidance=config.snap_guidance,
@@ -216,7 +222,11 @@ def distill_stage(
     if not generator_frozen:
         updates.append(
             Update(
-                "generator", list(generator.parameters()), config.generator, train_generator, accumulate=accumulate
+                "generator",
+                list(generator.parameters()),
+                config.generator,
+                train_generator,
+                accumulate=accumulate,
             )
         )
         return Stage(name, config.iterations, updates, networks.modules(), after=average, preview=preview)

@@ -100,8 +100,8 @@ class Teacher(nn.Module):
         super().__init__()
         if tokenizer.num_positions != backbone.order.n:
             raise InputError(
-                f"the tokenizer gives {tokenizer.num_positions} tokens an image, the transformer has {backbone.order.n} "
-                "positions: they were not trained together; give the tokenizer of this teacher"
+                f"the tokenizer gives {tokenizer.num_positions} tokens an image, the transformer has "
+                f"{backbone.order.n} positions: they were not trained together; give the tokenizer of this teacher"
             )
         self.backbone, self.output, self.tokenizer = backbone, output, tokenizer
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.order import RasterOrder
+from dd2.order import Order, RasterOrder
 from dd2.teachers.base import Backbone, Teacher
 from dd2.tokenizers.base import Tokenizer
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, order: RasterOrder, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
         qkv = self.wqkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, h + 2 kv, L, head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
@@ -139,7 +139,7 @@ class Layer(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.ffn_width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, order: RasterOrder, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
         x = x + self.drop(self.attention(self.attention_norm(x), rope, order, cache, layer))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
@@ -165,7 +165,6 @@ class LlamaGenBackbone(Backbone):
         input_layer: codes (B, m, C) in the tokenizer's space -> (B, m, D); a `CodeMLP` by default.
     """
 
-    order: RasterOrder
     rope: Tensor
 
     def __init__(self, config: LlamaGenConfig, code_dim: int, input_layer: nn.Module | None = None) -> None:

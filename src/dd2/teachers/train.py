@@ -8,9 +8,7 @@ from dd2.teachers.base import Teacher
 from dd2.training.stage import Losses
 
 
-def ar_loss(
-    teacher: Teacher, ids: Tensor, cond: Tensor, class_dropout: float, generator: torch.Generator
-) -> Losses:
+def ar_loss(teacher: Teacher, ids: Tensor, cond: Tensor, class_dropout: float, generator: torch.Generator) -> Losses:
     """Mean cross-entropy in nats per token of ids (B, n) under conditions (B, ...).
 
     Args:

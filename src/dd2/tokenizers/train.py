@@ -52,14 +52,12 @@ class CodeUsage(nn.Module):
 
     @property
     def perplexity(self) -> Tensor:
-        """exp of the entropy of the shares: the number of codes in effective use, 1 … V."""
+        """Exp of the entropy of the shares: the number of codes in effective use, 1 … V."""
         p = self.share / self.share.sum()
         return torch.special.entr(p).sum().exp()
 
 
-def vq_loss(
-    tokenizer: VQTokenizer, usage: CodeUsage, images: Tensor, config: VQLossConfig, generator: torch.Generator
-) -> Losses:
+def vq_loss(tokenizer: VQTokenizer, usage: CodeUsage, images: Tensor, config: VQLossConfig, generator: torch.Generator) -> Losses:
     """Loss of one batch of images (B, channels, H, W) in [-1, 1]; counts code usage and revives dead codes.
 
     Returns:

@@ -36,7 +36,15 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no such model has."""
-        for field in ("codebook_size", "code_dim", "image_size", "image_channels", "channels", "res_blocks", "z_channels"):
+        for field in (
+            "codebook_size",
+            "code_dim",
+            "image_size",
+            "image_channels",
+            "channels",
+            "res_blocks",
+            "z_channels",
+        ):
             if getattr(self, field) < 1:
                 raise InputError(f"tokenizer.{field} must be at least 1, got {getattr(self, field)}")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -200,9 +208,7 @@ class VQTokenizer(Tokenizer):
 
 
 def _middle(width: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResnetBlock(width, width, groups), AttnBlock(width, groups), ResnetBlock(width, width, groups)]
-    )
+    return nn.ModuleList([ResnetBlock(width, width, groups), AttnBlock(width, groups), ResnetBlock(width, width, groups)])
 
 
 @torch.no_grad()

@@ -91,4 +91,3 @@ def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     return state
-

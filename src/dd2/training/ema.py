@@ -16,7 +16,9 @@ def ema_copy(module: M) -> M:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, module: nn.Module, rate: float) -> None:
-    """average <- rate * average + (1 - rate) * module; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - rate)
+    """Average <- rate * average + (1 - rate) * module; buffers are copied."""
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        list(average.parameters()), list(module.parameters()), 1 - rate
+    )
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(current)

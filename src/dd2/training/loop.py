@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,9 @@ class LoopConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the networks; losses and Eq. 1 are float32 in either case."""
 
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into tensorboard/ (needs the extra `logs`)."""
+
     def __post_init__(self) -> None:
         """Refuse intervals below 1."""
         for field in ("log_every", "save_every", "keep"):
@@ -56,7 +59,7 @@ class Trainer:
     def __init__(self, run: Path, seed: int, config: LoopConfig, device: torch.device, resume_hint: str) -> None:
         self.folder, self.seed, self.config, self.device = run, seed, config, device
         self.resume_hint = resume_hint
-        self.log = MetricsLog(run / "metrics.jsonl")
+        self.log = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
         self._stop = False
 
     def run(self, stage: Stage) -> float:
@@ -102,8 +105,7 @@ class Trainer:
                 bar.update()
                 if self._stop and not last:
                     raise Interrupted(
-                        f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; "
-                        f"resume with: {self.resume_hint}"
+                        f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; resume with: {self.resume_hint}"
                     )
         return time.perf_counter() - start
 
@@ -115,7 +117,7 @@ class Trainer:
                 group["lr"] = lr
             for repeat in range(update.repeats):
                 logged = self._optimise(stage, update, step, repeat)
-            numbers |= {f"{update.name}/{name}": value for name, value in logged.items()}
+                numbers |= {f"{update.name}/{name}": value for name, value in logged.items()}
             numbers[f"{update.name}/lr"] = lr
         return numbers
 
@@ -147,7 +149,7 @@ class Trainer:
         what = "the gradient" if name == "grad_norm" else "the loss"
         return (
             f"{stage.name} iteration {step + 1}: {what} of the {update.name} is not finite (NaN or infinite); stopped "
-            f"before saving ({where}). Lower {update.name}'s learning rate or its clip_norm, or use --loop.precision float32"
+            f"before saving ({where}). Lower {update.name}'s learning rate or clip_norm, or use --loop.precision float32"
         )
 
     @contextlib.contextmanager
@@ -167,7 +169,7 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _progress(self, stage: Stage, step: int) -> "tqdm[None]":
+    def _progress(self, stage: Stage, step: int) -> Any:
         return tqdm(
             total=stage.iterations,
             initial=step,

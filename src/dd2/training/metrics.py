@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dd2.errors import InputError
 from dd2.files import write_atomic
 
 
@@ -12,10 +13,21 @@ class MetricsLog:
 
     Args:
         path: the metrics.jsonl file.
+        tensorboard: a folder for TensorBoard's event files, or None.
+
+    Raises:
+        InputError: TensorBoard is asked for but not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
         self.path = path
+        self._writer: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard.writer import SummaryWriter
+            except ImportError as error:
+                raise InputError('loop.tensorboard needs TensorBoard: pip install "dd2[logs]"') from error
+            self._writer = SummaryWriter(str(tensorboard))
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget rows of `stage` beyond `step` and a torn last line, so that a resumed run repeats none."""
@@ -28,6 +40,11 @@ class MetricsLog:
         """Add one row and flush it."""
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
+        if self._writer is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{row['stage']}/{name}", value, row["step"])
+            self._writer.flush()
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows."""

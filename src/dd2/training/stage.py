@@ -1,6 +1,6 @@
 """What the loop runs: a stage is a list of updates per iteration, each a loss for one network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +60,6 @@ class Stage:
     name: str
     iterations: int
     updates: list[Update]
-    modules: dict[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     after: Callable[[int], None] = lambda step: None
     preview: Callable[[], Tensor] | None = None

@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first.
+#
+#   PYTHON=python3.12          which Python makes .venv
+#   TORCH_INDEX=URL            a wheel index of PyTorch, to choose a CPU or CUDA build (see README)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint bench assets clean
+
+setup: .venv/ready
+
+# torch first, alone and pinned; the second install finds it satisfied and cannot replace it.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/dd2 demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/python benchmarks/proposition1.py
+	$(BIN)/python benchmarks/training_step.py
+
+# The embedded digits models, as they were made (about 15 minutes on two cores).
+assets: setup
+	$(BIN)/dd2 train-tokenizer configs/digits_tokenizer.yaml
+	$(BIN)/dd2 train-teacher configs/digits_teacher.yaml
+	$(BIN)/dd2 train-classifier --out runs/digits_classifier
+	$(BIN)/python tools/embed_digits.py
+
+clean:
+	rm -rf .venv runs build dist src/*.egg-info

@@ -1,0 +1,74 @@
+"""A distilled generator for use: labels and seeds in, images out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dd2.checkpoints.native import Generator
+from dd2.errors import InputError
+from dd2.jobs.models import open_generator
+from dd2.jobs.run_folder import pick_device
+from dd2.sampling import one_step
+
+
+class OneStepPipeline:
+    """One forward pass per batch of images.
+
+    Args:
+        generator: the distilled network and its tokenizer, on one device.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str = "auto") -> "OneStepPipeline":
+        """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
+
+        Args:
+            name: a path, or "owner/name" on the Hub (needs `pip install "dd2[hub]"`).
+            device: auto, cpu, cuda or cuda:N.
+
+        Raises:
+            InputError: there is nothing to load, or it is damaged.
+        """
+        path = Path(name)
+        if not path.exists() and str(name).count("/") == 1:
+            path = _download(str(name))
+        return cls(open_generator(path, pick_device(device)))
+
+    def __call__(self, labels: Sequence[int], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
+        """Draw one image per label.
+
+        Args:
+            labels: B classes.
+            seeds: B seeds, one per image; 0 … B - 1 by default.
+            nearest: snap tokens to their nearest codes before decoding.
+
+        Returns:
+            Images (B, channels, H, W) in [-1, 1], on the CPU.
+
+        Raises:
+            InputError: a label is not a class, or the seeds are not one per image.
+        """
+        seeds = range(len(labels)) if seeds is None else seeds
+        if len(seeds) != len(labels):
+            raise InputError(f"one seed per label is needed: {len(labels)} labels, {len(seeds)} seeds")
+        backbone = self.generator.student.backbone
+        cond = torch.tensor(list(labels), dtype=torch.long)
+        classes = int(backbone.null_condition(cond[:1])) if len(cond) else 0
+        if len(cond) and not (int(cond.min()) >= 0 and int(cond.max()) < classes):
+            raise InputError(f"labels must be classes 0 to {classes - 1}, got {min(labels)} to {max(labels)}")
+        with torch.inference_mode():
+            tokens = one_step(self.generator.student, cond.to(backbone.token_mean.device), seeds)
+            return self.generator.decode(tokens, nearest).clamp(-1, 1).cpu()
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(f'{name} is no folder here; to load it from the Hub, pip install "dd2[hub]"') from error
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))

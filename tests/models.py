@@ -1,0 +1,38 @@
+"""Tiny models for the tests: the same classes as the full-size ones."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from dd2.student import HeadConfig
+from dd2.teachers.base import Teacher
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.tokenizers.vq import VQConfig, VQTokenizer
+
+TINY_HEAD = HeadConfig(depth=2, width=24, frequencies=8)
+TINY_VQ = VQConfig(
+    codebook_size=12,
+    code_dim=4,
+    image_size=16,
+    image_channels=1,
+    channels=8,
+    multipliers=(1, 1, 2),
+    res_blocks=1,
+    z_channels=8,
+    groups=4,
+)
+TINY_LLAMAGEN = LlamaGenConfig(depth=2, width=32, heads=2, ffn_multiple=16, rows=4, columns=4, num_classes=3)
+
+
+def tiny_teacher(seed: int = 0, **changes: Any) -> Teacher:
+    """A random teacher with a peaked distribution, 4 x 4 tokens, V = 12, C = 4, 3 classes."""
+    torch.manual_seed(seed)
+    config = LlamaGenConfig(**{**TINY_LLAMAGEN.__dict__, **changes})
+    teacher = llamagen_teacher(config, VQTokenizer(TINY_VQ))
+    nn.init.normal_(teacher.output.weight, std=0.4)  # pyright: ignore[reportArgumentType]
+    for parameter in teacher.backbone.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.2 / math.sqrt(parameter.shape[-1]))
+    return teacher.eval().requires_grad_(False)

@@ -1,0 +1,289 @@
+"""The command line: bad input gives one clear line and exit code 2; good input gives what --help promises."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dd2.checkpoints.native import Generator, load_teacher, save_generator, save_teacher, save_tokenizer
+from dd2.cli import COMMANDS, main
+from dd2.config import find_yaml, flat, load_config, to_yaml
+from dd2.jobs.distill import DistillConfig
+from dd2.jobs.train_teacher import TrainTeacherConfig
+from dd2.jobs.train_tokenizer import TrainTokenizerConfig
+from dd2.student import Student
+from dd2.teachers.filtering import Sampling
+from dd2.training.samples import TeacherSamples
+from models import TINY_HEAD, tiny_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    save_teacher(folder, tiny_teacher())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, teacher_folder) -> Path:
+    """A run folder as dd2 distill leaves it, with untrained networks."""
+    folder = tmp_path_factory.mktemp("run")
+    teacher = load_teacher(teacher_folder)
+    samples = TeacherSamples.prepare(folder / "teacher_samples", teacher, Sampling(), 200, 0)
+    teacher.backbone.standardise(teacher.tokenizer.codebook[samples.ids.long()])
+    for name in ("generator", "ar_diffusion"):
+        save_generator(folder / name, Generator(Student.from_teacher(teacher, TINY_HEAD), teacher.tokenizer))
+    (folder / "config.yaml").write_text(to_yaml(DistillConfig(teacher=str(teacher_folder), out=folder)))
+    (folder / "versions.json").write_text(json.dumps({"threads": 1}))
+    (folder / "seconds.json").write_text(json.dumps({"tune": 1.0, "distill": 2.0}))
+    return folder
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Run dd2, demand exit code 2 and one line, and return the line."""
+    code = main([str(a) for a in arguments])
+    errors = capsys.readouterr().err
+    assert code == 2, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("dd2: ")
+    assert "Traceback" not in errors
+    return lines[0]
+
+
+def test_bad_commands_and_flags(capsys, tmp_path):
+    out = ("--out", tmp_path / "r")
+    assert "the commands are demo, distill" in refused(capsys, "distil")
+    assert "--distill.lrr" in refused(capsys, "distill", *out, "--distill.lrr", 3)
+    assert "--distill.k" in refused(capsys, "distill", *out, "--distill.k", "many")
+    assert "distill.k must be at least 1, got 0" in refused(capsys, "distill", *out, "--distill.k", 0)
+    assert "sid" in refused(capsys, "distill", *out, "--distill.d", "kl")
+    assert "lr must be a positive number" in refused(capsys, "distill", *out, "--tune.optim.lr", -1)
+    assert "betas must lie in [0, 1)" in refused(capsys, "distill", *out, "--tune.optim.betas", 0.9, 1.5)
+    assert "0 < low < high < 1" in refused(capsys, "distill", *out, "--tune.noise-level.low", 0)
+    assert "top_p must be in (0, 1]" in refused(capsys, "distill", *out, "--tune.sampling.top-p", 0)
+    assert "head.width must be at least 1" in refused(capsys, "distill", *out, "--head.width", 0)
+    assert "teacher_samples must be at least 1" in refused(capsys, "distill", *out, "--teacher-samples", 0)
+    assert "align.then_iterations" in refused(capsys, "distill", *out, "--align.iterations", 5)
+    assert "loop.save_every must be at least 1" in refused(capsys, "distill", *out, "--loop.save-every", 0)
+    assert "distill.ema must be in [0, 1)" in refused(capsys, "distill", *out, "--distill.ema", 1)
+    assert "unexpected argument" in refused(capsys, "distill", "digits", "more")
+    assert "not available here" in refused(capsys, "distill", *out, "--device", "cuda:99")
+    assert "not available here" in refused(capsys, "distill", *out, "--device", "gpu")
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_configurations(capsys, tmp_path):
+    file = tmp_path / "c.yaml"
+
+    def with_content(text: str) -> str:
+        file.write_text(text)
+        return refused(capsys, "distill", file, "--out", tmp_path / "r")
+
+    assert "does not exist; give a YAML file, or one of dd2's own" in refused(capsys, "distill", tmp_path / "no.yaml")
+    assert f"{file}: there is no field distill.lrr; did you mean distill" in with_content("distill: {lrr: 1}")
+    assert f"{file}: " in (line := with_content("distill: {k: many}"))
+    assert "--distill.k" in line
+    assert "is not valid YAML" in with_content("distill: {k: 1")
+    assert "must be a mapping" in with_content("- 1\n- 2")
+    assert "has no value" in with_content("seed:")
+    assert "there is no field distill" in with_content("distill: 3")
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "is not valid YAML" in refused(capsys, "distill", file)
+    assert "there is no field" in refused(capsys, "distill", "digits_tokenizer")
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_folders_and_weights(capsys, tmp_path, teacher_folder):
+    out = ("--out", tmp_path / "r")
+    assert "teacher nowhere does not exist" in refused(capsys, "distill", *out, "--teacher", "nowhere")
+    assert "has no config.json" in refused(capsys, "distill", *out, "--teacher", tmp_path)
+    assert "where a teacher was expected" in refused(capsys, "distill", *out, "--teacher", teacher_folder / "tokenizer")
+
+    def broken(change) -> str:
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(teacher_folder, folder)
+        change(folder)
+        return refused(capsys, "distill", *out, "--teacher", folder)
+
+    def rewrite(name: str, **values):
+        return lambda folder: (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+
+    weights = "model.safetensors"
+    assert "missing or damaged" in broken(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:1000]))
+    assert "missing or damaged" in broken(lambda f: (f / weights).unlink())
+    assert "missing or damaged" in broken(lambda f: torch.save({"a": torch.ones(1)}, f / weights))
+    assert "is not valid JSON" in broken(lambda f: (f / "config.json").write_text("{"))
+    assert "unknown family 'maskgit'" in broken(rewrite("config.json", family="maskgit"))
+    assert "does not describe a LlamaGenConfig" in broken(rewrite("config.json", config={"wdith": 3}))
+    sizes = json.loads((teacher_folder / "config.json").read_text())["config"]
+    assert "tensors differ, first" in broken(rewrite("config.json", config={**sizes, "depth": 3}))
+    assert "not trained together" in broken(rewrite("config.json", config={**sizes, "rows": 5}))
+    assert "has no config.json" in broken(lambda f: shutil.rmtree(f / "tokenizer"))
+
+    locked = tmp_path / "file"
+    locked.write_text("not a folder")
+    assert "cannot be written to" in refused(capsys, "distill", "--teacher", teacher_folder, "--out", locked / "run")
+    assert "cannot be written to" in refused(capsys, "distill", "--teacher", teacher_folder, "--out", "/proc/dd2")
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_samples_and_evaluations(capsys, tmp_path, run):
+    out = ("--out", tmp_path / "x.png")
+    assert "--run" in refused(capsys, "sample", *out)
+    assert "does not exist" in refused(capsys, "sample", tmp_path / "none", *out)
+    assert "has no config.json" in refused(capsys, "sample", tmp_path, *out)
+    assert "label 3 is not a class of this model; its classes are 0 to 2" in refused(
+        capsys, "sample", run, *out, "--labels", "1,3"
+    )
+    assert "numbers separated by commas" in refused(capsys, "sample", run, *out, "--labels", "one")
+    assert "count must be at least 1" in refused(capsys, "sample", run, *out, "--count", 0)
+    assert "batch must be at least 1" in refused(capsys, "sample", run, *out, "--batch", 0)
+    assert "steps must be 1" in refused(capsys, "sample", run, *out, "--steps", 18)
+    assert "goes with method generator only" in refused(capsys, "sample", run, *out, "--steps", 2, "--method", "teacher")
+    assert "must end in .png or .npz" in refused(capsys, "sample", run, "--out", tmp_path / "x.jpeg")
+    assert "cannot be written to" in refused(capsys, "sample", run, "--out", "/proc/dd2/x.png")
+    assert "has no config.yaml" in refused(capsys, "sample", run / "generator", *out, "--method", "teacher")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("teacher: digits")
+    assert f"resume it with dd2 distill {unfinished}/config.yaml" in refused(capsys, "sample", unfinished, *out)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text("teacher: digits")
+    assert "another codebook" in refused(capsys, "sample", other, *out, "--method", "teacher")
+    assert "count must be at least 2" in refused(capsys, "evaluate", run, "--count", 1)
+    assert "module:function" in refused(capsys, "evaluate", run, "--features", "inception")
+    assert "cannot be imported" in refused(capsys, "evaluate", run, "--features", "no_such_module:f")
+    assert "has no function" in refused(capsys, "evaluate", run, "--features", "json:no_such")
+    assert list(tmp_path.glob("x*")) == []
+
+
+def test_bad_training_data(capsys, tmp_path):
+    sizes = ("--tokenizer.image-size", 16, "--tokenizer.multipliers", 1, 1, "--out", tmp_path / "r")
+
+    def tokenizer(data: object, *more: object) -> str:
+        return refused(capsys, "train-tokenizer", "--data", data, *sizes, *more)
+
+    assert "does not exist" in tokenizer(tmp_path / "none")
+    assert "holds no CLASS/IMAGE files" in tokenizer(tmp_path)
+    (tmp_path / "x.zip").write_text("no zip")
+    assert "neither a folder nor a zip" in tokenizer(tmp_path / "x.zip")
+    assert "the digits are 1 x 16 x 16" in tokenizer("digits")
+    assert "cannot be halved" in tokenizer("digits", "--tokenizer.image-size", 15)
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "a.png").write_text("no image")
+    assert "cannot be read as an image" in tokenizer(tmp_path / "images")
+    assert "1 or 3 channels" in tokenizer(tmp_path / "images", "--tokenizer.image-channels", 4)
+    assert "is not a tokenizer folder" in refused(capsys, "train-teacher", "--tokenizer", tmp_path)
+
+
+def test_another_configuration_does_not_resume_a_run(capsys, tmp_path, teacher_folder):
+    from dd2.jobs.run_folder import start_run
+
+    config = DistillConfig(teacher=str(teacher_folder), out=tmp_path)
+    start_run(tmp_path, config, "distill")
+    start_run(tmp_path, config, "distill")
+    changed = ("--teacher", teacher_folder, "--out", tmp_path, "--distill.k", 3, "--seed", 4)
+    line = refused(capsys, "distill", *changed)
+    assert "seed was 0, now 4 (and 1 more)" in line
+
+
+def test_help_is_worth_reading(capsys):
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"dd2 {name}" in overview for name in COMMANDS)
+    for name, command in COMMANDS.items():
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "--out" in text or name == "evaluate"
+        assert len(text) > 500
+        assert (command.load()[0].__doc__ or "?").strip().splitlines()[0] in text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dd2 ")
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_long"])
+def test_packaged_configurations_load_and_survive_a_round_trip(name, tmp_path):
+    config = load_config(DistillConfig, name)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(DistillConfig, str(tmp_path / "again.yaml")) == config
+    assert set(flat(config)) == set(flat(DistillConfig()))
+    assert load_config(DistillConfig, f"configs/{name}.yaml", ["--distill.k", "9"]).distill.k == 9
+    for other, config_class in (("digits_tokenizer", TrainTokenizerConfig), ("digits_teacher", TrainTeacherConfig)):
+        load_config(config_class, other)
+    assert yaml.safe_load(find_yaml(name).read_text())["teacher"] == "digits"
+
+
+def test_sample_writes_what_it_is_asked_for(run, tmp_path, capsys):
+    def sample(*arguments: object) -> None:
+        assert main(["sample", *map(str, arguments)]) == 0
+
+    sample(run, "--labels", "2,0", "--count", 5, "--seed", 10, "--out", tmp_path / "a.npz", "--batch", 2)
+    a = np.load(tmp_path / "a.npz")
+    assert (a["arr_0"].shape, a["arr_0"].dtype) == ((5, 16, 16, 1), np.uint8)
+    assert a["labels"].tolist() == [2, 0, 2, 0, 2]
+    assert a["seeds"].tolist() == [10, 11, 12, 13, 14]
+    sample(run, "--labels", "2,0", "--count", 2, "--seed", 12, "--out", tmp_path / "b.npz")
+    close = np.abs(np.load(tmp_path / "b.npz")["arr_0"].astype(int) - a["arr_0"][2:4].astype(int))
+    assert close.max() <= 1  # the same seeds and labels in another batch, up to rounding
+    sample(run, "--count", 3, "--out", tmp_path / "folder")
+    names = ["000000_label0_seed0.png", "000001_label1_seed1.png", "000002_label2_seed2.png"]
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == names
+    sample(run / "generator", "--count", 7, "--out", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size[0] == grid.size[1] == 3 * (3 * 18 + 2)
+    for extra in (("--method", "teacher"), ("--method", "ar_diffusion"), ("--steps", 4), ("--decoding", "nearest")):
+        sample(run, "--count", 4, "--out", tmp_path / "one.npz", *extra)
+        assert len(np.load(tmp_path / "one.npz")["arr_0"]) == 4
+
+
+def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
+    assert main(["evaluate", str(run), "--count", "150", "--batch", "64"]) == 0
+    assert "gap closed" in capsys.readouterr().out
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert set(numbers["frechet"]) == {"floor", "onestep_marginal", "ar_diffusion", "generator", "generator_nearest"}
+    assert {"teacher", "generator"} <= numbers["teacher_nll"].keys() & numbers["accuracy"].keys()
+    assert set(numbers["seconds"]) == {"tune", "distill", "evaluate", "total"}
+    f = numbers["frechet"]
+    assert numbers["gap_closed"] == pytest.approx((f["onestep_marginal"] - f["generator"]) / (f["onestep_marginal"] - f["floor"]))
+    assert f["floor"] < f["generator"]  # untrained
+    assert numbers["teacher_nll"]["teacher"] < numbers["teacher_nll"]["onestep_marginal"]
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http://" not in page
+    assert "https://" not in page
+    for name in ("samples.png", "curves.png"):
+        with Image.open(run / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_users_features(run, tmp_path, monkeypatch):
+    (tmp_path / "my_features.py").write_text("def mean_rows(images):\n    return images.mean(-1).flatten(1)\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run), "--count", "60", "--features", "my_features:mean_rows"]) == 0
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert numbers["features"] == "my_features:mean_rows"
+    assert numbers["accuracy"] == {}
+
+
+def test_tokenizer_folder_round_trip(tmp_path, teacher_folder):
+    from dd2.checkpoints.native import load_tokenizer
+
+    teacher = tiny_teacher()
+    save_tokenizer(tmp_path / "t", teacher.tokenizer, torch.float16)
+    images = torch.randn(2, 1, 16, 16)
+    kept = load_tokenizer(tmp_path / "t")
+    assert kept.codebook.dtype == torch.float32
+    torch.testing.assert_close(
+        kept.decode(kept.encode(images)), teacher.tokenizer.decode(kept.encode(images)), atol=0.05, rtol=0.05
+    )
+    again = load_teacher(teacher_folder)
+    labels = torch.tensor([0, 1])
+    assert torch.equal(again.generate(labels, Sampling(), [3, 4]), teacher.generate(labels, Sampling(), [3, 4]))

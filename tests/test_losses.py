@@ -1,0 +1,109 @@
+"""The losses against hand computations, and what their gradients may reach."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dd2.losses import csd_loss, fcs_loss, gts_loss, noised
+
+
+def gaussian_x0_hat(mean: float, variance: float, t: Tensor):
+    """Posterior mean of x_0 ~ N(mean, variance) under RectFlow: exact, with slope dx0_hat/dx_t."""
+    level = t.unsqueeze(-1)
+    slope = (1 - level) * variance / ((1 - level) ** 2 * variance + level**2)
+    return slope, lambda x_t: mean + slope * (x_t - (1 - level) * mean)
+
+
+@pytest.fixture
+def case():
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(6, 4, 3, generator=g, dtype=torch.float32).requires_grad_()
+    t = torch.rand(6, 4, generator=g) * 0.9 + 0.05
+    eps = torch.randn(6, 4, 3, generator=g)
+    return q, t, eps
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2, 0.5])
+def test_sid_gradient_on_gaussians(case, alpha):
+    q, t, eps = case
+    (slope_a, teacher), (slope_b, guidance) = gaussian_x0_hat(1.0, 0.5, t), gaussian_x0_hat(-0.3, 2.0, t)
+    csd_loss(q, t, eps, teacher, guidance, d="sid", alpha=alpha).backward()
+    with torch.no_grad():
+        q_t = noised(q, t, eps)
+        a, b = teacher(q_t), guidance(q_t)
+        w = 1 / (q - a).abs().mean(-1, keepdim=True)
+        da, db = slope_a * (1 - t.unsqueeze(-1)), slope_b * (1 - t.unsqueeze(-1))  # d/dq through q_t
+        # w (a-b)((a-q) - alpha (a-b)), product rule, w constant
+        by_hand = w * ((da - db) * ((a - q) - alpha * (a - b)) + (a - b) * ((da - 1) - alpha * (da - db)))
+    torch.testing.assert_close(q.grad, by_hand / q.numel(), rtol=1e-4, atol=1e-7)
+
+
+def test_dmd_gradient_is_the_weighted_score_difference(case):
+    q, t, eps = case
+    (_, teacher), (_, guidance) = gaussian_x0_hat(1.0, 0.5, t), gaussian_x0_hat(-0.3, 2.0, t)
+    loss = csd_loss(q, t, eps, teacher, guidance, d="dmd")
+    loss.backward()
+    with torch.no_grad():
+        level, q_t = t.unsqueeze(-1), noised(q, t, eps)
+        a, b = teacher(q_t), guidance(q_t)
+        w = 1 / (q - a).abs().mean(-1, keepdim=True)
+        scores = [((1 - level) * x - q_t) / level**2 for x in (b, a)]
+        # s_guidance - s_teacher = (1 - t) / t^2 (b - a)
+        by_hand = w * (scores[0] - scores[1]) * level**2 / (1 - level)
+    torch.testing.assert_close(q.grad, by_hand / q.numel(), rtol=1e-3, atol=1e-6)
+    assert loss.item() == pytest.approx(float((w * (a - b).square()).mean()) / 2, rel=1e-5)
+
+
+def test_sid_expectation_vanishes_at_the_optimal_guidance():
+    """At alpha = 1 and b = E[q | q_t] the loss is 0 in expectation, whatever the teacher (before weighting)."""
+    g = torch.Generator().manual_seed(1)
+    q = torch.randn(400_000, 1, generator=g)
+    t, eps = torch.full((400_000,), 0.6), torch.randn(400_000, 1, generator=g)
+    _, teacher = gaussian_x0_hat(0.7, 0.3, t)
+    _, guidance = gaussian_x0_hat(0.0, 1.0, t)
+    unweighted = csd_loss(q, t, eps, teacher, guidance, weight_floor=1e6) * 1e6
+    assert abs(unweighted.item()) < 5e-3
+
+
+@pytest.mark.parametrize("d", ["sid", "dmd"])
+def test_nothing_but_q_receives_a_gradient(case, d):
+    q, t, eps = case
+    networks = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    csd_loss(q, t, eps, networks[0], networks[1], d=d).backward()
+    assert q.grad is not None
+    assert q.grad.abs().sum() > 0
+    assert all(p.grad is None for network in networks for p in network.parameters())
+
+
+def test_sid_gradient_flows_through_both_networks(case):
+    """Cutting either network's dependence on q_t changes the gradient: both paths are there."""
+    q, t, eps = case
+    _, teacher = gaussian_x0_hat(1.0, 0.5, t)
+    _, guidance = gaussian_x0_hat(-0.3, 2.0, t)
+    grads = []
+    for a, b in (
+        (teacher, guidance),
+        (lambda x: teacher(x.detach()), guidance),
+        (teacher, lambda x: guidance(x.detach())),
+    ):
+        (grad,) = torch.autograd.grad(csd_loss(q, t, eps, a, b, alpha=1.2), q)
+        grads.append(grad)
+    assert not torch.allclose(grads[0], grads[1])
+    assert not torch.allclose(grads[0], grads[2])
+
+
+def test_regression_losses_detach_their_targets():
+    prediction, target, eps = (torch.randn(5, 3, requires_grad=True) for _ in range(3))
+    gts_loss(prediction, target).backward()
+    torch.testing.assert_close(prediction.grad, 2 * (prediction - target).detach() / 15)
+    assert target.grad is None
+    prediction.grad = None
+    fcs_loss(prediction, target, eps.detach()).backward()
+    torch.testing.assert_close(prediction.grad, 2 * (prediction - (eps - target)).detach() / 15)
+    assert target.grad is None
+
+
+def test_unknown_distance():
+    x = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="sid"):
+        csd_loss(x, torch.full((1,), 0.5), x, lambda y: y, lambda y: y, d="kl")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,44 @@
+"""Proposition 1 by enumeration: the one-step generator's joint distribution approaches the teacher's."""
+
+import pytest
+import torch
+from proposition1 import configurations, random_joint
+
+from dd2.stages.enumeration import distil_table
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.table import TableTeacher, independent, total_variation
+
+EQUAL_PAIRS = torch.tensor([[0.5, 0.0], [0.0, 0.5]])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().sum() / 2)
+
+
+def test_independent_tokens_are_far_away():
+    assert distance(independent(EQUAL_PAIRS), EQUAL_PAIRS) == 0.5
+    assert distance(independent(random_joint()), random_joint()) == pytest.approx(0.44, abs=0.05)
+
+
+def test_table_teacher_is_its_table():
+    joint = random_joint()
+    teacher = TableTeacher(joint)
+    cond = torch.zeros(50_000, dtype=torch.long)
+    uniforms_ids = teacher.sample(200_000, torch.Generator().manual_seed(0))
+    assert total_variation(uniforms_ids, joint) < 0.01
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    log_p = teacher.log_p(teacher.codebook[every], cond[:64], Sampling())
+    product = log_p.gather(-1, every.unsqueeze(-1)).sum((1, 2)).exp()
+    torch.testing.assert_close(product, joint.flatten())
+    impossible = TableTeacher(EQUAL_PAIRS)
+    assert torch.isfinite(impossible.logits(torch.randn(9, 2, 2), cond[:9]).amax(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("joint", "iterations", "limit"),
+    [(EQUAL_PAIRS, 150, 0.05), (random_joint(), 350, 0.15)],
+    ids=["equal pairs", "random"],
+)
+def test_distilled_joint_distribution(tmp_path, joint, iterations, limit):
+    head, tune, csd = configurations("dmd", iterations, tune_iterations=150)
+    assert distil_table(tmp_path, joint, head, tune, csd) <= limit

@@ -1,0 +1,143 @@
+"""Eq. 1 against autograd of the log-density, in float64 and float32, and at its limits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dd2.scores import posterior_mean, score, velocity
+
+
+def problem(seed: int, rows: int = 40, codes: int = 11, channels: int = 5, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    codebook = torch.randn(codes, channels, generator=g, dtype=torch.float64) + 1.5
+    log_p = (2 * torch.randn(rows, codes, generator=g, dtype=torch.float64)).log_softmax(-1)
+    log_p[: rows // 2, : codes // 3] = -math.inf
+    t = torch.rand(rows, generator=g, dtype=torch.float64) * 0.96 + 0.02
+    x_0 = codebook[torch.randint(codes, (rows,), generator=g)]
+    eps = torch.randn(rows, channels, generator=g, dtype=torch.float64)
+    x_t = (1 - t[:, None]) * x_0 + t[:, None] * eps
+    return x_t.to(dtype), t.to(dtype), log_p.to(dtype), codebook.to(dtype)
+
+
+def log_density(x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor) -> Tensor:
+    """Log sum_j p_j N(x_t; (1 - t) c_j, t^2 I), written out."""
+    difference = x_t[:, None] - (1 - t[:, None, None]) * codebook
+    return torch.logsumexp(log_p - difference.square().sum(-1) / (2 * t[:, None] ** 2), -1)
+
+
+def autograd_score(x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor) -> Tensor:
+    x = x_t.double().clone().requires_grad_()
+    return torch.autograd.grad(log_density(x, t.double(), log_p.double(), codebook.double()).sum(), x)[0]
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_score_is_the_gradient_of_the_log_density(seed):
+    assert relative_error(score(*problem(seed)), autograd_score(*problem(seed))) < 1e-9
+    single = problem(seed, dtype=torch.float32)
+    assert score(*single).dtype == torch.float32
+    assert relative_error(score(*single), autograd_score(*single)) < 1e-4
+
+
+def test_posterior_mean_and_velocity_agree_with_the_score():
+    x_t, t, log_p, codebook = problem(1)
+    s, level = autograd_score(x_t, t, log_p, codebook), t[:, None]
+    x0_hat = (x_t + level**2 * s) / (1 - level)  # Tweedie
+    assert relative_error(posterior_mean(x_t, t, log_p, codebook), x0_hat) < 1e-9
+    assert relative_error(velocity(x_t, t, log_p, codebook), -(level * s + x_t) / (1 - level)) < 1e-9
+
+
+def test_gradient_in_x_t():
+    x_t, t, log_p, codebook = problem(2, rows=6)
+    x_t.requires_grad_()
+    for function in (posterior_mean, velocity, score):
+        assert torch.autograd.gradcheck(lambda x, f=function: f(x, t, log_p, codebook), (x_t,), rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_elements", [1, 12, 100, 10**9])
+def test_chunks_change_nothing(max_elements):
+    x_t, t, log_p, codebook = problem(3)
+    whole, parted = x_t.clone().requires_grad_(), x_t.clone().requires_grad_()
+    a = posterior_mean(whole, t, log_p, codebook)
+    b = posterior_mean(parted, t, log_p, codebook, max_elements=max_elements)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(whole.grad, parted.grad)
+
+
+def test_memory_is_bounded_by_max_elements(monkeypatch):
+    from dd2 import scores
+
+    blocks = []
+    inner = scores._weights
+    monkeypatch.setattr(scores, "_weights", lambda *a: blocks.append((w := inner(*a)).numel()) or w)
+    x_t, t, log_p, codebook = problem(4, rows=100, codes=10)
+    posterior_mean(x_t.requires_grad_(), t, log_p, codebook, max_elements=70).sum().backward()
+    assert max(blocks) <= 70
+    assert len(blocks) == 2 * 15
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    t=st.floats(1e-12, 1 - 1e-7),
+    scale=st.floats(1e-3, 1e3),
+    only_one=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_finite_everywhere(t, scale, only_one, seed):
+    x_t, _, log_p, codebook = problem(seed, rows=8, dtype=torch.float32)
+    if only_one:
+        log_p = torch.full_like(log_p, -math.inf)
+        log_p[:, seed % log_p.shape[1]] = -5.0
+    level = torch.full((8,), t, dtype=torch.float32).clamp(1e-12, 1 - 1e-7)
+    x = (x_t * scale).requires_grad_()
+    mean = posterior_mean(x, level, log_p, codebook * scale)
+    mean.sum().backward()
+    assert torch.isfinite(mean).all()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(velocity(x, level, log_p, codebook * scale)).all()
+    assert torch.isfinite(score(x, level, log_p, codebook * scale)).all()
+    if only_one:
+        torch.testing.assert_close(mean, (codebook * scale)[seed % log_p.shape[1]].expand_as(mean))
+
+
+def test_any_leading_shape_and_low_precision():
+    x_t, t, log_p, codebook = problem(5, rows=24)
+    flat = posterior_mean(x_t, t, log_p, codebook)
+    shaped = posterior_mean(x_t.view(2, 3, 4, -1), t.view(2, 3, 4), log_p.view(2, 3, 4, -1), codebook)
+    torch.testing.assert_close(shaped.flatten(0, 2), flat)
+    assert posterior_mean(x_t.bfloat16(), t.bfloat16(), log_p, codebook).dtype == torch.float32
+    assert posterior_mean(x_t[:0], t[:0], log_p[:0], codebook).shape == (0, 5)
+
+
+def test_bad_input_is_refused():
+    x_t, t, log_p, codebook = problem(6)
+    all_cut = log_p.clone()
+    all_cut[3] = -math.inf
+    with_nan = log_p.clone()
+    with_nan[3, 2] = math.nan
+    cases = [
+        ((x_t[:, :4], t, log_p, codebook), "C = 5"),
+        ((x_t, t[:-1], log_p, codebook), "t must have"),
+        ((x_t, t, log_p[:, :-1], codebook), "log_p must be"),
+        ((x_t, t, log_p, codebook[0]), "codebook must be"),
+        ((x_t, torch.zeros_like(t), log_p, codebook), "open interval"),
+        ((x_t, torch.ones_like(t), log_p, codebook), "open interval"),
+        ((x_t, t * math.nan, log_p, codebook), "open interval"),
+        ((x_t, t, all_cut, codebook), "all -inf"),
+        ((x_t, t, with_nan, codebook), "NaN"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            posterior_mean(*arguments)
+    with pytest.raises(ValueError, match="max_elements"):
+        posterior_mean(x_t, t, log_p, codebook, max_elements=0)

@@ -1,0 +1,136 @@
+"""The teacher interface: order, filtering, cached generation."""
+
+import math
+
+import pytest
+import torch
+
+from dd2.errors import InputError
+from dd2.order import RasterOrder
+from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
+from dd2.teachers.llamagen import LlamaGenConfig
+from dd2.tokenizers.vq import VQTokenizer
+from models import TINY_VQ, tiny_teacher
+
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["heads", "grouped"])
+def teacher(request) -> Teacher:
+    return tiny_teacher(kv_heads=request.param)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg_scale=2.0, temperature=0.8, top_k=7, top_p=0.9)])
+def test_cached_generation_follows_the_full_forward_pass(teacher, sampling):
+    """Redrawing every token from the full pass's log p with the same numbers gives the same sequence."""
+    from dd2.seeding import image_uniforms
+
+    ids = teacher.generate(LABELS, sampling, range(5))
+    log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
+    assert torch.equal(draw(log_p, image_uniforms(range(5), (16,))), ids)
+    assert len(torch.unique(ids)) > 4
+
+
+def test_cached_features_equal_the_full_forward_pass(teacher):
+    tokens = torch.randn(5, 16, 4)
+    full = teacher.features(tokens, LABELS)
+    cache = teacher.backbone.new_cache()
+    for p in (0, 1, 2, 7, 8, 15):  # one token at a time, and several at once
+        step = teacher.backbone.next_features(cache, tokens[:, :p], LABELS)
+        torch.testing.assert_close(step, full[:, p : p + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_position_sees_only_earlier_tokens(teacher):
+    tokens = torch.randn(5, 16, 4)
+    before = teacher.features(tokens, LABELS)
+    changed = tokens.clone()
+    changed[:, 6] += 1
+    after = teacher.features(changed, LABELS)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert ((before - after)[:, 7:].abs().amax((0, 2)) > 1e-4).all()
+    other_class = teacher.features(tokens, (LABELS + 1) % 3)
+    assert ((before - other_class).abs().amax((0, 2)) > 1e-4).all()
+
+
+def test_prefix_and_seed_decide_the_continuation(teacher):
+    whole = teacher.generate(LABELS, Sampling(), [9, 8, 7, 6, 5])
+    prefix = teacher.codebook[whole[:, :6]]
+    rest = teacher.generate(LABELS, Sampling(), [9, 8, 7, 6, 5], prefix=prefix, first_step=6)
+    assert torch.equal(rest, whole[:, 6:])
+    assert torch.equal(teacher.generate(LABELS[2:3], Sampling(), [7]), whole[2:3])  # the batch does not matter
+    with pytest.raises(ValueError, match="prefix of 3"):
+        teacher.generate(LABELS, Sampling(), range(5), prefix=prefix, first_step=3)
+    with pytest.raises(ValueError, match="one seed per condition"):
+        teacher.generate(LABELS, Sampling(), range(4))
+
+
+def test_standardisation_changes_no_logit(teacher):
+    ids = torch.randint(12, (5, 16), generator=torch.Generator().manual_seed(0))
+    before = teacher.logits(teacher.codebook[ids], LABELS)
+    teacher.backbone.standardise(teacher.tokenizer.codebook[ids])
+    tokens = teacher.codebook[ids]
+    torch.testing.assert_close(teacher.logits(tokens, LABELS), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens.mean((0, 1)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens.std((0, 1), correction=0), torch.ones(4), atol=1e-4, rtol=0)
+    assert torch.equal(nearest_ids(tokens, teacher.codebook), ids)
+
+
+def test_filters():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert filtered_log_p(logits, Sampling(top_k=2)).exp().tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
+    assert filtered_log_p(logits, Sampling(top_p=0.7)).exp().tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
+    assert filtered_log_p(logits, Sampling(top_p=0.01)).exp().tolist()[0] == pytest.approx([1, 0, 0, 0])
+    assert filtered_log_p(logits, Sampling(top_k=9)).exp().tolist()[0] == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    # top-k comes before top-p: of the two kept codes the first alone holds 0.6
+    assert filtered_log_p(logits, Sampling(top_k=2, top_p=0.6)).exp().tolist()[0] == pytest.approx([1, 0, 0, 0])
+    warm = filtered_log_p(logits, Sampling(temperature=0.5)).exp()
+    torch.testing.assert_close(warm, torch.tensor([[0.25, 0.09, 0.0225, 0.0025]]) / 0.365)
+    assert torch.isneginf(filtered_log_p(logits, Sampling(top_k=1)))[0].tolist() == [False, True, True, True]
+
+
+def test_guidance_is_extrapolation():
+    cond, null = torch.randn(2, 5), torch.randn(2, 5)
+    torch.testing.assert_close(guided(cond, null, 1.0), cond)
+    torch.testing.assert_close(guided(cond, null, 0.0), null)
+    torch.testing.assert_close(guided(cond, null, 3.0), cond + 2 * (cond - null))
+
+
+def test_draw_follows_the_distribution():
+    p = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.3, 0.0])
+    uniforms = (torch.arange(10_000) + 0.5) / 10_000
+    counts = torch.bincount(draw(p.log().expand(10_000, -1), uniforms), minlength=6) / 10_000
+    torch.testing.assert_close(counts, p, atol=2e-4, rtol=0)
+    edges = draw(p.log().expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert edges.tolist() == [1, 4]
+
+
+def test_raster_order():
+    order = RasterOrder(2, 3)
+    assert (order.n, order.num_steps, order.steps[4]) == (6, 6, slice(4, 5))
+    codes = torch.arange(12.0).view(1, 6, 2)
+    assert torch.equal(order.inputs(codes), codes[:, :5])
+    assert order.inputs(codes[:, :0]).shape == (1, 0, 2)
+
+
+def test_mismatched_parts_are_refused():
+    teacher = tiny_teacher()
+    from dd2.teachers.llamagen import llamagen_teacher
+
+    with pytest.raises(InputError, match="not trained together"):
+        llamagen_teacher(LlamaGenConfig(depth=1, width=16, heads=2, rows=5, columns=4), VQTokenizer(TINY_VQ))
+    with pytest.raises(InputError, match="whole multiple of 4"):
+        LlamaGenConfig(width=30, heads=4)
+    with pytest.raises(InputError, match="multiple of kv_heads"):
+        LlamaGenConfig(width=64, heads=4, kv_heads=3)
+    for wrong in (
+        {"temperature": 0.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"cfg_scale": math.inf},
+    ):
+        with pytest.raises(InputError):
+            Sampling(**wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="reads images"):
+        teacher.tokenizer.encode(torch.zeros(1, 3, 16, 16))

@@ -1,0 +1,246 @@
+"""The loop: exact resume, interruption, killed saves, NaN, schedules of saving; all with real processes where it matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dd2.checkpoints.native import save_teacher
+from dd2.errors import InputError, Interrupted, NumericalError
+from dd2.files import atomic_folder, write_atomic
+from dd2.teachers.filtering import Sampling
+from dd2.training import checkpoint
+from dd2.training.ema import ema_copy, ema_update
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.metrics import MetricsLog
+from dd2.training.samples import TeacherSamples
+from dd2.training.schedule import OptimConfig
+from dd2.training.stage import Stage, Update
+from models import tiny_teacher
+
+CPU = torch.device("cpu")
+
+
+def regression(iterations: int = 30, *, accumulate: int = 1, spoil: int | None = None) -> Stage:
+    """A network with dropout that learns to negate; iteration `spoil` gives NaN."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.2), nn.Linear(16, 3))
+    average = ema_copy(network)
+    calls = {"n": 0}
+
+    def loss(random: torch.Generator):
+        x = torch.randn(8, 3, generator=random)
+        calls["n"] += 1
+        value = (network(x) + x).square().mean()
+        return (value * float("nan") if calls["n"] == spoil else value), {"size": x.abs().mean()}
+
+    update = Update("net", list(network.parameters()), OptimConfig(lr=1e-2, decay="cosine"), loss, 2, accumulate)
+    modules = {"network": network, "average": average}
+    return Stage("fit", iterations, [update], modules, after=lambda step: ema_update(average, network, 0.9))
+
+
+def trainer(run: Path, **loop) -> Trainer:
+    run.mkdir(exist_ok=True)
+    return Trainer(run, 7, LoopConfig(**{"log_every": 1, "save_every": 4, **loop}), CPU, "dd2 resume")
+
+
+def rows(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in MetricsLog(run / "metrics.jsonl").rows()]
+
+
+def test_resume_is_bit_exact_at_every_step(tmp_path):
+    whole = regression()
+    trainer(tmp_path / "whole").run(whole)
+    for stop in (1, 4, 13, 29):
+        run = tmp_path / str(stop)
+        interrupted, t = regression(), trainer(run)
+        after = interrupted.after
+
+        def stop_there(step, t=t, stop=stop, after=after):
+            after(step)
+            t._stop = step + 1 == stop
+
+        interrupted.after = stop_there
+        with pytest.raises(Interrupted, match=f"saved at step {stop} of 30.*dd2 resume"):
+            t.run(interrupted)
+        resumed = regression()
+        for parameter in resumed.modules["network"].parameters():  # whatever the fresh weights are
+            nn.init.zeros_(parameter)
+        trainer(run).run(resumed)
+        assert rows(run) == rows(tmp_path / "whole")
+        for name, module in whole.modules.items():
+            for key, value in module.state_dict().items():
+                assert torch.equal(value, resumed.modules[name].state_dict()[key]), (stop, name, key)
+
+
+def test_a_finished_stage_is_loaded_not_repeated(tmp_path):
+    first = regression()
+    trainer(tmp_path).run(first)
+    log = (tmp_path / "metrics.jsonl").read_text()
+    again = regression(spoil=1)
+    trainer(tmp_path).run(again)
+    assert (tmp_path / "metrics.jsonl").read_text() == log
+    assert torch.equal(again.modules["network"].state_dict()["0.weight"], first.modules["network"].state_dict()["0.weight"])
+    with pytest.raises(InputError, match="beyond the 10 iterations"):
+        trainer(tmp_path).run(regression(10))
+
+
+def test_accumulation_averages(tmp_path):
+    stage = regression(1, accumulate=3)
+    trainer(tmp_path).run(stage)
+    (row,) = rows(tmp_path)
+    assert 0.5 < row["net/size"] < 1.2
+
+
+def test_nan_stops_before_anything_is_saved(tmp_path):
+    with pytest.raises(NumericalError, match=r"fit iteration 6: the loss of the net .* last checkpoint is step 4"):
+        trainer(tmp_path).run(regression(spoil=11))
+    assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == [4]
+    for file in (tmp_path / "checkpoints" / "fit" / "00000004").glob("*.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(file).values())
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    trainer(tmp_path, keep=3).run(regression())
+    assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == [24, 28, 30]
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    trainer(tmp_path).run(regression(8))
+    file = tmp_path / "checkpoints" / "fit" / "00000008" / "network.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"00000008 cannot be loaded.*delete it"):
+        trainer(tmp_path).run(regression(8))
+
+
+def test_log_forgets_rows_beyond_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in range(5):
+        log.append({"stage": "a", "step": step})
+    log.append({"stage": "b", "step": 9})
+    with open(log.path, "a") as file:
+        file.write('{"stage": "a", "st')  # torn by a kill
+    log.rewind("a", 2)
+    assert [row["step"] for row in log.rows()] == [0, 1, 2, 9]
+
+
+def test_atomic_writes_leave_the_old_file(tmp_path):
+    file = tmp_path / "x.json"
+    write_atomic(file, "old")
+    with pytest.raises(TypeError):
+        write_atomic(file, 3)  # pyright: ignore[reportArgumentType]
+    assert file.read_text() == "old"
+
+    def fill_half() -> None:
+        with atomic_folder(tmp_path / "folder") as partial:
+            (partial / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fill_half()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json"]
+
+
+def test_teacher_samples_are_reproducible_and_resumable(tmp_path, monkeypatch):
+    from dd2.training import samples
+
+    monkeypatch.setattr(samples, "SHARD", 16)
+    teacher = tiny_teacher()
+    whole = TeacherSamples.prepare(tmp_path / "a", teacher, Sampling(), 40, seed=1, batch=16)
+    assert whole.ids.dtype == torch.uint16
+    assert whole.ids.shape == (40, 16)
+    assert torch.bincount(whole.cond).tolist() == [14, 13, 13]
+    other = TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1, batch=5)
+    assert torch.equal(other.ids, whole.ids)
+    shards = sorted((tmp_path / "b").glob("*.safetensors"))
+    shards[1].write_bytes(shards[1].read_bytes()[:30])  # torn
+    shards[2].unlink()  # never written
+    kept = shards[0].stat().st_mtime_ns
+    again = TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1)
+    assert torch.equal(again.ids, whole.ids)
+    assert shards[0].stat().st_mtime_ns == kept
+    assert torch.equal(TeacherSamples.load(tmp_path / "b").ids, whole.ids)
+    for change in ({"seed": 2}, {"sampling": Sampling(top_k=3)}, {"teacher": tiny_teacher(seed=1)}):
+        arguments = {"teacher": teacher, "sampling": Sampling(), "seed": 1, **change}
+        with pytest.raises(InputError, match=f"another {next(iter(change))}"):
+            TeacherSamples.prepare(tmp_path / "b", count=40, **arguments)
+    with pytest.raises(InputError, match="no teacher samples"):
+        TeacherSamples.load(tmp_path / "none")
+
+
+SMALL_RUN = [
+    "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
+    "--tune.iterations", "6", "--tune.batch", "8", "--tune.accumulate", "1", "--tune.sampling.cfg-scale", "1",
+    "--distill.iterations", "8", "--distill.k", "2", "--distill.batch", "8", "--distill.accumulate", "2",
+    "--distill.sampling.cfg-scale", "1", "--align.iterations", "3", "--align.then-iterations", "4",
+    "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "0",
+]  # fmt: skip
+
+
+def dd2(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "dd2", *arguments], stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> list[str]:
+    """Flags of a distillation of seconds, on a tiny teacher."""
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    save_teacher(folder, tiny_teacher())
+    return ["--teacher", str(folder), *SMALL_RUN]
+
+
+def test_killed_distillation_resumes_bit_exact(tmp_path, small_run):
+    """Kill -9 at many moments, saves included; the run that is left is that of an undisturbed process."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert dd2("distill", "--out", str(whole), *small_run).wait() == 0
+    kills, code = 0, None
+    for attempt in range(40):
+        process = dd2("distill", "--out", str(killed), *small_run)
+        before = progress(killed)
+        while process.poll() is None and progress(killed) < before + 1 + attempt % 3:
+            time.sleep(0.003)
+        time.sleep(0.002 * (attempt % 7))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        code = process.returncode
+        if code == 0:
+            break
+    assert code == 0
+    assert kills >= 3
+    assert rows(killed) == rows(whole)
+    for network in ("generator", "ar_diffusion"):
+        a, b = (load_file(run / network / "model.safetensors") for run in (whole, killed))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def progress(run: Path) -> int:
+    """Checkpoints ever begun in a run, an increasing number."""
+    return sum(int(p.name.split(".")[0]) + 1 for p in run.glob("checkpoints/*/*")) if run.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_resume(tmp_path, small_run, number):
+    run = tmp_path / "run"
+    process = dd2("distill", "--out", str(run), *small_run, "--tune.iterations", "100000", "--loop.save-every", "100000")
+    deadline = time.time() + 120
+    while not (run / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"resume with: dd2 distill {run}/config.yaml" in errors
+    (saved,) = checkpoint.steps(run / "checkpoints" / "tune")
+    assert f"saved at step {saved} of 100000" in errors
+    assert json.loads((run / "checkpoints" / "tune" / f"{saved:08d}" / "state.json").read_text())["step"] == saved
+    assert os.listdir(run / "checkpoints" / "tune") == [f"{saved:08d}"]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from proposition1 import configurations, random_joint
 
 from dd2.stages.enumeration import distil_table
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.table import TableTeacher, independent, total_variation
+from proposition1 import configurations, random_joint
 
 EQUAL_PAIRS = torch.tensor([[0.5, 0.0], [0.0, 0.5]])
 

@@ -1,6 +1,6 @@
 """Store the trained digits teacher (with its tokenizer) and classifier as package data, in float16.
 
-    make assets     runs the three trainings and then this
+make assets     runs the three trainings and then this
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The command line: `dd2 COMMAND [CONFIG.yaml] [--section.field value …]`."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,63 +14,35 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 
 @dataclass(frozen=True)
 class Command:
-    """One command: how it is configured and what it does. Imported when it is called."""
+    """One command: the module, configuration class and function behind it, imported when it is called."""
 
     summary: str
-    load: Callable[[], tuple[type, Callable[[Any], object]]]
+    module: str
+    config: str
+    function: str
     takes_run: bool = False
 
-
-def _demo() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.demo import DemoConfig, demo
-
-    return DemoConfig, demo
-
-
-def _distill() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.distill import DistillConfig, distill
-
-    return DistillConfig, distill
-
-
-def _sample() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.sample import SampleConfig, sample
-
-    return SampleConfig, sample
-
-
-def _evaluate() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.evaluate import EvaluateConfig, evaluate
-
-    return EvaluateConfig, evaluate
-
-
-def _train_tokenizer() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.train_tokenizer import TrainTokenizerConfig, train_tokenizer
-
-    return TrainTokenizerConfig, train_tokenizer
-
-
-def _train_teacher() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.train_teacher import TrainTeacherConfig, train_teacher
-
-    return TrainTeacherConfig, train_teacher
-
-
-def _train_classifier() -> tuple[type, Callable[[Any], object]]:
-    from dd2.jobs.train_classifier import TrainClassifierConfig, train_classifier
-
-    return TrainClassifierConfig, train_classifier
+    def load(self) -> tuple[type, Callable[[Any], object]]:
+        """The configuration class and the function."""
+        module = importlib.import_module(f"dd2.jobs.{self.module}")
+        return getattr(module, self.config), getattr(module, self.function)
 
 
 COMMANDS = {
-    "demo": Command("the whole method on the embedded digits, in minutes", _demo),
-    "distill": Command("distil a teacher into a one-step generator", _distill),
-    "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", _sample, takes_run=True),
-    "evaluate": Command("numbers and pictures of a run, beside its teacher's", _evaluate, takes_run=True),
-    "train-tokenizer": Command("train a VQ tokenizer on your images", _train_tokenizer),
-    "train-teacher": Command("train an AR teacher on their tokens", _train_teacher),
-    "train-classifier": Command("train the digits classifier that the demo's metric uses", _train_classifier),
+    "demo": Command("the whole method on the embedded digits, in minutes", "demo", "DemoConfig", "demo"),
+    "distill": Command("distil a teacher into a one-step generator", "distill", "DistillConfig", "distill"),
+    "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
+    "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
+    "train-tokenizer": Command(
+        "train a VQ tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"
+    ),
+    "train-teacher": Command("train an AR teacher on their tokens", "train_teacher", "TrainTeacherConfig", "train_teacher"),
+    "train-classifier": Command(
+        "train the digits classifier that the demo's metric uses",
+        "train_classifier",
+        "TrainClassifierConfig",
+        "train_classifier",
+    ),
 }
 
 

@@ -58,9 +58,7 @@ def first_redrawn_step(order: Order, steps: int) -> int:
         InputError: steps is not in 1 … S + 1.
     """
     if not 1 <= steps <= order.num_steps + 1:
-        raise InputError(
-            f"steps must be 1 (the generator alone) to {order.num_steps + 1} (all {order.num_steps} AR steps redrawn), got {steps}"
-        )
+        raise InputError(f"steps must be 1 (the generator alone) to {order.num_steps + 1} (every AR step redrawn), got {steps}")
     return order.num_steps - (steps - 1)
 
 

@@ -99,7 +99,7 @@ class Trainer:
                     self.log.append({"stage": stage.name, "step": step, **row, "seconds": round(elapsed, 3)})
                     bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name})
                 if stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last):
-                    save_grid(stage.preview(), self.folder / "samples" / f"{stage.name}-{step:08d}.png")
+                    save_grid(stage.preview(), self.folder / "samples" / f"{stage.name}-{step:08d}.png", columns=10)
                 if step % self.config.save_every == 0 or last or self._stop:
                     checkpoint.save(folder, stage, step, time.perf_counter() - start, self.config.keep)
                 bar.update()

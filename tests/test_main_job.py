@@ -1,0 +1,80 @@
+"""The main job on real digits at a fixed seed, shortened: what it must reach, and that its files can be used."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dd2 import OneStepPipeline
+from dd2.cli import main
+from dd2.errors import InputError
+from dd2.training.metrics import MetricsLog
+
+SHORT = ["--tune.iterations", "150", "--distill.iterations", "150", "--teacher-samples", "8192", "--loop.preview-every", "150"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    assert main(["distill", "digits", "--out", str(folder), *SHORT]) == 0
+    assert main(["evaluate", str(folder), "--count", "2000"]) == 0
+    return folder
+
+
+@pytest.mark.timeout(400)
+def test_what_the_digits_reach(run):
+    numbers = json.loads((run / "metrics.json").read_text())
+    frechet, nll = numbers["frechet"], numbers["teacher_nll"]
+    span = frechet["onestep_marginal"] - frechet["floor"]
+    assert (frechet["ar_diffusion"] - frechet["floor"]) / span < 0.35  # stage 1 works
+    assert numbers["gap_closed"] > 0.4  # the generator is far better than independent tokens
+    assert nll["teacher"] < nll["generator"] < nll["onestep_marginal"]
+    assert numbers["accuracy"]["teacher"] > 0.95
+    assert numbers["accuracy"]["generator"] > 0.7
+    assert numbers["distinct_sequences"]["generator"] > 1990  # no collapse
+    assert numbers["speedup_vs_teacher"] > 1
+    losses = [row["student/loss"] for row in MetricsLog(run / "metrics.jsonl").rows() if row["stage"] == "tune"]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_run_documents_itself(run):
+    for name in ("config.yaml", "versions.json", "metrics.jsonl", "metrics.json", "report.html", "seconds.json"):
+        assert (run / name).stat().st_size > 50
+    for name in ("samples.png", "curves.png", "samples/tune-00000150.png", "samples/distill-00000150.png"):
+        with Image.open(run / name) as picture:
+            assert picture.size[0] > 300
+
+
+def test_pipeline(run):
+    pipeline = OneStepPipeline.from_pretrained(run, device="cpu")
+    images = pipeline([3, 5, 7], seeds=[4, 5, 6])
+    assert images.shape == (3, 1, 16, 16)
+    assert -1 <= images.min() < images.max() <= 1
+    torch.testing.assert_close(pipeline([5], seeds=[5]), images[1:2], atol=1e-3, rtol=0)
+    same = OneStepPipeline.from_pretrained(run / "generator", device="cpu")([3, 5, 7], seeds=[4, 5, 6])
+    assert torch.equal(same, images)
+    snapped = pipeline([3, 5, 7], seeds=[4, 5, 6], nearest=True)
+    assert 0 < (snapped - images).abs().mean() < 0.3
+    with pytest.raises(InputError, match="classes 0 to 9"):
+        pipeline([10])
+    with pytest.raises(InputError, match="one seed per label"):
+        pipeline([1, 2], seeds=[0])
+    with pytest.raises(InputError, match="does not exist"):
+        OneStepPipeline.from_pretrained(run / "no" / "thing")
+
+
+def test_hub_names_are_downloaded(run, monkeypatch):
+    import sys
+    import types
+
+    asked = []
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, **more: asked.append((name, more)) or str(run / "generator")  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
+    assert asked == [("someone/one-step-digits", {"allow_patterns": ["*.json", "*.safetensors"]})]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"dd2\[hub\]"):
+        OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")

@@ -52,9 +52,7 @@ def main() -> None:
     teacher.backbone.standardise(teacher.tokenizer.codebook[ids])
     student = Student.from_teacher(teacher, config.head)
     tune = seconds_of(tune_stages(student, teacher, samples, config.tune)[-1], arguments.repeats)
-    parts = seconds_of(
-        distill_stage(Networks.from_tuned(student), teacher, samples, config.distill), arguments.repeats
-    )
+    parts = seconds_of(distill_stage(Networks.from_tuned(student), teacher, samples, config.distill), arguments.repeats)
     iteration = config.distill.k * parts["guidance"] + parts["generator"]
     rows = {
         "stage 1 iteration": tune["student"],

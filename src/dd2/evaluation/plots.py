@@ -35,7 +35,7 @@ EXPLAINED = {
 
 
 def curves(rows: list[dict[str, Any]]) -> bytes:
-    """PNG of the panels that have data; grey is what was logged, blue its running mean."""
+    """PNG of the panels that have data; grey is what was logged, blue its moving average."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,8 +61,7 @@ def _series(rows: list[dict[str, Any]], stage: str, number: str) -> list[tuple[i
 
 
 def _smooth(values: list[float]) -> list[float]:
-    rate, average, smoothed = 0.9, values[0], []
-    for value in values:
-        average = rate * average + (1 - rate) * value
-        smoothed.append(average)
-    return smoothed
+    """Centred mean over about a twentieth of the curve."""
+    reach = max(1, len(values) // 40)
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

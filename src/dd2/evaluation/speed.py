@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def seconds_per_call(functions: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
+def seconds_per_call(functions: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
     """Median seconds of each function, the functions taking turns so that a busy machine slows all alike.
 
     Args:

@@ -6,13 +6,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.images import save_folder, save_grid, save_npz
 from dd2.jobs.models import open_generator, open_run
 from dd2.jobs.run_folder import pick_device
+from dd2.progress import progress
 from dd2.sampling import ar_diffusion, first_redrawn_step, one_step, refine
 from dd2.teachers.filtering import Sampling
 
@@ -78,7 +78,7 @@ def sample(config: SampleConfig) -> Tensor:
     seeds = list(range(config.seed, config.seed + config.count))
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
     parts = []
-    with tqdm(total=config.count, desc="sample", unit="img", dynamic_ncols=True, mininterval=0.5) as bar:
+    with progress("sample", config.count, "img") as bar:
         for start in range(0, config.count, config.batch):
             chosen = slice(start, start + config.batch)
             cond, own = torch.tensor(labels[chosen], device=device), seeds[chosen]

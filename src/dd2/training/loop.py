@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.images import save_grid
+from dd2.progress import progress
 from dd2.seeding import seed_of, stream
 from dd2.training import checkpoint
 from dd2.training.metrics import MetricsLog
@@ -87,7 +87,7 @@ class Trainer:
             return before
         self.log.rewind(stage.name, step)
         start = time.perf_counter() - before
-        with self._signals(), self._progress(stage, step) as bar:
+        with self._signals(), progress(stage.name, stage.iterations, "it", step) as bar:
             while step < stage.iterations:
                 numbers = self._iteration(stage, step)
                 stage.after(step)
@@ -168,13 +168,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def _progress(self, stage: Stage, step: int) -> Any:
-        return tqdm(
-            total=stage.iterations,
-            initial=step,
-            desc=stage.name,
-            unit="it",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )

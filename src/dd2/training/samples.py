@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 from dd2.errors import InputError
 from dd2.files import write_atomic
+from dd2.progress import progress
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
@@ -57,16 +57,16 @@ class TeacherSamples:
         identity = {"teacher": fingerprint(teacher), "sampling": asdict(sampling), "seed": seed}
         _same_or_new(folder / "samples.json", identity)
         shards: list[dict[str, Tensor]] = []
-        starts = range(0, count, SHARD)
-        bar = tqdm(starts, desc="teacher samples", unit="shard", dynamic_ncols=True, mininterval=0.5)
-        for start in bar:
-            size = min(SHARD, count - start)
-            file = folder / f"{start:09d}-{start + size:09d}.safetensors"
-            shard = _read(file, size, teacher.order.n)
-            if shard is None:
-                shard = _sample(teacher, sampling, start, size, seed, batch)
-                write_atomic(file, save(shard))
-            shards.append(shard)
+        with progress("teacher samples", count, "seq") as bar:
+            for start in range(0, count, SHARD):
+                size = min(SHARD, count - start)
+                file = folder / f"{start:09d}-{start + size:09d}.safetensors"
+                shard = _read(file, size, teacher.order.n)
+                if shard is None:
+                    shard = _sample(teacher, sampling, start, size, seed, batch)
+                    write_atomic(file, save(shard))
+                shards.append(shard)
+                bar.update(size)
         return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["cond"] for s in shards]))
 
     @classmethod

@@ -16,25 +16,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dd2.losses import Distance
-from dd2.stages.enumeration import distil_table
 from dd2.stages.recipe import CSDConfig, TuneConfig
 from dd2.student import HeadConfig
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.table import independent
 from dd2.training.schedule import NoiseLevelConfig, OptimConfig
+from enumeration import distil_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def random_joint(codes: int = 4, positions: int = 3, seed: int = 0) -> torch.Tensor:
+def random_joint(codes: int = 4, positions: int = 3, seed: int = 2) -> torch.Tensor:
     """A random distribution over codes^positions sequences, far from independent."""
     draw = torch.randn([codes] * positions, generator=torch.Generator().manual_seed(seed))
-    return (1.6 * draw).flatten().softmax(0).view(draw.shape)
+    return (1.2 * draw).flatten().softmax(0).view(draw.shape)
 
 
 def configurations(d: Distance, iterations: int, tune_iterations: int = 300) -> tuple[HeadConfig, TuneConfig, CSDConfig]:
     """The sizes and rates of every enumeration in tests and benchmarks."""
-    rates = {"decay": "cosine", "betas": (0.0, 0.99)}
+    rates = {"decay": "cosine", "betas": (0.5, 0.99)}
     tune = TuneConfig(
         iterations=tune_iterations,
         batch=512,
@@ -49,11 +49,12 @@ def configurations(d: Distance, iterations: int, tune_iterations: int = 300) -> 
         batch=512,
         accumulate=1,
         guidance_draws=1,
+        generator_draws=2,
         d=d,
         snap_teacher=True,
         ema=0.99,
         sampling=Sampling(),
-        noise_level=NoiseLevelConfig(low=0.2),
+        noise_level=NoiseLevelConfig(low=0.3),
         generator=OptimConfig(lr=1e-3, **rates),
         guidance=OptimConfig(lr=2e-3, **rates),
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from dd2.checkpoints.runs import open_teacher
 from dd2.config import load_config
 from dd2.jobs.distill import DistillConfig
-from dd2.jobs.models import open_teacher
 from dd2.stages.recipe import Networks, distill_stage, tune_stages
 from dd2.student import Student
 from dd2.training.samples import TeacherSamples
@@ -49,7 +49,7 @@ def main() -> None:
     teacher = open_teacher(config.teacher, torch.device("cpu"))
     ids = teacher.generate(teacher.backbone.default_conditions(torch.arange(256)), config.tune.sampling, range(256))
     samples = TeacherSamples(ids, teacher.backbone.default_conditions(torch.arange(256)))
-    teacher.backbone.standardise(teacher.tokenizer.codebook[ids])
+    teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
     student = Student.from_teacher(teacher, config.head)
     tune = seconds_of(tune_stages(student, teacher, samples, config.tune)[-1], arguments.repeats)
     parts = seconds_of(distill_stage(Networks.from_tuned(student), teacher, samples, config.distill), arguments.repeats)

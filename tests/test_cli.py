@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dd2.checkpoints.native import Generator, load_teacher, save_generator, save_teacher, save_tokenizer
+from dd2.checkpoints.runs import embedded
 from dd2.cli import COMMANDS, main
 from dd2.config import find_yaml, flat, load_config, to_yaml
 from dd2.jobs.distill import DistillConfig
@@ -18,6 +21,7 @@ from dd2.jobs.train_teacher import TrainTeacherConfig
 from dd2.jobs.train_tokenizer import TrainTokenizerConfig
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
+from dd2.training.loop import LoopConfig
 from dd2.training.samples import TeacherSamples
 from models import TINY_HEAD, tiny_teacher
 
@@ -35,7 +39,7 @@ def run(tmp_path_factory, teacher_folder) -> Path:
     folder = tmp_path_factory.mktemp("run")
     teacher = load_teacher(teacher_folder)
     samples = TeacherSamples.prepare(folder / "teacher_samples", teacher, Sampling(), 200, 0)
-    teacher.backbone.standardise(teacher.tokenizer.codebook[samples.ids.long()])
+    teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
     for name in ("generator", "ar_diffusion"):
         save_generator(folder / name, Generator(Student.from_teacher(teacher, TINY_HEAD), teacher.tokenizer))
     (folder / "config.yaml").write_text(to_yaml(DistillConfig(teacher=str(teacher_folder), out=folder)))
@@ -72,6 +76,11 @@ def test_bad_commands_and_flags(capsys, tmp_path):
     assert "align.then_iterations" in refused(capsys, "distill", *out, "--align.iterations", 5)
     assert "loop.save_every must be at least 1" in refused(capsys, "distill", *out, "--loop.save-every", 0)
     assert "distill.ema must be in [0, 1)" in refused(capsys, "distill", *out, "--distill.ema", 1)
+    assert "seed must be in 0" in refused(capsys, "distill", *out, "--seed", -1)
+    assert "dropout" in refused(capsys, "train-teacher", *out, "--teacher.dropout", 2)
+    assert "kv_heads" in refused(capsys, "train-teacher", *out, "--teacher.kv-heads", -1)
+    assert "tokenizer.groups" in refused(capsys, "train-tokenizer", *out, "--tokenizer.channels", 48)
+    assert "groups must be at least 1" in refused(capsys, "train-tokenizer", *out, "--tokenizer.groups", 0)
     assert "unexpected argument" in refused(capsys, "distill", "digits", "more")
     assert "not available here" in refused(capsys, "distill", *out, "--device", "cuda:99")
     assert "not available here" in refused(capsys, "distill", *out, "--device", "gpu")
@@ -92,6 +101,7 @@ def test_bad_configurations(capsys, tmp_path):
     assert "is not valid YAML" in with_content("distill: {k: 1")
     assert "must be a mapping" in with_content("- 1\n- 2")
     assert "has no value" in with_content("seed:")
+    assert "is not valid YAML" in with_content("seed: 2026-13-45")
     assert "there is no field distill" in with_content("distill: 3")
     file.write_bytes(b"\xff\xfe\x00")
     assert "is not valid YAML" in refused(capsys, "distill", file)
@@ -115,6 +125,11 @@ def test_bad_folders_and_weights(capsys, tmp_path, teacher_folder):
     def rewrite(name: str, **values):
         return lambda folder: (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
 
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / weights)
+        tensors["output.weight"][0, 0] = float("nan")
+        save_file(tensors, folder / weights)
+
     weights = "model.safetensors"
     assert "missing or damaged" in broken(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:1000]))
     assert "missing or damaged" in broken(lambda f: (f / weights).unlink())
@@ -123,6 +138,9 @@ def test_bad_folders_and_weights(capsys, tmp_path, teacher_folder):
     assert "unknown family 'maskgit'" in broken(rewrite("config.json", family="maskgit"))
     assert "does not describe a LlamaGenConfig" in broken(rewrite("config.json", config={"wdith": 3}))
     sizes = json.loads((teacher_folder / "config.json").read_text())["config"]
+    assert "depth is 2.5" in broken(rewrite("config.json", config={**sizes, "depth": 2.5}))
+    assert "does not describe" in broken(lambda f: (f / "config.json").write_text('{"kind": "teacher", "family": "llamagen"}'))
+    assert "holds NaN" in broken(spoil)
     assert "tensors differ, first" in broken(rewrite("config.json", config={**sizes, "depth": 3}))
     assert "not trained together" in broken(rewrite("config.json", config={**sizes, "rows": 5}))
     assert "has no config.json" in broken(lambda f: shutil.rmtree(f / "tokenizer"))
@@ -157,11 +175,28 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     (other / "config.yaml").write_text("teacher: digits")
+    assert "not the one that was distilled" in refused(capsys, "sample", other, *out, "--method", "teacher")
+    (other / "teacher_samples" / "samples.json").unlink()
     assert "another codebook" in refused(capsys, "sample", other, *out, "--method", "teacher")
+    (tmp_path / "d.png").mkdir()
+    assert "is a folder" in refused(capsys, "sample", run, "--out", tmp_path / "d.png")
+    assert "is not empty" in refused(capsys, "sample", run, "--out", other)
+    assert "seed must be in 0" in refused(capsys, "sample", run, *out, "--seed", 10**30)
+    assert "top_p must be in (0, 1]" in refused(capsys, "sample", run, *out, "--method", "teacher", "--top-p", 2)
     assert "count must be at least 2" in refused(capsys, "evaluate", run, "--count", 1)
     assert "module:function" in refused(capsys, "evaluate", run, "--features", "inception")
     assert "cannot be imported" in refused(capsys, "evaluate", run, "--features", "no_such_module:f")
     assert "has no function" in refused(capsys, "evaluate", run, "--features", "json:no_such")
+    assert "module:function" in refused(capsys, "evaluate", run, "--features", ":f")
+    damaged = tmp_path / "classifier"
+    shutil.copytree(embedded("classifier"), damaged)
+    (damaged / "model.safetensors").write_bytes(b"short")
+    assert "missing or damaged" in refused(capsys, "evaluate", run, "--classifier", damaged)
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    (other / "seconds.json").unlink()
+    assert "lacks seconds.json" in refused(capsys, "evaluate", other)
+    (tmp_path / "evaluate.yaml").write_text("count: 1")
+    assert "count must be at least 2" in refused(capsys, "evaluate", run, tmp_path / "evaluate.yaml")
     assert list(tmp_path.glob("x*")) == []
 
 
@@ -193,6 +228,15 @@ def test_another_configuration_does_not_resume_a_run(capsys, tmp_path, teacher_f
     changed = ("--teacher", teacher_folder, "--out", tmp_path, "--distill.k", 3, "--seed", 4)
     line = refused(capsys, "distill", *changed)
     assert "seed was 0, now 4 (and 1 more)" in line
+    start_run(tmp_path, replace(config, loop=LoopConfig(save_every=3)), "distill")  # changes nothing that is computed
+
+
+def test_a_run_folder_has_one_process(capsys, tmp_path, teacher_folder):
+    import fcntl
+
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by another dd2" in refused(capsys, "distill", "--teacher", teacher_folder, "--out", tmp_path)
 
 
 def test_help_is_worth_reading(capsys):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dd2.stages.enumeration import distil_table
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.table import TableTeacher, independent, total_variation
+from enumeration import distil_table
 from proposition1 import configurations, random_joint
 
 EQUAL_PAIRS = torch.tensor([[0.5, 0.0], [0.0, 0.5]])
@@ -36,7 +36,7 @@ def test_table_teacher_is_its_table():
 
 @pytest.mark.parametrize(
     ("joint", "iterations", "limit"),
-    [(EQUAL_PAIRS, 150, 0.05), (random_joint(), 350, 0.15)],
+    [(EQUAL_PAIRS, 100, 0.05), (random_joint(), 270, 0.15)],
     ids=["equal pairs", "random"],
 )
 def test_distilled_joint_distribution(tmp_path, joint, iterations, limit):

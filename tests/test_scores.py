@@ -119,6 +119,18 @@ def test_any_leading_shape_and_low_precision():
     assert posterior_mean(x_t[:0], t[:0], log_p[:0], codebook).shape == (0, 5)
 
 
+def test_gradient_under_autocast_is_that_without():
+    """The backward runs inside the caller's autocast; half precision divided by t^2 would be garbage."""
+    grads = []
+    for enabled in (False, True):
+        x_t, t, log_p, codebook = problem(7, codes=200, dtype=torch.float32)
+        x_t.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = posterior_mean(x_t, t, log_p, codebook).square().sum()
+            grads += torch.autograd.grad(loss, x_t)
+    assert torch.equal(grads[0], grads[1])
+
+
 def test_bad_input_is_refused():
     x_t, t, log_p, codebook = problem(6)
     all_cut = log_p.clone()

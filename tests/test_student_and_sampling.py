@@ -8,8 +8,8 @@ from dd2.errors import InputError
 from dd2.sampling import ar_diffusion, one_step, refine
 from dd2.scores import posterior_mean
 from dd2.student import HeadConfig, Student
-from dd2.teachers.base import nearest_ids
 from dd2.teachers.filtering import Sampling
+from dd2.tokenizers.base import nearest_ids
 from models import TINY_HEAD, tiny_teacher
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -99,9 +99,9 @@ def test_refine_keeps_the_prefix_and_redraws_the_rest(student):
     assert torch.equal(refine(student, teacher, LABELS, Sampling(), seeds, 1), alone)
     tokens = refine(student, teacher, LABELS, Sampling(), seeds, 5)
     ids = nearest_ids(tokens, codebook)
-    assert torch.equal(tokens, codebook[ids])
-    assert torch.equal(ids[:, :12], nearest_ids(alone, codebook)[:, :12])
-    rest = teacher.generate(LABELS, Sampling(), seeds, prefix=tokens[:, :12], first_step=12)
+    assert torch.equal(tokens[:, :12], alone[:, :12])
+    assert torch.equal(tokens[:, 12:], codebook[ids[:, 12:]])
+    rest = teacher.generate(LABELS, Sampling(), seeds, prefix=codebook[ids[:, :12]], first_step=12)
     assert torch.equal(ids[:, 12:], rest)
     everything = refine(student, teacher, LABELS, Sampling(), seeds, 17)
     assert torch.equal(nearest_ids(everything, codebook), teacher.generate(LABELS, Sampling(), seeds))

@@ -7,9 +7,10 @@ import torch
 
 from dd2.errors import InputError
 from dd2.order import RasterOrder
-from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
 from dd2.teachers.llamagen import LlamaGenConfig
+from dd2.tokenizers.base import nearest_ids
 from dd2.tokenizers.vq import VQTokenizer
 from models import TINY_VQ, tiny_teacher
 
@@ -68,7 +69,7 @@ def test_prefix_and_seed_decide_the_continuation(teacher):
 def test_standardisation_changes_no_logit(teacher):
     ids = torch.randint(12, (5, 16), generator=torch.Generator().manual_seed(0))
     before = teacher.logits(teacher.codebook[ids], LABELS)
-    teacher.backbone.standardise(teacher.tokenizer.codebook[ids])
+    teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
     tokens = teacher.codebook[ids]
     torch.testing.assert_close(teacher.logits(tokens, LABELS), before, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(tokens.mean((0, 1)), torch.zeros(4), atol=1e-5, rtol=0)

@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone; nothing more can be said, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename or 'the system'}; what was saved before is whole", FAILED)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -27,7 +27,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text())
     except OSError as error:
         raise InputError(f"configuration {file} cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"configuration {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
@@ -136,16 +136,21 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
         InputError: a field does not exist or a value does not fit; one line.
         SystemExit: the flags ask for help.
     """
-    arguments, source = [], ""
+    arguments: list[str] = []
+    source = ""
     if name:
         file = find_yaml(name)
         source = f"{file}: "
         arguments = to_arguments(read_yaml(file), config_class, file)
-        _parse(config_class, arguments, command, source)  # so that an error names the file it is in
-    return _parse(config_class, [*arguments, *overrides], command, "")
+    try:
+        return _parse(config_class, [*arguments, *overrides], command)
+    except InputError as error:
+        if source:
+            _parse(config_class, overrides, command)  # the flags' own fault is reported as such
+        raise InputError(f"{source}{error}") from None
 
 
-def _parse(config_class: type[C], arguments: list[str], command: str, source: str) -> C:
+def _parse(config_class: type[C], arguments: Sequence[str], command: str) -> C:
     """Tyro's parsing, its boxed error message reduced to one line."""
     box = io.StringIO()
     try:
@@ -154,7 +159,7 @@ def _parse(config_class: type[C], arguments: list[str], command: str, source: st
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(source + _one_line(box.getvalue(), command)) from None
+        raise InputError(_one_line(box.getvalue(), command)) from None
 
 
 def _one_line(box: str, command: str) -> str:

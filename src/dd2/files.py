@@ -46,12 +46,13 @@ def writable_folder(path: Path, what: str) -> Path:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary neighbour; when the block ends well it is flushed and takes the place of `path`.
 
-    A process killed at any moment leaves the old folder, the new one, or (between two renames) the new one under a
-    name that ends in ".partial".
+    A process killed at any moment leaves the old folder or the new one whole; between the two renames the new one still
+    has a name that ends in ".partial" and the old one a name that ends in ".old".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
+    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -62,9 +63,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(entry)
     _sync(partial)
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(old)
     partial.rename(path)
     _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -55,7 +55,6 @@ def png(image: Image.Image) -> bytes:
 
 def save_folder(images: Tensor, folder: Path, labels: list[int], seeds: list[int]) -> None:
     """One PNG per image, named by index, label and seed."""
-    folder.mkdir(parents=True, exist_ok=True)
     for index, pixels in enumerate(to_uint8(images)):
         name = f"{index:06d}_label{labels[index]}_seed{seeds[index]}.png"
         write_atomic(folder / name, png(_pil(pixels)))

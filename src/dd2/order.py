@@ -42,7 +42,7 @@ class Order(ABC):
         """
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention in which each query sees the keys of its own and earlier steps.
 
         Args:
@@ -61,11 +61,11 @@ class RasterOrder(Order):
     def inputs(self, codes: Tensor) -> Tensor:
         return codes[:, : self.n - 1]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys = q.shape[-2], k.shape[-2]
         if queries == 1:  # the newest position sees everything
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            return F.scaled_dot_product_attention(q, k, v)
         if queries == keys:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

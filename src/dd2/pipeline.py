@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dd2.checkpoints.native import Generator
+from dd2.checkpoints.runs import open_generator
+from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.jobs.models import open_generator
-from dd2.jobs.run_folder import pick_device
 from dd2.sampling import one_step
 
 
@@ -58,8 +58,10 @@ class OneStepPipeline:
             raise InputError(f"one seed per label is needed: {len(labels)} labels, {len(seeds)} seeds")
         backbone = self.generator.student.backbone
         cond = torch.tensor(list(labels), dtype=torch.long)
-        classes = int(backbone.null_condition(cond[:1])) if len(cond) else 0
-        if len(cond) and not (int(cond.min()) >= 0 and int(cond.max()) < classes):
+        if len(cond) == 0:
+            raise InputError("labels are empty; give one class per image")
+        classes = int(backbone.null_condition(cond[:1]))
+        if not (int(cond.min()) >= 0 and int(cond.max()) < classes):
             raise InputError(f"labels must be classes 0 to {classes - 1}, got {min(labels)} to {max(labels)}")
         with torch.inference_mode():
             tokens = one_step(self.generator.student, cond.to(backbone.token_mean.device), seeds)

@@ -13,8 +13,9 @@ from dd2.errors import InputError
 from dd2.order import Order
 from dd2.seeding import image_noise
 from dd2.student import Student
-from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.tokenizers.base import nearest_ids
 
 
 def token_noise(student: Student, cond: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -35,7 +36,8 @@ def one_step(generator: Student, cond: Tensor, seeds: Sequence[int]) -> Tensor:
 def refine(generator: Student, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int) -> Tensor:
     """Few steps with the teacher (Alg. 4): one generator pass, then the teacher redraws the last steps - 1 AR steps.
 
-    The kept prefix is snapped to the nearest codes, which is what the teacher was trained to read.
+    The teacher reads the kept prefix snapped to the nearest codes, which is what it was trained on; the result holds it
+    as the generator gave it.
 
     Raises:
         InputError: steps is not in 1 … S + 1.
@@ -46,9 +48,10 @@ def refine(generator: Student, teacher: Teacher, cond: Tensor, sampling: Samplin
     if first_step == order.num_steps:
         return tokens
     codebook = teacher.codebook
-    prefix = codebook[nearest_ids(tokens[:, : order.steps[first_step].start], codebook)]
+    kept = tokens[:, : order.steps[first_step].start]
+    prefix = codebook[nearest_ids(kept, codebook)]
     ids = teacher.generate(cond, sampling, seeds, prefix=prefix, first_step=first_step)
-    return torch.cat([prefix, codebook[ids]], 1)
+    return torch.cat([kept, codebook[ids]], 1)
 
 
 def first_redrawn_step(order: Order, steps: int) -> int:

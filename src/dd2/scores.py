@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 DEFAULT_MAX_ELEMENTS = 2**26
-"""Largest (rows x V) block of posterior weights held at a time: 256 MiB in float32."""
+"""Largest (rows x V) block of posterior weights: 256 MiB in float32, of which a few are alive at a time."""
 
 
 def posterior_mean(
@@ -91,13 +91,15 @@ class _PosteriorMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, t, log_p, codes, half_norms, mean = ctx.saved_tensors
-        grad = grads[0]
+        grad = grads[0].to(x.dtype)
         covariance_grad = torch.empty_like(x)
-        for part in _chunks(len(x), ctx.rows):
-            weights = _weights(x[part], t[part], log_p[part], codes, half_norms)
-            # Cov_w(c) g = sum_j w_j (g . (c_j - mean)) c_j: centring first avoids cancellation when w is peaked.
-            along = grad[part] @ codes.T - (grad[part] * mean[part]).sum(-1, keepdim=True)
-            torch.mm(weights * along, codes, out=covariance_grad[part])
+        # The caller's autocast is active here, unlike in forward; half precision would be divided by t^2.
+        with torch.autocast(x.device.type, enabled=False):
+            for part in _chunks(len(x), ctx.rows):
+                weights = _weights(x[part], t[part], log_p[part], codes, half_norms)
+                # Cov_w(c) g = sum_j w_j (g . (c_j - mean)) c_j: centring first avoids cancellation when w is peaked.
+                along = grad[part] @ codes.T - (grad[part] * mean[part]).sum(-1, keepdim=True)
+                torch.mm(weights * along, codes, out=covariance_grad[part])
         # Two divisions, not one by t^2, which underflows for tiny t.
         return covariance_grad * (1 - t) / t / t, None, None, None, None
 

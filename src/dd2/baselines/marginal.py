@@ -2,31 +2,39 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from dd2.errors import InputError
 from dd2.seeding import image_uniforms
-from dd2.teachers.filtering import draw
 
 
 class MarginalSampler:
-    """Code frequencies per (class, position), counted on teacher samples.
+    """Independent positions with the frequencies of teacher samples, per class.
+
+    Each position takes its code from a teacher sample of the class, drawn anew for every position: the marginal
+    frequencies exactly, without a table of classes x positions x V.
 
     Args:
         ids: (N, n) code ids.
         labels: (N,) classes of them.
-        codebook_size: V.
     """
 
-    def __init__(self, ids: Tensor, labels: Tensor, codebook_size: int) -> None:
-        classes = int(labels.max()) + 1
-        counts = torch.zeros(classes, ids.shape[1], codebook_size)
-        position = torch.arange(ids.shape[1]).expand_as(ids)
-        ones = torch.ones(ids.shape)
-        counts.index_put_((labels.unsqueeze(1).expand_as(ids).long(), position, ids.long()), ones, accumulate=True)
-        self.log_p = (counts / counts.sum(-1, keepdim=True)).log()
+    def __init__(self, ids: Tensor, labels: Tensor) -> None:
+        self.ids = ids
+        self.counts = labels.bincount()
+        self.rows = labels.argsort(stable=True)  # grouped by class
+        self.starts = self.counts.cumsum(0) - self.counts
 
     def sample(self, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Ids (B, n), one seed per image."""
-        uniforms = image_uniforms(seeds, (self.log_p.shape[1],))
-        return draw(self.log_p[labels.cpu()], uniforms).to(labels.device)
+        """Ids (B, n), one seed per image.
+
+        Raises:
+            InputError: there is no teacher sample of a class.
+        """
+        own = labels.cpu()
+        if int(own.max()) >= len(self.counts) or (self.counts[own] == 0).any():
+            raise InputError("onestep* needs teacher samples of every class; distil with more --teacher-samples")
+        uniforms = image_uniforms(seeds, (self.ids.shape[1],))
+        chosen = (uniforms * self.counts[own].unsqueeze(1)).long().clamp_max(self.counts[own].unsqueeze(1) - 1)
+        rows = self.rows[self.starts[own].unsqueeze(1) + chosen]
+        return self.ids.long().gather(0, rows).to(labels.device)

@@ -20,7 +20,7 @@ from dd2.files import atomic_folder
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import Tokenizer, nearest_ids
 from dd2.tokenizers.vq import VQConfig, VQTokenizer
 
 TOKENIZERS = {"vq": (VQConfig, VQTokenizer)}
@@ -37,11 +37,10 @@ class Generator:
 
     def decode(self, tokens: torch.Tensor, nearest: bool = False) -> torch.Tensor:
         """Standardised tokens (B, n, C) to images, as they are or snapped to their nearest codes."""
-        codes = self.student.backbone.to_codes(tokens)
+        backbone = self.student.backbone
         if nearest:
-            codebook = self.tokenizer.codebook
-            codes = codebook[torch.cdist(codes, codebook.expand(len(codes), -1, -1)).argmin(-1)]
-        return self.tokenizer.decode_codes(codes)
+            return self.tokenizer.decode(nearest_ids(tokens, backbone.to_tokens(self.tokenizer.codebook)))
+        return self.tokenizer.decode_codes(backbone.to_codes(tokens))
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
@@ -49,7 +48,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torc
     family = _family_of(tokenizer, {name: entry[1] for name, entry in TOKENIZERS.items()})
     config = {"kind": "tokenizer", "family": family, "config": _config_of(tokenizer)}
     with atomic_folder(folder) as partial:
-        _write(partial, tokenizer, config, dtype)
+        write_model(partial, tokenizer, config, dtype)
 
 
 def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
@@ -61,7 +60,7 @@ def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.floa
     }
     weights = nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output})
     with atomic_folder(folder) as partial:
-        _write(partial, weights, config, dtype)
+        write_model(partial, weights, config, dtype)
         save_tokenizer(partial / "tokenizer", teacher.tokenizer, dtype)
 
 
@@ -75,7 +74,7 @@ def save_generator(folder: Path, generator: Generator) -> None:
         "head": dataclasses.asdict(student.head_config),
     }
     with atomic_folder(folder) as partial:
-        _write(partial, student, config, torch.float32)
+        write_model(partial, student, config, torch.float32)
         save_tokenizer(partial / "tokenizer", generator.tokenizer)
 
 
@@ -87,8 +86,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     config = read_config(folder, "tokenizer")
     config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
-    tokenizer = build(_construct(config_class, config["config"], folder))
-    _load(folder, tokenizer)
+    tokenizer = build(_construct(config_class, config.get("config"), folder))
+    load_weights(folder, tokenizer)
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -96,8 +95,8 @@ def load_teacher(folder: Path) -> Teacher:
     """Read a teacher folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
     config = read_config(folder, "teacher")
     config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
-    teacher = build(_construct(config_class, config["config"], folder), load_tokenizer(folder / "tokenizer"))
-    _load(folder, nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output}))
+    teacher = build(_construct(config_class, config.get("config"), folder), load_tokenizer(folder / "tokenizer"))
+    load_weights(folder, nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output}))
     return teacher.eval().requires_grad_(False)
 
 
@@ -106,9 +105,9 @@ def load_generator(folder: Path) -> Generator:
     config = read_config(folder, "generator")
     config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
     tokenizer = load_tokenizer(folder / "tokenizer")
-    backbone = build(_construct(config_class, config["config"], folder), tokenizer).backbone
-    student = Student(backbone, _construct(HeadConfig, config["head"], folder))
-    _load(folder, student)
+    backbone = build(_construct(config_class, config.get("config"), folder), tokenizer).backbone
+    student = Student(backbone, _construct(HeadConfig, config.get("head"), folder))
+    load_weights(folder, student)
     return Generator(student.eval().requires_grad_(False), tokenizer)
 
 
@@ -131,13 +130,15 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     return config
 
 
-def _write(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+def write_model(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write model.safetensors and config.json into an existing folder."""
     tensors = {key: value.detach().to(dtype).contiguous() for key, value in module.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _load(folder: Path, module: nn.Module) -> None:
+def load_weights(folder: Path, module: nn.Module) -> None:
+    """Load model.safetensors of a folder into `module`, as float32 and with every tensor accounted for."""
     file = folder / "model.safetensors"
     try:
         tensors = load_file(file)
@@ -152,6 +153,9 @@ def _load(folder: Path, module: nn.Module) -> None:
             f"{file} does not fit its config.json: {len(wrong)} tensors differ, first {first}: expected "
             f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
         )
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
     module.load_state_dict({key: value.float() for key, value in tensors.items()})
 
 
@@ -163,7 +167,10 @@ def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:
     for family, candidate in classes.items():
         if isinstance(module, candidate):
             return family
-    raise TypeError(f"{type(module).__name__} belongs to no known family: {', '.join(classes)}")
+    raise InputError(
+        f"{type(module).__name__} belongs to no known family ({', '.join(classes)}): add its own to "
+        "dd2.checkpoints.native before saving or loading"
+    )
 
 
 def _backbone_family(backbone: nn.Module) -> str:
@@ -179,6 +186,10 @@ def _known(config: dict[str, Any], families: dict[str, Any], folder: Path) -> st
 
 def _construct(config_class: type, values: Any, folder: Path) -> Any:
     try:
-        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()})
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()})
+        for field in dataclasses.fields(config_class):
+            if type(getattr(config, field.name)) is not type(field.default):
+                raise TypeError(f"{field.name} is {getattr(config, field.name)!r}, not of type {type(field.default).__name__}")
+        return config
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / 'config.json'} does not describe a {config_class.__name__}: {error}") from error

@@ -65,11 +65,12 @@ class ImageFolder:
                 raise InputError(f"data {path} is neither a folder nor a zip file") from error
             names = self._zip.namelist()
         names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and "/" in name)
-        classes = sorted({name.rsplit("/", 1)[0] for name in names})
+        names = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+        classes = sorted({name.split("/")[-2] for name in names})
         if not classes:
             raise InputError(f"data {path} holds no CLASS/IMAGE files ({', '.join(SUFFIXES)})")
         self.num_classes = len(classes)
-        items = [(name, classes.index(name.rsplit("/", 1)[0])) for name in names]
+        items = [(name, classes.index(name.split("/")[-2])) for name in names]
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
         held_out = max(1, len(items) // HELD_OUT_EVERY)
         self._items = {
@@ -86,11 +87,11 @@ class ImageFolder:
         return images, torch.tensor([items[row][1] for row in rows])
 
     def _image(self, name: str) -> Tensor:
-        raw = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
         try:
+            raw = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
             with Image.open(io.BytesIO(raw)) as file:
                 image = file.convert(self.mode)
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: {name} cannot be read as an image; remove or replace it") from error
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -1,14 +1,12 @@
 """The digits classifier: labels for accuracy, and its penultimate layer as the feature network of the demo's metric."""
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dd2.checkpoints.native import read_config
+from dd2.checkpoints.native import load_weights, read_config, write_model
 from dd2.files import atomic_folder
 from dd2.training.stage import Losses
 
@@ -19,9 +17,9 @@ FEATURES = 64
 class DigitsClassifier(nn.Module):
     """A small convolutional network over (B, 1, 16, 16) digits, trained on real digits only."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.width = width
+        width = 16
         self.conv1 = nn.Conv2d(1, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1)
@@ -50,16 +48,12 @@ def classifier_loss(classifier: DigitsClassifier, images: Tensor, labels: Tensor
 def save_classifier(folder: Path, classifier: DigitsClassifier, dtype: torch.dtype = torch.float32) -> None:
     """Write a classifier folder."""
     with atomic_folder(folder) as partial:
-        save_file(
-            {key: value.to(dtype) for key, value in classifier.state_dict().items()},
-            partial / "model.safetensors",
-        )
-        (partial / "config.json").write_text(json.dumps({"kind": "classifier", "width": classifier.width}) + "\n")
+        write_model(partial, classifier, {"kind": "classifier"}, dtype)
 
 
 def load_classifier(folder: Path) -> DigitsClassifier:
     """Read a classifier folder, in evaluation mode and float32."""
-    config = read_config(folder, "classifier")
-    classifier = DigitsClassifier(int(config["width"]))
-    classifier.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    read_config(folder, "classifier")
+    classifier = DigitsClassifier()
+    load_weights(folder, classifier)
     return classifier.eval().requires_grad_(False)

@@ -41,12 +41,12 @@ def user_features(spec: str) -> FeatureNetwork:
         InputError: there is no such module or function.
     """
     module_name, _, function = spec.partition(":")
-    if not function:
+    if not (module_name and function):
         raise InputError(f"features must be 'digits' or 'module:function', got {spec!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the user's module raises
         raise InputError(f"features {spec}: the module cannot be imported ({error})") from error
     finally:
         sys.path.pop(0)

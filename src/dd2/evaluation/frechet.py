@@ -10,11 +10,10 @@ from dd2.errors import InputError
 
 @dataclass(frozen=True)
 class GaussianFit:
-    """Mean (F,) and unbiased covariance (F, F) of features, float64, and how many samples made them."""
+    """Mean (F,) and unbiased covariance (F, F) of features, float64."""
 
     mean: Tensor
     covariance: Tensor
-    count: int
 
 
 class FeatureStatistics:
@@ -33,6 +32,8 @@ class FeatureStatistics:
             InputError: a feature is not finite.
         """
         values = features.detach().double().cpu()
+        if values.ndim != 2:
+            raise InputError(f"a feature network must give (B, F), got {tuple(values.shape)}")
         if not torch.isfinite(values).all():
             raise InputError("features hold NaN or infinity; the images or the feature network are broken")
         if self._origin is None:
@@ -53,7 +54,7 @@ class FeatureStatistics:
             raise InputError(f"a covariance needs at least 2 images, got {self.count}")
         mean = self._sum / self.count
         covariance = (self._outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return GaussianFit(self._origin + mean, covariance, self.count)
+        return GaussianFit(self._origin + mean, covariance)
 
 
 def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:

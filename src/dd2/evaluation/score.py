@@ -16,8 +16,9 @@ from dd2.evaluation.speed import seconds_per_call
 from dd2.progress import progress
 from dd2.sampling import ar_diffusion, one_step
 from dd2.seeding import seed_of
-from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.tokenizers.base import nearest_ids
 
 SHOWN = 40
 """Images of each method that are kept for the pictures."""

@@ -1,5 +1,6 @@
 """dd2 demo: the whole method on the embedded digits, in minutes."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,23 +19,25 @@ class DemoConfig:
     Runs dd2 distill configs/digits.yaml, then dd2 evaluate: minutes on two cores. Look at OUT/report.html.
     """
 
-    out: Path = Path("runs/demo")
-    """Run folder; an interrupted demo in it is resumed."""
+    out: Path | None = None
+    """Run folder; an interrupted demo in it is resumed. runs/demo, or runs/demo_from_scratch."""
     from_scratch: bool = False
     """Train tokenizer, teacher and classifier too, as the embedded ones were (about 20 minutes more)."""
 
 
 def demo(config: DemoConfig) -> None:
     """Run the demo, or what is left of it."""
+    out = config.out or Path("runs/demo_from_scratch" if config.from_scratch else "runs/demo")
     run = load_config(DistillConfig, "digits")
     classifier = "digits"
     if config.from_scratch:
-        parts = config.out / "parts"
+        parts = out / "parts"
         tokenizer = train_tokenizer(replace(load_config(TrainTokenizerConfig, "digits_tokenizer"), out=parts / "tokenizer"))
         teacher = train_teacher(
             replace(load_config(TrainTeacherConfig, "digits_teacher"), tokenizer=tokenizer, out=parts / "teacher")
         )
         classifier = str(train_classifier(TrainClassifierConfig(out=parts / "classifier")))
         run = replace(run, teacher=str(teacher))
-    distill(replace(run, out=config.out))
-    evaluate(EvaluateConfig(run=config.out, classifier=classifier))
+    again = f"dd2 demo --out {shlex.quote(str(out))}" + (" --from-scratch" if config.from_scratch else "")
+    distill(replace(run, out=out), resume=again)
+    evaluate(EvaluateConfig(run=out, classifier=classifier))

@@ -1,16 +1,18 @@
 """dd2 distill: from a teacher to a one-step generator (Sec. 5, Alg. 1-3)."""
 
 import json
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from dd2.checkpoints.native import Generator, save_generator
+from dd2.checkpoints.runs import open_teacher
+from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import write_atomic
-from dd2.jobs.models import open_teacher
-from dd2.jobs.run_folder import pick_device, start_run
+from dd2.jobs.run_folder import start_run
 from dd2.stages.align import load_average
 from dd2.stages.recipe import AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
 from dd2.student import HeadConfig, Student
@@ -39,6 +41,8 @@ class DistillConfig:
     """auto, cpu, cuda or cuda:N."""
     teacher_samples: int = 400_000
     """Sequences sampled from the teacher for stage 1."""
+    sample_batch: int = 64
+    """Sequences sampled from the teacher at a time."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """The velocity head."""
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -52,29 +56,42 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts below 1."""
-        if self.teacher_samples < 1:
-            raise InputError(f"teacher_samples must be at least 1, got {self.teacher_samples}")
+        for name in ("teacher_samples", "sample_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.align.iterations and not self.align.then_iterations:
             raise InputError("align.iterations needs align.then_iterations: alignment prepares further distillation")
 
 
-def distill(config: DistillConfig) -> dict[str, float]:
+def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     """Run the distillation, or what is left of it.
 
+    Args:
+        config: everything.
+        resume: the command that resumes it, if it is not dd2 distill.
+
     Returns:
-        Seconds of "tune" and "distill" over all sessions.
+        Seconds of "samples", "tune" and "distill" over all sessions.
     """
     device = pick_device(config.device)
     teacher = open_teacher(config.teacher, device)
     hint = start_run(config.out, config, "distill")
+    seconds = read_seconds(config.out)
+    start = time.perf_counter()
     samples = TeacherSamples.prepare(
-        config.out / "teacher_samples", teacher, config.tune.sampling, config.teacher_samples, config.seed
+        config.out / "teacher_samples",
+        teacher,
+        config.tune.sampling,
+        config.teacher_samples,
+        config.seed,
+        config.sample_batch,
     )
-    teacher.backbone.standardise(teacher.tokenizer.codebook[samples.ids.long()])
+    seconds = {"samples": seconds.get("samples", 0.0) + time.perf_counter() - start, "tune": 0.0, "distill": 0.0}
+    _write_seconds(config.out, seconds)
+    teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
     torch.manual_seed(config.seed)
     student = Student.from_teacher(teacher, config.head).to(device)
-    trainer = Trainer(config.out, config.seed, config.loop, device, hint)
-    seconds = {"tune": 0.0, "distill": 0.0}
+    trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
 
     for stage in tune_stages(student, teacher, samples, config.tune):
         seconds["tune"] += trainer.run(stage)
@@ -84,8 +101,8 @@ def distill(config: DistillConfig) -> dict[str, float]:
     seconds["distill"] += trainer.run(distill_stage(networks, teacher, samples, config.distill))
     if config.align.iterations:
         seconds["distill"] += _align(config, trainer, networks, teacher, samples)
+    _write_seconds(config.out, seconds)
     save_generator(config.out / "generator", Generator(networks.ema, teacher.tokenizer))
-    write_atomic(config.out / "seconds.json", json.dumps(seconds, indent=2) + "\n")
     return seconds
 
 
@@ -95,5 +112,16 @@ def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher:
         load_average(networks.generator, networks.ema)
     alone = replace(config.distill, iterations=config.align.iterations)
     seconds = trainer.run(distill_stage(networks, teacher, samples, alone, name="align", generator_frozen=True))
-    further = replace(config.distill, iterations=config.align.then_iterations, k=config.align.then_k)
-    return seconds + trainer.run(distill_stage(networks, teacher, samples, further, name="distill_aligned"))
+    further, seen = config.align.second_half(config.distill), config.distill.iterations
+    stage = distill_stage(networks, teacher, samples, further, name="distill_aligned", averaged=seen)
+    return seconds + trainer.run(stage)
+
+
+def read_seconds(run: Path) -> dict[str, float]:
+    """Seconds per part of a run so far; empty for a new one."""
+    file = run / "seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _write_seconds(run: Path, seconds: dict[str, float]) -> None:
+    write_atomic(run / "seconds.json", json.dumps(seconds, indent=2) + "\n")

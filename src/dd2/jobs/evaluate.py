@@ -2,20 +2,20 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dd2.baselines.marginal import MarginalSampler
+from dd2.checkpoints.runs import embedded, open_run
 from dd2.config import flat
+from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import digits_features, user_features
 from dd2.evaluation.report import write_report
 from dd2.evaluation.score import Scorer
-from dd2.files import write_atomic
-from dd2.jobs.models import embedded, open_run
-from dd2.jobs.run_folder import pick_device
-from dd2.teachers.filtering import Sampling
+from dd2.files import writable_folder, write_atomic
+from dd2.jobs.distill import read_seconds
 from dd2.training.samples import TeacherSamples
 
 
@@ -25,7 +25,7 @@ class EvaluateConfig:
 
     The Fréchet distance (FD) is to `count` samples of the teacher in the features of a network; "floor" is the FD of as
     many other teacher samples, "onestep_marginal" that of independent tokens, and gap_closed how far the generator
-    got from the second to the first.
+    got from the second to the first. The teacher samples as it did in distillation.
     """
 
     run: Path
@@ -40,8 +40,6 @@ class EvaluateConfig:
     """"digits" (classifier trained on real digits only), or module:function mapping images in [-1, 1] to (B, F)."""
     classifier: str = "digits"
     """Folder of a digits classifier, or "digits" for the embedded one."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How the teacher samples as reference."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -60,6 +58,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     device = pick_device(config.device)
     run = open_run(config.run, device)
+    writable_folder(config.run, "run folder")
+    spent = read_seconds(config.run)
+    if "distill" not in spent or not (config.run / "versions.json").is_file():
+        raise InputError(f"{config.run} lacks seconds.json or versions.json; run dd2 distill on it again, which writes them")
     if config.features == "digits":
         if run.teacher.tokenizer.image_shape != (1, 16, 16):
             raise InputError(
@@ -71,12 +73,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     else:
         network = user_features(config.features)
     samples = TeacherSamples.load(config.run / "teacher_samples")
-    marginal = MarginalSampler(samples.ids, samples.cond, len(run.teacher.codebook))
-    scorer = Scorer(run.teacher, network, config.sampling, config.count, config.batch, config.seed)
+    marginal = MarginalSampler(samples.ids, samples.cond)
+    scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed)
     numbers, images = scorer.run(run.generator, run.ar_diffusion, marginal)
-    seconds = json.loads((config.run / "seconds.json").read_text())
-    seconds["evaluate"] = time.perf_counter() - start
-    seconds["total"] = seconds["tune"] + seconds["distill"] + seconds["evaluate"]
+    seconds = {**spent, "evaluate": time.perf_counter() - start}
+    seconds["total"] = sum(seconds.values())
     numbers |= {
         "seconds": seconds,
         "count": config.count,

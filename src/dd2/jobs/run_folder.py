@@ -1,10 +1,12 @@
-"""A run's folder: its resolved configuration, the versions that made it, and the device it runs on."""
+"""A run's folder: its resolved configuration, the versions that made it, and its lock."""
 
+import fcntl
 import json
 import platform
+import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -14,8 +16,8 @@ from dd2.config import flat, read_yaml, to_yaml
 from dd2.errors import InputError
 from dd2.files import writable_folder, write_atomic
 
-FREE_FIELDS = ("device", "out", "loop.")
-"""Fields that may change when a run is resumed: they do not change what is computed."""
+_locks: dict[Path, IO[str]] = {}
+"""Held until the process ends."""
 
 
 def start_run(out: Path, config: Any, command: str) -> str:
@@ -25,13 +27,16 @@ def start_run(out: Path, config: Any, command: str) -> str:
         The command that resumes the run.
 
     Raises:
-        InputError: the folder cannot be written, or holds a run with another configuration.
+        InputError: the folder cannot be written, is in use, or holds a run with another configuration.
     """
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"seed must be in 0 to 2^63 - 1, got {config.seed}")
     writable_folder(out, "run folder")
+    _lock(out)
     file = out / "config.yaml"
     if file.exists():
         before, now = read_yaml(file), flat(config)
-        changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE_FIELDS)]
+        changed = [key for key in now if before.get(key) != now[key] and not _may_change(key)]
         if changed:
             key = changed[0]
             raise InputError(
@@ -49,20 +54,22 @@ def start_run(out: Path, config: Any, command: str) -> str:
         "threads": torch.get_num_threads(),
     }
     write_atomic(out / "versions.json", json.dumps(versions, indent=2) + "\n")
-    return f"dd2 {command} {file}"
+    return f"dd2 {command} {shlex.quote(str(file))}"
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that a configuration names; "auto" is CUDA where there is one.
+def _may_change(field: str) -> bool:
+    """Fields that do not change what is computed may differ when a run is resumed."""
+    return field in ("out", "sample_batch") or (field.startswith("loop.") and field != "loop.precision")
 
-    Raises:
-        InputError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def _lock(out: Path) -> None:
+    """One process per run folder; the system frees the lock when the process ends, however it ends."""
+    if out.resolve() in _locks:
+        return
+    file = open(out / ".lock", "w")  # noqa: SIM115  (kept open on purpose)
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not available here; use auto, cpu, or cuda on a machine with a GPU") from error
-    return device
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{out} is in use by another dd2; wait for it, or choose another --out") from None
+    _locks[out.resolve()] = file

@@ -1,17 +1,17 @@
 """dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dd2.checkpoints.runs import open_generator, open_run
+from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.images import save_folder, save_grid, save_npz
-from dd2.jobs.models import open_generator, open_run
-from dd2.jobs.run_folder import pick_device
 from dd2.progress import progress
 from dd2.sampling import ar_diffusion, first_redrawn_step, one_step, refine
 from dd2.teachers.filtering import Sampling
@@ -40,8 +40,14 @@ class SampleConfig:
     """generator: one or few steps. ar_diffusion: the stage-1 model, step by step. teacher: KV-cached AR sampling."""
     decoding: Literal["continuous", "nearest"] = "continuous"
     """Decode tokens as they are, or snapped to their nearest codes."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How the teacher samples (method teacher, or steps > 1)."""
+    cfg_scale: float | None = None
+    """The teacher's guidance scale (method teacher, or steps > 1); None: as distilled."""
+    temperature: float | None = None
+    """The teacher's temperature; None: as distilled."""
+    top_k: int | None = None
+    """The teacher's top-k; None: as distilled."""
+    top_p: float | None = None
+    """The teacher's top-p; None: as distilled."""
     batch: int = 256
     """Images at a time."""
     device: str = "auto"
@@ -52,6 +58,8 @@ class SampleConfig:
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**62:
+            raise InputError(f"seed must be in 0 to 2^62 - 1, got {self.seed}")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":
@@ -75,7 +83,12 @@ def sample(config: SampleConfig) -> Tensor:
     classes = generator.student.backbone.null_condition(torch.zeros(1, dtype=torch.long)).item()
     labels = parse_labels(config.labels, int(classes), config.count)
     first_redrawn_step(generator.student.backbone.order, config.steps)  # refuses before anything is drawn
+    sampling = _sampling(config, run.sampling) if run else Sampling()
     seeds = list(range(config.seed, config.seed + config.count))
+    if config.out.suffix and config.out.is_dir():
+        raise InputError(f"out {config.out} is a folder; name a file, or a folder without ending")
+    if config.out.is_dir() and any(config.out.iterdir()):
+        raise InputError(f"out {config.out} is not empty: its old images would mix with the new; choose another --out")
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
     parts = []
     with progress("sample", config.count, "img") as bar:
@@ -85,11 +98,11 @@ def sample(config: SampleConfig) -> Tensor:
             with torch.inference_mode():
                 if config.method == "teacher" and run:
                     codebook = run.teacher.codebook
-                    tokens = codebook[run.teacher.generate(cond, config.sampling, own)]
+                    tokens = codebook[run.teacher.generate(cond, sampling, own)]
                 elif config.method == "ar_diffusion":
                     tokens = ar_diffusion(generator.student, cond, own)
                 elif run:
-                    tokens = refine(generator.student, run.teacher, cond, config.sampling, own, config.steps)
+                    tokens = refine(generator.student, run.teacher, cond, sampling, own, config.steps)
                 else:
                     tokens = one_step(generator.student, cond, own)
                 parts.append(generator.decode(tokens, nearest=config.decoding == "nearest").cpu())
@@ -103,6 +116,11 @@ def sample(config: SampleConfig) -> Tensor:
         save_folder(images, config.out, labels, seeds)
     print(f"wrote {config.count} images to {config.out}")
     return images
+
+
+def _sampling(config: SampleConfig, distilled: Sampling) -> Sampling:
+    named = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    return replace(distilled, **{name: value for name, value in named.items() if value is not None})
 
 
 def parse_labels(text: str, num_classes: int, count: int) -> list[int]:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from dd2.checkpoints.native import load_tokenizer, save_teacher
 from dd2.data.source import ImageData, open_data
+from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.jobs.run_folder import pick_device, start_run
+from dd2.evaluation.likelihood import teacher_nll
+from dd2.jobs.run_folder import start_run
 from dd2.seeding import stream
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
@@ -66,10 +68,10 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     channels, size, _ = tokenizer.image_shape
     data = open_data(config.data, size, channels)
-    hint = start_run(config.out, config, "train-teacher")
-    torch.manual_seed(config.seed)
     side = round(tokenizer.num_positions**0.5)
     sizes = replace(config.teacher, rows=side, columns=side, num_classes=data.num_classes)
+    hint = start_run(config.out, replace(config, teacher=sizes), "train-teacher")
+    torch.manual_seed(config.seed)
     teacher = llamagen_teacher(sizes, tokenizer).to(device)
     teacher.tokenizer.requires_grad_(False)
     trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
@@ -94,14 +96,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     stage = Stage("teacher", config.iterations, [update], modules, preview=preview)
     Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
     teacher.eval()
-    with torch.no_grad():
-        rows = range(0, len(test_ids), config.batch)
-        parts = [
-            ar_loss(teacher, test_ids[r : r + config.batch], test_labels[r : r + config.batch], 0.0, stream("nll"))[0]
-            * len(test_ids[r : r + config.batch])
-            for r in rows
-        ]
-        nats = float(sum(parts) / len(test_ids)) * tokenizer.num_positions
+    nats = float(teacher_nll(teacher, test_ids, test_labels, config.batch).mean())
     log = MetricsLog(config.out / "metrics.jsonl")
     log.rewind("held_out", -1)
     log.append({"stage": "held_out", "step": config.iterations, "nats_per_image": nats})

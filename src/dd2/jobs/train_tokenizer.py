@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dd2.checkpoints.native import save_tokenizer
 from dd2.data.source import open_data
+from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.jobs.run_folder import pick_device, start_run
+from dd2.jobs.run_folder import start_run
 from dd2.tokenizers.train import CodeUsage, VQLossConfig, vq_loss
 from dd2.tokenizers.vq import VQConfig, VQTokenizer
 from dd2.training.loop import LoopConfig, Trainer

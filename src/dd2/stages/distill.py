@@ -8,8 +8,9 @@ from torch import Tensor
 from dd2.losses import Distance, csd_loss, fcs_loss, noised
 from dd2.scores import posterior_mean
 from dd2.student import Student
-from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.tokenizers.base import nearest_ids
 from dd2.training.schedule import NoiseLevelConfig
 from dd2.training.stage import Losses
 
@@ -73,13 +74,14 @@ def generator_loss(
         snap_teacher, snap_guidance: condition that network on the nearest codes of q_<i instead of q_<i itself.
 
     Returns:
-        The loss, and the root-mean-square distance of the tokens to their nearest codes.
+        The loss and, where a condition is snapped, the root-mean-square distance of tokens to their nearest codes.
     """
     q = generator.as_generator(_noise_for(generator, cond, random), cond).float()
     codebook = teacher.codebook
     with torch.no_grad():
         detached = q.detach()
-        snapped = codebook[nearest_ids(detached, codebook)]
+        # All B x n x V distances: only where they are needed.
+        snapped = codebook[nearest_ids(detached, codebook)] if snap_teacher or snap_guidance else detached
         log_p = teacher.log_p(snapped if snap_teacher else detached, cond, sampling)
         features = guidance.features(snapped if snap_guidance else detached, cond)
     t = noise_level.draw((draws, *q.shape[:-1]), random)
@@ -94,6 +96,8 @@ def generator_loss(
     loss = csd_loss(
         q.expand(draws, *q.shape), t, eps, teacher_x0_hat, guidance_x0_hat, d=d, alpha=alpha, weight_floor=weight_floor
     )
+    if not (snap_teacher or snap_guidance):
+        return loss, {}
     return loss, {"to_nearest_code": (detached - snapped).square().mean().sqrt()}
 
 

@@ -1,6 +1,6 @@
 """The recipe of Sec. 5: which networks each stage trains, with which losses and hyper-parameters (Tables 10, 11)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -111,10 +111,20 @@ class AlignConfig:
     """Generator updates afterwards."""
     then_k: int = 2
     """Guidance updates per generator update afterwards."""
+    then_lr: float = 1.0
+    """Factor on both learning rates afterwards; there is no second warm-up."""
 
     def __post_init__(self) -> None:
         """Refuse counts without meaning."""
         _counts("align", self, ("then_k",), ("iterations", "then_iterations"))
+        if self.then_lr <= 0:
+            raise InputError(f"align.then_lr must be positive, got {self.then_lr}")
+
+    def second_half(self, csd: CSDConfig) -> CSDConfig:
+        """Stage 2 as it goes on after alignment."""
+        generator = replace(csd.generator, lr=csd.generator.lr * self.then_lr, warmup=0)
+        guidance = replace(csd.guidance, lr=csd.guidance.lr * self.then_lr, warmup=0)
+        return replace(csd, iterations=self.then_iterations, k=self.then_k, generator=generator, guidance=guidance)
 
 
 @dataclass
@@ -176,10 +186,12 @@ def distill_stage(
     *,
     name: str = "distill",
     generator_frozen: bool = False,
+    averaged: int = 0,
 ) -> Stage:
     """Stage 2 (Alg. 2): K guidance updates, one generator update, the EMA.
 
-    With `generator_frozen` only the guidance network learns: performance alignment (App. C.3).
+    With `generator_frozen` only the guidance network learns: performance alignment (App. C.3). `averaged` is the number
+    of generator updates that the EMA has seen before this stage.
     """
     generator, guidance = networks.generator, networks.guidance
 
@@ -208,7 +220,7 @@ def distill_stage(
         )
 
     def average(step: int) -> None:
-        ema_update(networks.ema, generator, ema_rate(step, config.ema))
+        ema_update(networks.ema, generator, ema_rate(averaged + step, config.ema))
 
     def preview() -> Tensor:
         cond = _preview_conditions(teacher)

@@ -40,11 +40,19 @@ class Backbone(nn.Module, ABC):
         self.register_buffer("token_std", torch.ones(code_dim))
 
     @torch.no_grad()
-    def standardise(self, codes: Tensor) -> None:
-        """Set mean and std per channel from codes (..., C) in the tokenizer's space."""
-        flat = codes.reshape(-1, codes.shape[-1]).double()
-        self.token_mean.copy_(flat.mean(0))
-        self.token_std.copy_(flat.std(0, correction=0).clamp_min(1e-6))
+    def standardise(self, codebook: Tensor, ids: Tensor | None = None) -> None:
+        """Set mean and std per channel to those of teacher samples.
+
+        Args:
+            codebook: (V, C) codes in the tokenizer's space.
+            ids: samples' code ids, of any shape and integer type; None weighs all codes alike.
+        """
+        codes = codebook.double()
+        counts = torch.ones(len(codes)) if ids is None else ids.flatten().int().bincount(minlength=len(codes)).cpu()
+        share = (counts.double() / counts.sum()).to(codes.device).unsqueeze(-1)
+        mean = (share * codes).sum(0)
+        self.token_mean.copy_(mean)
+        self.token_std.copy_((share * (codes - mean).square()).sum(0).sqrt().clamp_min(1e-6))
 
     def to_codes(self, tokens: Tensor) -> Tensor:
         """Standardised tokens (..., C) to the tokenizer's space."""
@@ -188,10 +196,3 @@ class Teacher(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """Standardised continuous tokens (B, n, C) to images (B, channels, H, W) in about [-1, 1]."""
         return self.tokenizer.decode_codes(self.backbone.to_codes(tokens))
-
-
-def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code of each token: (..., C), (V, C) -> (...) int64."""
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    closeness = flat @ codebook.T - codebook.square().sum(-1) / 2
-    return closeness.argmax(-1).view(tokens.shape[:-1])

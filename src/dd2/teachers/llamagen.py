@@ -48,7 +48,9 @@ class LlamaGenConfig:
                 f"llamagen width / heads must be a whole multiple of 4, got {self.width} / {self.heads}: "
                 "2-D RoPE turns pairs of channels, half of them by row and half by column"
             )
-        if self.kv_heads and self.heads % self.kv_heads:
+        if not (0 <= self.dropout < 1 and 0 <= self.class_dropout < 1):
+            raise InputError("llamagen dropout and class_dropout must be in [0, 1)")
+        if self.kv_heads < 0 or (self.kv_heads and self.heads % self.kv_heads):
             raise InputError(f"llamagen heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
 
     @property
@@ -198,9 +200,9 @@ class LlamaGenBackbone(Backbone):
         read = cache.length if cache else 0
         # Position 0 is the class token, position i holds token i - 1: only what the cache lacks is embedded.
         codes = self.to_codes(self.order.inputs(tokens)[:, max(read - 1, 0) :])
-        x = self.tok_embeddings(codes)
+        x = self.tok_embeddings(codes).float()  # the residual stream stays float32 under autocast
         if read == 0:
-            x = torch.cat([self.cls_embedding(cond).unsqueeze(1).to(x.dtype), x], 1)
+            x = torch.cat([self.cls_embedding(cond).unsqueeze(1), x], 1)
         x = self.drop(x)
         rope = self.rope[read : read + x.shape[1]]
         for index, layer in enumerate(self.layers):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from dd2.teachers.base import Teacher, nearest_ids
+from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import Tokenizer, nearest_ids
 
 
 class CodesOnly(Tokenizer):

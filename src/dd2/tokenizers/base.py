@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -37,3 +38,11 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids (B, n) to images (B, channels, H, W)."""
         return self.decode_codes(self.codebook[ids])
+
+
+def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code of each token, in float32 whatever the autocast: (..., C), (V, C) -> (...) int64."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        codes = codebook.float()
+        closeness = tokens.reshape(-1, tokens.shape[-1]).float() @ codes.T - codes.square().sum(-1) / 2
+    return closeness.argmax(-1).view(tokens.shape[:-1])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import Tokenizer, nearest_ids
 from dd2.tokenizers.blocks import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
 
 
@@ -44,11 +44,16 @@ class VQConfig:
             "channels",
             "res_blocks",
             "z_channels",
+            "groups",
         ):
             if getattr(self, field) < 1:
                 raise InputError(f"tokenizer.{field} must be at least 1, got {getattr(self, field)}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"tokenizer.multipliers must be positive integers, got {self.multipliers}")
+        if any(self.channels * m % min(self.groups, self.channels * m) for m in (1, *self.multipliers)):
+            raise InputError(
+                f"tokenizer.channels {self.channels} times each multiplier must be a multiple of tokenizer.groups {self.groups}"
+            )
         if self.image_size % 2 ** (len(self.multipliers) - 1):
             raise InputError(
                 f"tokenizer.image_size {self.image_size} cannot be halved {len(self.multipliers) - 1} times, once per "
@@ -185,11 +190,7 @@ class VQTokenizer(Tokenizer):
     def encode(self, images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != self.image_shape:
             raise InputError(f"the tokenizer reads images (B, {self.image_shape}), got {tuple(images.shape)}")
-        return self.nearest(self.project(images))
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """Ids of the nearest codes of unit vectors (B, n, C)."""
-        return (z @ self.codebook.T).argmax(-1)
+        return nearest_ids(self.project(images), self.codebook)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         grid = codes.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
@@ -203,7 +204,7 @@ class VQTokenizer(Tokenizer):
             the codebook, and ids (B, n).
         """
         z = self.project(images)
-        ids = self.nearest(z.detach())
+        ids = nearest_ids(z.detach(), self.codebook.detach())
         return z, F.normalize(self.quantize.embedding(ids), dim=-1), ids
 
 

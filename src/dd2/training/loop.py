@@ -77,7 +77,7 @@ class Trainer:
         if done and done[-1] > stage.iterations:
             raise InputError(
                 f"{folder} holds step {done[-1]}, beyond the {stage.iterations} iterations asked for; "
-                "raise the iterations or choose another run folder with --out"
+                "choose another run folder with --out"
             )
         step, before = 0, 0.0
         if done:

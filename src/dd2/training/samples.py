@@ -34,7 +34,7 @@ class TeacherSamples:
 
     @classmethod
     def prepare(
-        cls, folder: Path, teacher: Teacher, sampling: Sampling, count: int, seed: int, batch: int = 1024
+        cls, folder: Path, teacher: Teacher, sampling: Sampling, count: int, seed: int, batch: int = 64
     ) -> "TeacherSamples":
         """Sample what is missing in `folder` and load all of it.
 
@@ -100,6 +100,14 @@ def fingerprint(teacher: Teacher) -> str:
     return digest.hexdigest()
 
 
+def samples_identity(folder: Path) -> dict[str, object]:
+    """What a folder's samples were made of: teacher (fingerprint), sampling, seed; empty if that is unknown."""
+    try:
+        return json.loads((folder / "samples.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
 def _sample(teacher: Teacher, sampling: Sampling, start: int, size: int, seed: int, batch: int) -> dict[str, Tensor]:
     device = teacher.codebook.device
     index = torch.arange(start, start + size)
@@ -126,10 +134,7 @@ def _same_or_new(file: Path, identity: dict[str, object]) -> None:
     if not file.exists():
         write_atomic(file, json.dumps(identity, indent=2))
         return
-    try:
-        found = json.loads(file.read_text())
-    except json.JSONDecodeError:
-        found = {}
+    found = samples_identity(file.parent)
     wrong = [key for key, value in identity.items() if found.get(key) != value]
     if wrong:
         raise InputError(

@@ -10,6 +10,8 @@ from dd2.checkpoints.native import Generator, load_generator, load_teacher
 from dd2.config import read_yaml
 from dd2.errors import InputError
 from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
+from dd2.training.samples import fingerprint, samples_identity
 
 
 def embedded(name: str) -> Path:
@@ -30,16 +32,16 @@ class FinishedRun:
     """The networks of a distillation run.
 
     Attributes:
-        folder: the run's folder.
         generator: the one-step generator (EMA weights).
         ar_diffusion: the stage-1 model, or None if the run has none.
         teacher: the teacher, standardised as in the run.
+        sampling: the teacher's distribution that the generator was distilled to.
     """
 
-    folder: Path
     generator: Generator
     ar_diffusion: Generator | None
     teacher: Teacher
+    sampling: Sampling
 
 
 def open_generator(path: Path, device: torch.device) -> Generator:
@@ -64,11 +66,17 @@ def open_run(path: Path, device: torch.device) -> FinishedRun:
     generator = open_generator(path, device)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} has no config.yaml, so its teacher is unknown; give the run folder of dd2 distill")
-    teacher = open_teacher(str(read_yaml(path / "config.yaml").get("teacher")), device)
+    config = read_yaml(path / "config.yaml")
+    teacher = open_teacher(str(config.get("teacher")), device)
+    made_by = samples_identity(path / "teacher_samples").get("teacher")
+    if made_by is not None and made_by != fingerprint(teacher):
+        raise InputError(f"{path}: the teacher named in config.yaml is not the one that was distilled; restore it")
     student, backbone = generator.student.backbone, teacher.backbone
     if not torch.equal(teacher.tokenizer.codebook, generator.tokenizer.codebook):
         raise InputError(f"{path}: the teacher named in config.yaml has another codebook than the generator; restore it")
     backbone.token_mean.copy_(student.token_mean)
     backbone.token_std.copy_(student.token_std)
     tuned = open_generator(path / "ar_diffusion", device) if (path / "ar_diffusion").is_dir() else None
-    return FinishedRun(path, generator, tuned, teacher)
+    prefix = "distill.sampling."
+    sampling = Sampling(**{k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)})
+    return FinishedRun(generator, tuned, teacher, sampling)

@@ -9,8 +9,8 @@ from torch import Tensor
 from dd2.sampling import one_step
 from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
 from dd2.student import HeadConfig, Student
-from dd2.teachers.base import nearest_ids
 from dd2.teachers.table import TableTeacher, total_variation
+from dd2.tokenizers.base import nearest_ids
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import TeacherSamples
 

@@ -69,21 +69,21 @@ class Scorer:
         Returns:
             The content of metrics.json, and images to show by method.
         """
-        reference = self._score("reference (teacher)", self._teacher_images, "reference")
-        floor = self._score("teacher", self._teacher_images, "floor")
+        reference = self.score("reference (teacher)", self.teacher_images, "reference")
+        floor = self.score("teacher", self.teacher_images, "floor")
 
         def generated(cond: Tensor, seeds: list[int]) -> Tensor:
             return one_step(generator.student, cond, seeds)
 
         methods: dict[str, Method] = {
-            "onestep_marginal": lambda cond, seeds: self._decoded(marginal.sample(cond, seeds)),
-            "generator": lambda cond, seeds: self._continuous(generated(cond, seeds)),
-            "generator_nearest": lambda cond, seeds: self._decoded(self._snapped(generated(cond, seeds))),
+            "onestep_marginal": lambda cond, seeds: self.decoded(marginal.sample(cond, seeds)),
+            "generator": lambda cond, seeds: self.continuous(generated(cond, seeds)),
+            "generator_nearest": lambda cond, seeds: self.decoded(self._snapped(generated(cond, seeds))),
         }
         if tuned is not None:
             student = tuned.student
-            methods["ar_diffusion"] = lambda cond, seeds: self._continuous(ar_diffusion(student, cond, seeds))
-        scored = {name: self._score(name, method, "methods") for name, method in methods.items()}
+            methods["ar_diffusion"] = lambda cond, seeds: self.continuous(ar_diffusion(student, cond, seeds))
+        scored = {name: self.score(name, method, "methods") for name, method in methods.items()}
 
         frechet = {name: frechet_distance(entry.fit, reference.fit) for name, entry in scored.items()}
         frechet["floor"] = frechet_distance(floor.fit, reference.fit)
@@ -100,20 +100,24 @@ class Scorer:
         }
         return numbers, {name: entry.images for name, entry in everything.items()}
 
-    def _teacher_images(self, cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
-        return self._decoded(self.teacher.generate(cond, self.sampling, seeds))
+    def teacher_images(self, cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+        """The KV-cached teacher, as a `Method`."""
+        return self.decoded(self.teacher.generate(cond, self.sampling, seeds))
 
-    def _decoded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def decoded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of ids (B, n), and the ids."""
         return self.teacher.tokenizer.decode(ids), ids
 
-    def _continuous(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def continuous(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of tokens (B, n, C) as they are, and their nearest-code ids."""
         return self.teacher.decode(tokens), self._snapped(tokens)
 
     def _snapped(self, tokens: Tensor) -> Tensor:
         return nearest_ids(tokens, self.teacher.codebook)
 
     @torch.inference_mode()
-    def _score(self, title: str, sample: Method, seeds_of: str) -> Scored:
+    def score(self, title: str, sample: Method, seeds_of: str) -> Scored:
+        """Draw and reduce `count` samples of one method; `seeds_of` names the family of seeds."""
         statistics, nll, sequences, shown = FeatureStatistics(), [], [], []
         correct, classify = 0, self.network.classify
         with progress(title, self.count, "img") as bar:
@@ -156,7 +160,7 @@ class Scorer:
         codes = teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)
         taken = seconds_per_call(
             {
-                "teacher": lambda: self._teacher_images(cond, seeds),
+                "teacher": lambda: self.teacher_images(cond, seeds),
                 "generator": lambda: teacher.decode(one_step(generator.student, cond, seeds)),
                 "decoding_alone": lambda: teacher.tokenizer.decode_codes(codes),
             }

@@ -1,0 +1,93 @@
+"""How good the generator was at every checkpoint of a digits run: EMA and raw weights.
+
+    dd2 distill configs/digits_long.yaml --loop.keep 30
+    python benchmarks/digits_curve.py runs/digits_long [--count 5000]
+
+Prints a table and writes docs/results/digits_long_curve.json and .png. Distances at other counts are not comparable:
+fewer samples raise the floor.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from dd2.baselines.marginal import MarginalSampler
+from dd2.checkpoints.runs import embedded, open_run
+from dd2.evaluation.features import digits_features
+from dd2.evaluation.frechet import frechet_distance
+from dd2.evaluation.score import Scorer
+from dd2.sampling import one_step
+from dd2.training.checkpoint import steps
+from dd2.training.metrics import MetricsLog
+from dd2.training.samples import TeacherSamples
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+
+def main() -> None:
+    """Measure every checkpoint and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--count", type=int, default=5000)
+    arguments = parser.parse_args()
+    cpu = torch.device("cpu")
+    run = open_run(arguments.run, cpu)
+    scorer = Scorer(run.teacher, digits_features(embedded("classifier"), cpu), run.sampling, arguments.count, 500, 0)
+    samples = TeacherSamples.load(arguments.run / "teacher_samples")
+    marginal = MarginalSampler(samples.ids, samples.cond)
+    reference = scorer.score("reference", scorer.teacher_images, "reference").fit
+    teacher = scorer.score("teacher", scorer.teacher_images, "floor")
+    floor = frechet_distance(teacher.fit, reference)
+    independent = scorer.score("onestep*", lambda c, s: scorer.decoded(marginal.sample(c, s)), "methods")
+    worst = frechet_distance(independent.fit, reference)
+    student = run.generator.student
+    folder = arguments.run / "checkpoints" / "distill"
+    seconds = {
+        row["step"]: row["seconds"] for row in MetricsLog(arguments.run / "metrics.jsonl").rows() if row["stage"] == "distill"
+    }
+    rows = []
+    print("| step | minutes | FD, EMA | gap closed | NLL | accuracy | FD, raw weights |\n|---:|---:|---:|---:|---:|---:|---:|")
+    for step in steps(folder):
+        found = {}
+        for name in ("generator", "generator_ema"):
+            student.load_state_dict(load_file(folder / f"{step:08d}" / f"{name}.safetensors"))
+            found[name] = scorer.score(f"{step} {name}", lambda c, s: scorer.continuous(one_step(student, c, s)), "methods")
+        ema = found["generator_ema"]
+        row = {
+            "step": step,
+            "minutes": seconds[step] / 60,
+            "frechet_ema": frechet_distance(ema.fit, reference),
+            "frechet_raw": frechet_distance(found["generator"].fit, reference),
+            "teacher_nll": float(ema.nll.mean()),
+            "accuracy": ema.correct,
+        }
+        row["gap_closed"] = (worst - row["frechet_ema"]) / (worst - floor)
+        rows.append(row)
+        print(
+            f"| {step} | {row['minutes']:.1f} | {row['frechet_ema']:.2f} | {row['gap_closed']:.3f} | {row['teacher_nll']:.1f} "
+            f"| {row['accuracy']:.3f} | {row['frechet_raw']:.2f} |",
+            flush=True,
+        )
+    baselines = {"floor": floor, "onestep_marginal": worst, "teacher_nll": float(teacher.nll.mean())}
+    result = {"count": arguments.count, **baselines, "rows": rows}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "digits_long_curve.json").write_text(json.dumps(result, indent=2) + "\n")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in (("frechet_ema", "generator, EMA"), ("frechet_raw", "generator, raw weights")):
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], marker="o", label=label)
+    axes.axhline(floor, color="0.5", linestyle="--", label="teacher against itself (floor)")
+    axes.axhline(worst, color="tab:red", linestyle=":", label="independent tokens (onestep*)")
+    axes.set(xlabel="generator steps", ylabel="Fréchet distance", yscale="log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(RESULTS / "digits_long_curve.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,10 @@ from PIL import Image
 
 from dd2 import OneStepPipeline
 from dd2.cli import main
+from dd2.config import load_config
 from dd2.errors import InputError
+from dd2.jobs.evaluate import EvaluateConfig
+from dd2.jobs.train_classifier import TrainClassifierConfig
 from dd2.training.metrics import MetricsLog
 
 SHORT = ["--tune.iterations", "150", "--distill.iterations", "150", "--teacher-samples", "8192", "--loop.preview-every", "150"]
@@ -78,3 +81,24 @@ def test_hub_names_are_downloaded(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"dd2\[hub\]"):
         OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
+
+
+def test_from_scratch_trains_every_part(tmp_path, monkeypatch):
+    """`dd2 demo --from-scratch`, every part shortened: the parts are trained, used and reported."""
+    from dd2.jobs import demo
+
+    short = {
+        "digits": ["--tune.iterations", "4", "--distill.iterations", "4", "--teacher-samples", "512"],
+        "digits_tokenizer": ["--iterations", "6"],
+        "digits_teacher": ["--iterations", "6", "--token-images", "600", "--teacher.depth", "1", "--loop.preview-every", "0"],
+    }
+    load, classifier, evaluate = load_config, TrainClassifierConfig, EvaluateConfig
+    monkeypatch.setattr(demo, "load_config", lambda kind, name: load(kind, name, short[name]))
+    monkeypatch.setattr(demo, "TrainClassifierConfig", lambda **fields: classifier(**fields, iterations=5))
+    monkeypatch.setattr(demo, "EvaluateConfig", lambda **fields: evaluate(**fields, count=200))
+    assert main(["demo", "--from-scratch", "--out", str(tmp_path / "demo")]) == 0
+    for part in ("tokenizer/tokenizer", "teacher/teacher", "classifier/classifier"):
+        assert (tmp_path / "demo" / "parts" / part / "model.safetensors").is_file()
+    assert (tmp_path / "demo" / "report.html").is_file()
+    teacher = tmp_path / "demo" / "parts" / "teacher" / "teacher"
+    assert f"teacher: {teacher}" in (tmp_path / "demo" / "config.yaml").read_text()

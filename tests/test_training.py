@@ -244,3 +244,39 @@ def test_signal_saves_and_says_how_to_resume(tmp_path, small_run, number):
     assert f"saved at step {saved} of 100000" in errors
     assert json.loads((run / "checkpoints" / "tune" / f"{saved:08d}" / "state.json").read_text())["step"] == saved
     assert os.listdir(run / "checkpoints" / "tune") == [f"{saved:08d}"]
+
+
+def test_bfloat16_follows_float32(tmp_path):
+    """Autocast changes the networks' arithmetic, not the losses' meaning."""
+    from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+    from dd2.student import Student
+    from models import TINY_HEAD
+
+    logged = {}
+    for precision in ("float32", "bfloat16"):
+        teacher = tiny_teacher()
+        samples = TeacherSamples.prepare(tmp_path / precision / "samples", teacher, Sampling(), 64, 0)
+        teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
+        torch.manual_seed(0)
+        student = Student.from_teacher(teacher, TINY_HEAD)
+        t = trainer(tmp_path / precision, preview_every=0, precision=precision)
+        tune = TuneConfig(iterations=5, batch=8, accumulate=1, sampling=Sampling(), optim=OptimConfig(lr=1e-3))
+        csd = CSDConfig(iterations=5, k=1, batch=8, accumulate=1, sampling=Sampling(), snap_teacher=True)
+        t.run(tune_stages(student, teacher, samples, tune)[0])
+        t.run(distill_stage(Networks.from_tuned(student), teacher, samples, csd))
+        logged[precision] = rows(tmp_path / precision)
+    for a, b in zip(logged["float32"], logged["bfloat16"], strict=True):
+        for name in a:
+            if name.endswith("loss"):
+                assert b[name] == pytest.approx(a[name], rel=0.1, abs=0.02)
+                assert b[name] != a[name]
+
+
+def test_tensorboard_is_written_when_asked_for(tmp_path, monkeypatch):
+    trainer(tmp_path / "with", tensorboard=True).run(regression(3))
+    assert list((tmp_path / "with" / "tensorboard").glob("events.*"))
+    trainer(tmp_path / "without").run(regression(3))
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(InputError, match=r"dd2\[logs\]"):
+        trainer(tmp_path / "missing", tensorboard=True)

@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,16 +33,18 @@ def random_joint(codes: int = 4, positions: int = 3, seed: int = 2) -> torch.Ten
     return (1.2 * draw).flatten().softmax(0).view(draw.shape)
 
 
-def configurations(d: Distance, iterations: int, tune_iterations: int = 300) -> tuple[HeadConfig, TuneConfig, CSDConfig]:
+def configurations(
+    d: Distance, iterations: int, decay: Literal["constant", "cosine"] = "cosine"
+) -> tuple[HeadConfig, TuneConfig, CSDConfig]:
     """The sizes and rates of every enumeration in tests and benchmarks."""
-    rates = {"decay": "cosine", "betas": (0.5, 0.99)}
+    rates: dict[str, Any] = {"decay": decay, "betas": (0.5, 0.99)}
     tune = TuneConfig(
-        iterations=tune_iterations,
+        iterations=300,
         batch=512,
         accumulate=1,
         draws=2,
         sampling=Sampling(),
-        optim=OptimConfig(lr=2e-3, **rates),
+        optim=OptimConfig(lr=2e-3, decay="cosine", betas=(0.5, 0.99)),
     )
     csd = CSDConfig(
         iterations=iterations,

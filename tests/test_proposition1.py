@@ -36,9 +36,9 @@ def test_table_teacher_is_its_table():
 
 @pytest.mark.parametrize(
     ("joint", "iterations", "limit"),
-    [(EQUAL_PAIRS, 100, 0.05), (random_joint(), 270, 0.15)],
+    [(EQUAL_PAIRS, 80, 0.05), (random_joint(), 200, 0.15)],
     ids=["equal pairs", "random"],
 )
 def test_distilled_joint_distribution(tmp_path, joint, iterations, limit):
-    head, tune, csd = configurations("dmd", iterations, tune_iterations=150)
+    head, tune, csd = configurations("dmd", iterations, decay="constant")
     assert distil_table(tmp_path, joint, head, tune, csd) <= limit

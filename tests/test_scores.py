@@ -85,7 +85,7 @@ def test_memory_is_bounded_by_max_elements(monkeypatch):
     assert len(blocks) == 2 * 15
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     t=st.floats(1e-12, 1 - 1e-7),
     scale=st.floats(1e-3, 1e3),
@@ -107,7 +107,8 @@ def test_finite_everywhere(t, scale, only_one, seed):
     assert torch.isfinite(velocity(x, level, log_p, codebook * scale)).all()
     assert torch.isfinite(score(x, level, log_p, codebook * scale)).all()
     if only_one:
-        torch.testing.assert_close(mean, (codebook * scale)[seed % log_p.shape[1]].expand_as(mean))
+        the_code = (codebook * scale)[seed % log_p.shape[1]].expand_as(mean)
+        torch.testing.assert_close(mean, the_code, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_any_leading_shape_and_low_precision():

@@ -18,7 +18,7 @@ EXPLAINED = {
         "Falls steeply, then slowly. It cannot be judged by its height alone: the AR-diffusion row of the table tells."
     ),
     "Stage 2: guidance network (FCS)": (
-        "Drops from its stage-1 value within the first tens of iterations, then follows the generator: it settles at "
+        "Starts high, drops within tens of iterations, then falls slowly as the generator's tokens become codes. Its level is "
         "the variance of eps - x_0 given x_t. A slow rise means the guidance network falls behind: raise K or its rate."
     ),
     "Stage 2: generator (CSD)": (

@@ -95,7 +95,7 @@ token sequences among them.</p>
 <th>ratio</th></tr>{speeds}</table>
 <p class="note">Whole images, both in turns in one process; medians. At large batches arithmetic decides, of which one pass has
 hardly less than all cached steps; at small ones the teacher waits for every token.</p>
-<p>Seconds of this run: {spent} on {versions["threads"]} threads.</p>
+<p>Seconds of this run: {spent}; threads: {versions["threads"]}.</p>
 <h2>Curves</h2><img alt="training curves" src="{_inline(plotted)}"><ul>{explained}</ul>
 <h2>How it was made</h2><pre>{html.escape(config)}</pre><pre>{html.escape(json.dumps(versions, indent=2))}</pre>
 </body></html>

@@ -228,21 +228,12 @@ def distill_stage(
 
     accumulate = config.accumulate
     repeats = 1 if generator_frozen else config.k
-    updates = [
-        Update("guidance", list(guidance.parameters()), config.guidance, train_guidance, repeats, accumulate),
-    ]
+    updates = [Update("guidance", list(guidance.parameters()), config.guidance, train_guidance, repeats, accumulate)]
     if not generator_frozen:
-        updates.append(
-            Update(
-                "generator",
-                list(generator.parameters()),
-                config.generator,
-                train_generator,
-                accumulate=accumulate,
-            )
-        )
-        return Stage(name, config.iterations, updates, networks.modules(), after=average, preview=preview)
-    return Stage(name, config.iterations, updates, networks.modules(), preview=preview)
+        trained = list(generator.parameters())
+        updates.append(Update("generator", trained, config.generator, train_generator, accumulate=accumulate))
+    # Alignment has given a frozen generator the average's own weights, so averaging it changes no bit.
+    return Stage(name, config.iterations, updates, networks.modules(), after=average, preview=preview)
 
 
 def _preview_conditions(teacher: Teacher) -> Tensor:

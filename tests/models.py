@@ -9,7 +9,10 @@ from torch import nn
 from dd2.student import HeadConfig
 from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
-from dd2.tokenizers.vq import VQConfig, VQTokenizer
+from dd2.teachers.var import VARConfig, var_teacher
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
+from dd2.tokenizers.vq import VQTokenizer
 
 TINY_HEAD = HeadConfig(depth=2, width=24, frequencies=8)
 TINY_VQ = VQConfig(
@@ -23,7 +26,10 @@ TINY_VQ = VQConfig(
     z_channels=8,
     groups=4,
 )
+TINY_MULTISCALE = MultiScaleConfig(**TINY_VQ.__dict__, patch_nums=(1, 2, 4), phi=2)
 TINY_LLAMAGEN = LlamaGenConfig(depth=2, width=32, heads=2, ffn_multiple=16, rows=4, columns=4, num_classes=3)
+
+TINY_VAR = VARConfig(depth=2, width=32, heads=2, mlp_ratio=2.0, num_classes=3)
 
 
 def tiny_teacher(seed: int = 0, **changes: Any) -> Teacher:
@@ -31,8 +37,19 @@ def tiny_teacher(seed: int = 0, **changes: Any) -> Teacher:
     torch.manual_seed(seed)
     config = LlamaGenConfig(**{**TINY_LLAMAGEN.__dict__, **changes})
     teacher = llamagen_teacher(config, VQTokenizer(TINY_VQ))
+    return _peaked(teacher)
+
+
+def tiny_var(seed: int = 0, **changes: Any) -> Teacher:
+    """A random next-scale teacher with a peaked distribution: scales 1, 2, 4 (21 tokens), V = 12, C = 4, 3 classes."""
+    torch.manual_seed(seed)
+    config = VARConfig(**{**TINY_VAR.__dict__, **changes})
+    return _peaked(var_teacher(config, MultiScaleTokenizer(TINY_MULTISCALE)))
+
+
+def _peaked(teacher: Teacher) -> Teacher:
     nn.init.normal_(teacher.output.weight, std=0.4)  # pyright: ignore[reportArgumentType]
-    for parameter in teacher.backbone.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in teacher.backbone.named_parameters():
+        if parameter.ndim > 1 and "scale_mul" not in name:
             nn.init.normal_(parameter, std=1.2 / math.sqrt(parameter.shape[-1]))
     return teacher.eval().requires_grad_(False)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig
-from dd2.tokenizers.vq import VQConfig, VQTokenizer
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.vq import VQTokenizer
 from golden_weights import GOLDEN, golden_model, golden_values
 
 

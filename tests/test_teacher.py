@@ -6,20 +6,29 @@ import pytest
 import torch
 
 from dd2.errors import InputError
-from dd2.order import RasterOrder
+from dd2.order import NextScaleOrder, RasterOrder
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
 from dd2.teachers.llamagen import LlamaGenConfig
 from dd2.tokenizers.base import nearest_ids
 from dd2.tokenizers.vq import VQTokenizer
-from models import TINY_VQ, tiny_teacher
+from models import TINY_VQ, tiny_teacher, tiny_var
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["heads", "grouped"])
+MAKERS = {
+    "llamagen": tiny_teacher,
+    "llamagen-grouped": lambda: tiny_teacher(kv_heads=1),
+    "var": tiny_var,
+    "var-shared-adaln": lambda: tiny_var(shared_aln=True),
+    "var-without-qk-norm": lambda: tiny_var(attn_l2_norm=False),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
 def teacher(request) -> Teacher:
-    return tiny_teacher(kv_heads=request.param)
+    return MAKERS[request.param]()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg_scale=2.0, temperature=0.8, top_k=7, top_p=0.9)])
@@ -29,45 +38,68 @@ def test_cached_generation_follows_the_full_forward_pass(teacher, sampling):
 
     ids = teacher.generate(LABELS, sampling, range(5))
     log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
-    assert torch.equal(draw(log_p, image_uniforms(range(5), (16,))), ids)
+    assert torch.equal(draw(log_p, image_uniforms(range(5), (teacher.order.n,))), ids)
     assert len(torch.unique(ids)) > 4
 
 
 def test_cached_features_equal_the_full_forward_pass(teacher):
-    tokens = torch.randn(5, 16, 4)
+    steps = teacher.order.steps
+    tokens = torch.randn(5, teacher.order.n, 4)
     full = teacher.features(tokens, LABELS)
     cache = teacher.backbone.new_cache()
-    for p in (0, 1, 2, 7, 8, 15):  # one token at a time, and several at once
-        step = teacher.backbone.next_features(cache, tokens[:, :p], LABELS)
-        torch.testing.assert_close(step, full[:, p : p + 1], atol=1e-5, rtol=1e-5)
+    for index in sorted({0, 1, 2, len(steps) // 2, len(steps) - 1}):  # one step at a time, and several at once
+        step = teacher.backbone.next_features(cache, tokens[:, : steps[index].start], LABELS)
+        torch.testing.assert_close(step, full[:, steps[index]], atol=1e-5, rtol=1e-5)
 
 
-def test_position_sees_only_earlier_tokens(teacher):
-    tokens = torch.randn(5, 16, 4)
+def test_position_sees_only_earlier_steps(teacher):
+    tokens = torch.randn(5, teacher.order.n, 4)
     before = teacher.features(tokens, LABELS)
-    changed = tokens.clone()
-    changed[:, 6] += 1
-    after = teacher.features(changed, LABELS)
-    torch.testing.assert_close(before[:, :7], after[:, :7])
-    assert ((before - after)[:, 7:].abs().amax((0, 2)) > 1e-4).all()
+    step = teacher.order.steps[teacher.order.num_steps // 2]
+    for position in {step.start, step.stop - 1}:
+        changed = tokens.clone()
+        changed[:, position] += 1
+        after = teacher.features(changed, LABELS)
+        torch.testing.assert_close(before[:, : step.stop], after[:, : step.stop])
+        assert ((before - after)[:, step.stop :].abs().amax((0, 2)) > 1e-4).all()
     other_class = teacher.features(tokens, (LABELS + 1) % 3)
     assert ((before - other_class).abs().amax((0, 2)) > 1e-4).all()
 
 
 def test_prefix_and_seed_decide_the_continuation(teacher):
-    whole = teacher.generate(LABELS, Sampling(), [9, 8, 7, 6, 5])
-    prefix = teacher.codebook[whole[:, :6]]
-    rest = teacher.generate(LABELS, Sampling(), [9, 8, 7, 6, 5], prefix=prefix, first_step=6)
-    assert torch.equal(rest, whole[:, 6:])
+    """Alg. 4: at every step, redrawing the rest after the same prefix with the same seeds gives the same tokens."""
+    seeds = [9, 8, 7, 6, 5]
+    for sampling in (Sampling(), Sampling(cfg_scale=1.7, top_k=6)):
+        whole = teacher.generate(LABELS, sampling, seeds)
+        for index, step in enumerate(teacher.order.steps):
+            prefix = teacher.codebook[whole[:, : step.start]]
+            rest = teacher.generate(LABELS, sampling, seeds, prefix=prefix, first_step=index)
+            assert torch.equal(rest, whole[:, step.start :])
+    whole = teacher.generate(LABELS, Sampling(), seeds)
     assert torch.equal(teacher.generate(LABELS[2:3], Sampling(), [7]), whole[2:3])  # the batch does not matter
-    with pytest.raises(ValueError, match="prefix of 3"):
-        teacher.generate(LABELS, Sampling(), range(5), prefix=prefix, first_step=3)
+    with pytest.raises(ValueError, match=f"prefix of {teacher.order.steps[2].start}"):
+        teacher.generate(LABELS, Sampling(), range(5), prefix=teacher.codebook[whole], first_step=2)
     with pytest.raises(ValueError, match="one seed per condition"):
         teacher.generate(LABELS, Sampling(), range(4))
 
 
+def test_guidance_conventions(teacher):
+    """None is no guidance for everybody; numbers mean what the family's authors mean by them."""
+    tokens = teacher.codebook[teacher.generate(LABELS, Sampling(), range(5))]
+    logits, null = teacher.logits(tokens, LABELS), teacher.logits(tokens, teacher.null_condition(LABELS))
+    torch.testing.assert_close(teacher.log_p(tokens, LABELS, Sampling()), logits.log_softmax(-1))
+    found = teacher.log_p(tokens, LABELS, Sampling(cfg_scale=1.5))
+    if isinstance(teacher.order, NextScaleOrder):  # (1 + t) cond - t null, t = cfg k / (S - 1)
+        t = torch.tensor([0.0] + [0.75] * 4 + [1.5] * 16).unsqueeze(-1)
+        expected, none = (1 + t) * logits - t * null, 0.0
+    else:
+        expected, none = null + 1.5 * (logits - null), 1.0
+    torch.testing.assert_close(found, expected.log_softmax(-1))
+    torch.testing.assert_close(teacher.log_p(tokens, LABELS, Sampling(cfg_scale=none)), logits.log_softmax(-1))
+
+
 def test_standardisation_changes_no_logit(teacher):
-    ids = torch.randint(12, (5, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(12, (5, teacher.order.n), generator=torch.Generator().manual_seed(0))
     before = teacher.logits(teacher.codebook[ids], LABELS)
     teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
     tokens = teacher.codebook[ids]

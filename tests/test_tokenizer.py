@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dd2.data import digits
 from dd2.data.source import ImageFolder, open_data
-from dd2.tokenizers.train import CodeUsage, VQLossConfig, vq_loss
-from dd2.tokenizers.vq import VQTokenizer, revive
-from models import TINY_VQ
+from dd2.errors import InputError
+from dd2.tokenizers.base import TrainableTokenizer
+from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
+from dd2.tokenizers.train import CodeUsage, VQLossConfig, revive, vq_loss
+from dd2.tokenizers.vq import VQTokenizer
+from models import TINY_MULTISCALE, TINY_VQ
 
 
-@pytest.fixture
-def tokenizer() -> VQTokenizer:
+@pytest.fixture(params=["vq", "multiscale"])
+def tokenizer(request) -> TrainableTokenizer:
     torch.manual_seed(0)
-    return VQTokenizer(TINY_VQ)
+    return VQTokenizer(TINY_VQ) if request.param == "vq" else MultiScaleTokenizer(TINY_MULTISCALE)
 
 
 def test_straight_through_and_commitment(tokenizer):
@@ -29,33 +33,85 @@ def test_straight_through_and_commitment(tokenizer):
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
     assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0  # through the quantiser
-    assert tokenizer.quantize.embedding.weight.grad.abs().sum() > 0
+    assert tokenizer.embedding.weight.grad.abs().sum() > 0
     assert 1 <= numbers["perplexity"] <= 12.01
-    z, codes, ids = tokenizer.quantise(images)
-    torch.testing.assert_close(z.norm(dim=-1), torch.ones(4, 16))
-    assert torch.equal(ids, (z.unsqueeze(-2) - tokenizer.codebook).square().sum(-1).argmin(-1))
-    torch.testing.assert_close(codes, tokenizer.codebook[ids])
+    out = tokenizer.quantise(images)
+    assert torch.equal(out.ids, tokenizer.encode(images))
+    nearest = (out.vectors.unsqueeze(-2) - tokenizer.codebook).square().sum(-1).argmin(-1)
+    torch.testing.assert_close(out.reconstruction.clamp(-1, 1), tokenizer.decode(out.ids).clamp(-1, 1))
+    assert nearest.bincount(minlength=12).tolist() == out.ids.flatten().bincount(minlength=12).tolist()
+
+
+def test_the_raster_tokenizer_lives_on_the_unit_sphere():
+    torch.manual_seed(0)
+    out = VQTokenizer(TINY_VQ).quantise(torch.rand(4, 1, 16, 16) * 2 - 1)
+    torch.testing.assert_close(out.vectors.norm(dim=-1), torch.ones(64))
+
+
+def test_each_scale_codes_what_the_earlier_ones_left():
+    """With φ the identity, one scale's residual is what remains of the features, as the paper's Algorithm 1 of VAR."""
+    torch.manual_seed(0)
+    tokenizer = MultiScaleTokenizer(TINY_MULTISCALE)
+    with torch.no_grad():
+        for phi in tokenizer.quantize.phi:
+            nn.init.dirac_(phi.weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(phi.bias)  # pyright: ignore[reportArgumentType]
+        tokenizer.embedding.weight.copy_(torch.randn(12, 4))
+        images = torch.rand(2, 1, 16, 16) * 2 - 1
+        left = tokenizer.quant_conv(tokenizer.encoder(images))
+        ids = tokenizer.encode(images)
+        for side, part in zip((1, 2, 4), ids.split([1, 4, 16], 1), strict=True):
+            small = nn.functional.adaptive_avg_pool2d(left, side).flatten(2).transpose(1, 2)
+            assert torch.equal(part, torch.cdist(small, tokenizer.codebook).argmin(-1))
+            codes = tokenizer.codebook[part].transpose(1, 2).unflatten(2, (side, side))
+            left = left - (nn.functional.interpolate(codes, (4, 4), mode="bicubic") if side < 4 else codes)
+        torch.testing.assert_close(
+            tokenizer.quant_conv(tokenizer.encoder(images)) - left, tokenizer.f_hat(tokenizer.codebook[ids])
+        )
+
+
+def test_next_scale_inputs_are_linear_in_the_codes_and_stop_where_the_tokens_do():
+    torch.manual_seed(0)
+    order = MultiScaleTokenizer(TINY_MULTISCALE).order()
+    assert (order.n, order.num_steps, order.steps) == (21, 3, (slice(0, 1), slice(1, 5), slice(5, 21)))
+    a, b = torch.randn(2, 3, 21, 4).unbind()
+    zero = order.inputs(torch.zeros(3, 21, 4))  # φ's biases
+    torch.testing.assert_close(order.inputs(a + b) - zero, order.inputs(a) + order.inputs(b) - 2 * zero)
+    for kept in (0, 1, 5):
+        torch.testing.assert_close(order.inputs(a[:, :kept]), order.inputs(a)[:, : (0, 4, 20)[(0, 1, 5).index(kept)]])
+    with pytest.raises(ValueError, match="no whole number of scales"):
+        order.inputs(a[:, :3])
+    a.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(order.inputs(a)[:, 4:].sum(), a)
+    assert (gradient[:, :5] != 0).all()
+    assert (gradient[:, 5:] == 0).all()
+
+
+def test_scales_that_do_not_fit_are_refused():
+    for sides in ((), (1, 2), (1, 4, 2), (0, 4), (1, 2, 4, 8)):
+        with pytest.raises(InputError, match="patch_nums"):
+            MultiScaleConfig(**TINY_VQ.__dict__, patch_nums=sides)
 
 
 def test_dead_codes_come_back(tokenizer):
     config = VQLossConfig(usage_rate=0.5, revive_every=4)
     usage, random = CodeUsage(12), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        tokenizer.quantize.embedding.weight[5:] = -tokenizer.quantize.embedding.weight[:1]  # far from all outputs
+        tokenizer.embedding.weight[5:] = -tokenizer.embedding.weight[:1]  # far from all outputs
         images = torch.rand(8, 1, 16, 16) * 2 - 1
         used = tokenizer.encode(images).unique()
-        tokenizer.quantize.embedding.weight[5:] = tokenizer.codebook[5] + 0.01 * torch.randn(7, 4, generator=random)
-    before = tokenizer.quantize.embedding.weight.detach().clone()
+        tokenizer.embedding.weight[5:] = tokenizer.codebook[5] + 0.01 * torch.randn(7, 4, generator=random)
+    before = tokenizer.embedding.weight.detach().clone()
     for _ in range(4):
         vq_loss(tokenizer, usage, images, config, random)
-    moved = (tokenizer.quantize.embedding.weight != before).any(-1)
+    moved = (tokenizer.embedding.weight != before).any(-1)
     assert moved.any()
     assert not moved[used[used < 5]].any()
     dead = torch.zeros(12, dtype=torch.bool)
     dead[3] = True
     z = torch.nn.functional.normalize(torch.randn(20, 4), dim=-1)
-    revive(tokenizer.quantize, dead, z, random)
-    assert (z == tokenizer.quantize.embedding.weight[3]).all(-1).any()
+    revive(tokenizer.embedding, dead, z, random)
+    assert (z == tokenizer.embedding.weight[3]).all(-1).any()
 
 
 def test_perplexity_counts_codes_in_use():

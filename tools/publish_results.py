@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dd2.evaluation.score import few_steps_of
+
 ROWS = {
-    "teacher": ("Teacher, 16 AR steps", "floor"),
-    "ar_diffusion": ("AR-diffusion (stage 1), 16 AR steps", "ar_diffusion"),
+    "teacher": ("Teacher, {ar_steps} AR steps", "floor"),
+    "ar_diffusion": ("AR-diffusion (stage 1), {ar_steps} AR steps", "ar_diffusion"),
     "generator": ("**Generator, one step**", "generator"),
     "generator_nearest": ("Generator, one step, nearest codes", "generator_nearest"),
     "onestep_marginal": ("onestep\\*, independent tokens", "onestep_marginal"),
 }
-PAGES = (Path("README.md"), Path("docs/results/digits.md"))
+PAGES = (Path("README.md"), *sorted(Path("docs/results").glob("*.md")))
 
 
 def main() -> None:
@@ -42,9 +44,10 @@ def main() -> None:
 def table(numbers: dict[str, Any]) -> str:
     """The numbers of one run in Markdown."""
     lines = ["| | Fréchet distance | teacher NLL (nats/image) | accuracy |", "|---|---:|---:|---:|"]
-    for name, (title, frechet) in ROWS.items():
+    few = {name: (f"Generator and teacher, {k} steps", name) for name in numbers["teacher_nll"] if (k := few_steps_of(name))}
+    for name, (title, frechet) in (ROWS | few).items():
         nll, accuracy = numbers["teacher_nll"][name], numbers["accuracy"][name]
-        lines.append(f"| {title} | {numbers['frechet'][frechet]:.2f} | {nll:.1f} | {accuracy:.3f} |")
+        lines.append(f"| {title.format(**numbers)} | {numbers['frechet'][frechet]:.2f} | {nll:.1f} | {accuracy:.3f} |")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in numbers["seconds"].items())
     speeds = ", ".join(
         f"{entry['speedup']:.1f}× at batch {entry['batch']}" for entry in sorted(numbers["speed"], key=lambda e: e["batch"])

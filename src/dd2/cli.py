@@ -33,9 +33,9 @@ COMMANDS = {
     "distill": Command("distil a teacher into a one-step generator", "distill", "DistillConfig", "distill"),
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
-    "train-tokenizer": Command(
-        "train a VQ tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"
-    ),
+    "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
+    "inspect": Command("what a checkpoint is: family, sizes, flags, parameters", "inspect", "InspectConfig", "inspect", True),
+    "train-tokenizer": Command("train a tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"),
     "train-teacher": Command("train an AR teacher on their tokens", "train_teacher", "TrainTeacherConfig", "train_teacher"),
     "train-classifier": Command(
         "train the digits classifier that the demo's metric uses",
@@ -81,6 +81,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"dd2 {__version__}")
         return 0
     name, *rest = arguments
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name = f"{name} {rest.pop(0)}"
     if name not in COMMANDS:
         raise InputError(f"there is no command {name}; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -42,7 +42,7 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
     Raises:
         InputError: a field does not exist; the message names the nearest one that does.
     """
-    known = set(field_names(config_class))
+    known = dict(field_types(config_class))
     arguments: list[str] = []
     for name, value in values.items():
         if name not in known:
@@ -54,7 +54,7 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
             arguments.append(flag if value else _negated(flag))
         elif isinstance(value, list):
             arguments += [flag, *map(str, value)]
-        elif value is None:
+        elif value is None and type(None) not in get_args(known[name]):
             raise InputError(f"{file}: {name} has no value")
         else:
             arguments += [flag, str(value)]
@@ -66,23 +66,20 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def field_names(config_class: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields, nested dataclasses included."""
-    for name, kind in _field_types(config_class).items():
+def field_types(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and types of all fields, those of nested dataclasses in their place."""
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
-            yield from field_names(kind, f"{prefix}{name}.")
+            yield from field_types(kind, f"{prefix}{field.name}.")
         else:
-            yield prefix + name
+            yield prefix + field.name, kind
 
 
 def flat(config: Any) -> dict[str, Any]:
     """A configuration as {"section.field": value} in plain YAML types."""
     return dict(_flatten(_plain(dataclasses.asdict(config))))
-
-
-def _field_types(config_class: Any) -> dict[str, Any]:
-    hints = get_type_hints(config_class)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
 def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

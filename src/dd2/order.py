@@ -4,14 +4,19 @@ An order is all that the rest of the library knows about raster (LlamaGen) again
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class Order(ABC):
+class Order(nn.Module, ABC):
     """n positions in S steps; positions of one step are independent given all earlier steps.
+
+    A module, because what a transformer reads may need frozen tensors (VAR's convolutions φ): they move, are saved and are
+    copied with the backbone, as buffers.
 
     Attributes:
         steps: the positions of each step, as slices that partition range(n) in order.
@@ -34,7 +39,7 @@ class Order(ABC):
         """What the transformer reads at every position after the first step (teacher forcing).
 
         Args:
-            codes: (B, p, C) tokens in the tokenizer's own space: all n, or those of the first steps.
+            codes: (B, p, C) tokens in the tokenizer's own space: all n, or those of the first steps, whole steps only.
 
         Returns:
             (B, m, C) for the m positions that follow the first step and are determined by the given tokens. The
@@ -55,6 +60,7 @@ class RasterOrder(Order):
     """Row by row, one token a step; the input at a position is the previous token."""
 
     def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
         self.rows, self.columns = rows, columns
         self.steps = tuple(slice(i, i + 1) for i in range(rows * columns))
 
@@ -69,3 +75,104 @@ class RasterOrder(Order):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class NextScaleOrder(Order):
+    """VAR's order: square token maps of growing side, one map a step, flattened row by row.
+
+    The image's features are the sum over scales of φ_k(up(map_k)); what the transformer reads at a scale is that sum over
+    the earlier scales, brought down to the scale's side. The sum is linear in the codes, so gradients pass, and it is
+    defined for any continuous tokens, the generator's noise included.
+
+    Args:
+        patch_nums: side of each scale's map, growing.
+        weight: (K, C, C, 3, 3) kernels of the K convolutions that the scales share.
+        bias: (K, C) their biases.
+    """
+
+    phi_weight: Tensor
+    phi_bias: Tensor
+
+    def __init__(self, patch_nums: Sequence[int], weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.patch_nums = tuple(patch_nums)
+        ends = [sum(side**2 for side in patch_nums[: k + 1]) for k in range(len(patch_nums))]
+        self.steps = tuple(slice(end - side**2, end) for end, side in zip(ends, patch_nums, strict=True))
+        self.register_buffer("phi_weight", weight.detach().clone())
+        self.register_buffer("phi_bias", bias.detach().clone())
+        self.phi_of = shared_phi(len(patch_nums), len(weight))
+
+    def inputs(self, codes: Tensor) -> Tensor:
+        parts = [codes[:, :0]]
+        maps = to_maps(codes, self.patch_nums)
+        for f_hat, side in zip(accumulate(maps, self.patch_nums, self.phi), self.patch_nums[1:], strict=False):
+            parts.append(F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2))
+        return torch.cat(parts, 1)
+
+    def phi(self, h: Tensor, scale: int) -> Tensor:
+        """φ of one scale: half its input, half a convolution of it."""
+        index = self.phi_of[scale]
+        weight, bias = self.phi_weight[index], self.phi_bias[index]
+        return (h + F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), padding=1)) / 2
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One unmasked call per scale over its prefix: faster than one call with a dense mask, and without its memory."""
+        start = k.shape[-2] - q.shape[-2]
+        parts = [
+            F.scaled_dot_product_attention(
+                q[..., step.start - start : step.stop - start, :], k[..., : step.stop, :], v[..., : step.stop, :]
+            )
+            for step in self.steps
+            if start <= step.start and step.stop <= k.shape[-2]
+        ]
+        return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+def to_maps(codes: Tensor, patch_nums: Sequence[int]) -> list[Tensor]:
+    """(B, p, C) tokens of the first scales to their maps, each (B, C, side, side).
+
+    Raises:
+        ValueError: p is no whole number of scales.
+    """
+    maps, start = [], 0
+    for side in patch_nums:
+        if start == codes.shape[1]:
+            break
+        part = codes[:, start : start + side**2]
+        if part.shape[1] < side**2:
+            raise ValueError(f"{codes.shape[1]} tokens are no whole number of scales {tuple(patch_nums)}")
+        maps.append(part.transpose(1, 2).unflatten(2, (side, side)))
+        start += side**2
+    return maps
+
+
+def accumulate(maps: Sequence[Tensor], patch_nums: Sequence[int], phi: Callable[[Tensor, int], Tensor]) -> Iterator[Tensor]:
+    """The features f_hat (B, C, side, side) of the finest side after each of the given scales' maps.
+
+    Args:
+        maps: code maps of the first scales, each (B, C, patch_nums[k], patch_nums[k]).
+        patch_nums: sides of all scales.
+        phi: (features at the finest side, scale) -> what the scale adds.
+    """
+    f_hat: Tensor | None = None
+    for scale, codes in enumerate(maps):
+        added = phi(to_finest(codes, patch_nums), scale)
+        f_hat = added if f_hat is None else f_hat + added
+        yield f_hat
+
+
+def to_finest(codes: Tensor, patch_nums: Sequence[int]) -> Tensor:
+    """A scale's map (B, C, s, s) at the finest side: bicubic, the finest as it is."""
+    side = patch_nums[-1]
+    return codes if codes.shape[-1] == side else F.interpolate(codes, size=(side, side), mode="bicubic")
+
+
+def shared_phi(scales: int, convolutions: int) -> tuple[int, ...]:
+    """Which of VAR's shared convolutions each scale uses: the one whose tick is nearest to k / (S - 1).
+
+    In numpy's float64, as the official code: two scales of ten lie halfway between ticks, and float32 rounds them to the
+    other one, which garbles released weights. Ten scales, four convolutions: 0, 0, 1, 1, 1, 2, 2, 3, 3, 3.
+    """
+    margin = 1 / 3 / convolutions if convolutions == 4 else 1 / 2 / convolutions
+    ticks = np.linspace(margin, 1 - margin, convolutions)
+    return tuple(int(np.argmin(np.abs(ticks - scale / max(scales - 1, 1)))) for scale in range(scales))

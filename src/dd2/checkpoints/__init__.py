@@ -1,1 +1,5 @@
-"""Reading and writing models as folders of safetensors and JSON."""
+"""Reading and writing models: our own folders of safetensors and JSON, and other projects' checkpoints."""
+
+from dd2.checkpoints.var import load_var
+
+__all__ = ["load_var"]

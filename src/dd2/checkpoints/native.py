@@ -20,11 +20,17 @@ from dd2.files import atomic_folder
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
+from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
+from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.base import Tokenizer, nearest_ids
-from dd2.tokenizers.vq import VQConfig, VQTokenizer
+from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
+from dd2.tokenizers.vq import VQTokenizer
 
-TOKENIZERS = {"vq": (VQConfig, VQTokenizer)}
-TEACHERS = {"llamagen": (LlamaGenConfig, llamagen_teacher, LlamaGenBackbone)}
+TOKENIZERS = {"vq": (VQConfig, VQTokenizer), "multiscale": (MultiScaleConfig, MultiScaleTokenizer)}
+TEACHERS = {
+    "llamagen": (LlamaGenConfig, llamagen_teacher, LlamaGenBackbone),
+    "var": (VARConfig, var_teacher, VARBackbone),
+}
 """Family -> (configuration, builder, backbone class). A new family is one line here."""
 
 

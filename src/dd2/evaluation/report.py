@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dd2.evaluation.plots import EXPLAINED, curves
+from dd2.evaluation.score import few_steps_of
 from dd2.files import write_atomic
 from dd2.images import grid, png
 from dd2.training.metrics import MetricsLog
@@ -47,15 +48,22 @@ def write_report(run: Path, numbers: dict[str, Any], images: dict[str, Tensor]) 
     write_atomic(run / "report.html", page(run, numbers, samples, plotted))
 
 
+def title(name: str) -> str:
+    """What a method is called in tables and pictures."""
+    k = few_steps_of(name)
+    return f"Generator, the last {k - 1} AR steps by the teacher ({k} steps)" if k else TITLES[name]
+
+
 def side_by_side(images: dict[str, Tensor]) -> Image.Image:
     """The methods' images under each other, the same label in the same place."""
-    blocks = [(TITLES[name], grid(images[name], COLUMNS)) for name in PICTURED if name in images]
+    few = [name for name in images if few_steps_of(name)]
+    blocks = [(title(name), grid(images[name], COLUMNS)) for name in (*PICTURED, *few) if name in images]
     caption = 22
     width = max(block.width for _, block in blocks)
     sheet = Image.new("RGB", (width, sum(block.height + caption for _, block in blocks)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
-    for title, block in blocks:
-        draw.text((4, top + 4), title, fill="black", font_size=14)
+    for heading, block in blocks:
+        draw.text((4, top + 4), heading, fill="black", font_size=14)
         sheet.paste(block, (0, top + caption))
         top += block.height + caption
     return sheet
@@ -105,7 +113,8 @@ hardly less than all cached steps; at small ones the teacher waits for every tok
 def _table(numbers: dict[str, Any]) -> str:
     head = "<tr><th>method</th><th>Fréchet distance</th><th>teacher NLL</th><th>accuracy</th><th>distinct</th></tr>"
     body = ""
-    for name, title in TITLES.items():
+    few = [name for name in numbers["teacher_nll"] if few_steps_of(name)]
+    for name in (*TITLES, *few):
         if name not in numbers["teacher_nll"]:
             continue
         frechet = numbers["frechet"]["floor" if name == "teacher" else name]
@@ -113,7 +122,7 @@ def _table(numbers: dict[str, Any]) -> str:
         shown = f"{accuracy:.3f}" if accuracy is not None else "–"
         nll, error = numbers["teacher_nll"][name], numbers["teacher_nll_standard_error"][name]
         body += (
-            f"<tr{' class=best' if name == 'generator' else ''}><td>{title}</td><td>{frechet:.2f}</td>"
+            f"<tr{' class=best' if name == 'generator' else ''}><td>{title(name)}</td><td>{frechet:.2f}</td>"
             f"<td>{nll:.1f} ± {error:.1f}</td><td>{shown}</td><td>{numbers['distinct_sequences'][name]:,}</td></tr>"
         )
     return f"<table>{head}{body}</table>"

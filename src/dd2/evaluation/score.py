@@ -1,6 +1,7 @@
 """The comparison of a distilled run with its teacher: every number of metrics.json."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_dista
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.evaluation.speed import seconds_per_call
 from dd2.progress import progress
-from dd2.sampling import ar_diffusion, one_step
+from dd2.sampling import ar_diffusion, one_step, refine
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
@@ -62,9 +63,15 @@ class Scorer:
     seed: int
 
     def run(
-        self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler
+        self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler, steps: Sequence[int] = ()
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Score everything.
+
+        Args:
+            generator: the one-step generator.
+            tuned: the stage-1 model, if there is one.
+            marginal: onestep*.
+            steps: also the generator with the teacher redrawing its last k - 1 AR steps, for each k > 1 (Alg. 4).
 
         Returns:
             The content of metrics.json, and images to show by method.
@@ -80,6 +87,10 @@ class Scorer:
             "generator": lambda cond, seeds: self.continuous(generated(cond, seeds)),
             "generator_nearest": lambda cond, seeds: self.decoded(self._snapped(generated(cond, seeds))),
         }
+        for k in steps:
+            methods[few_steps(k)] = lambda cond, seeds, k=k: self.continuous(
+                refine(generator.student, self.teacher, cond, self.sampling, seeds, k)
+            )
         if tuned is not None:
             student = tuned.student
             methods["ar_diffusion"] = lambda cond, seeds: self.continuous(ar_diffusion(student, cond, seeds))
@@ -95,6 +106,7 @@ class Scorer:
             "teacher_nll": {name: float(entry.nll.double().mean()) for name, entry in everything.items()},
             "teacher_nll_standard_error": {name: _standard_error(entry.nll) for name, entry in everything.items()},
             "accuracy": {name: entry.correct for name, entry in everything.items() if entry.correct is not None},
+            "ar_steps": self.teacher.order.num_steps,
             "distinct_sequences": {name: entry.distinct for name, entry in everything.items()},
             **self._speed(generator),
         }
@@ -170,6 +182,17 @@ class Scorer:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(self.count).split(self.batch):
             yield index, self.teacher.backbone.default_conditions(index).to(self.teacher.codebook.device)
+
+
+def few_steps(k: int) -> str:
+    """Name of the generator with k - 1 AR steps redrawn by the teacher."""
+    return f"generator_{k}_steps"
+
+
+def few_steps_of(name: str) -> int:
+    """k of a name by `few_steps`, 0 for other methods."""
+    found = re.fullmatch(r"generator_(\d+)_steps", name)
+    return int(found[1]) if found else 0
 
 
 def _standard_error(values: Tensor) -> float:

@@ -13,9 +13,10 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import digits_features, user_features
 from dd2.evaluation.report import write_report
-from dd2.evaluation.score import Scorer
+from dd2.evaluation.score import Scorer, few_steps
 from dd2.files import writable_folder, write_atomic
 from dd2.jobs.distill import read_seconds
+from dd2.sampling import first_redrawn_step
 from dd2.training.samples import TeacherSamples
 
 
@@ -36,6 +37,8 @@ class EvaluateConfig:
     """Images at a time."""
     seed: int = 0
     """Seed of the evaluation; training never uses its streams."""
+    steps: tuple[int, ...] = (1,)
+    """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
     features: str = "digits"
     """"digits" (classifier trained on real digits only), or module:function mapping images in [-1, 1] to (B, F)."""
     classifier: str = "digits"
@@ -72,10 +75,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         network = digits_features(folder, device)
     else:
         network = user_features(config.features)
+    for k in config.steps:
+        first_redrawn_step(run.teacher.order, k)  # refuses before anything is drawn
     samples = TeacherSamples.load(config.run / "teacher_samples")
     marginal = MarginalSampler(samples.ids, samples.cond)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed)
-    numbers, images = scorer.run(run.generator, run.ar_diffusion, marginal)
+    numbers, images = scorer.run(run.generator, run.ar_diffusion, marginal, sorted({k for k in config.steps if k > 1}))
     seconds = {**spent, "evaluate": time.perf_counter() - start}
     seconds["total"] = sum(seconds.values())
     numbers |= {
@@ -99,6 +104,7 @@ def summary(numbers: dict[str, Any]) -> str:
         "AR-diffusion": ("ar_diffusion", "ar_diffusion"),
         "generator": ("generator", "generator"),
         "generator, nearest": ("generator_nearest", "generator_nearest"),
+        **{f"with the teacher, {k} steps": (few_steps(k), few_steps(k)) for k in numbers["evaluation"]["steps"] if k > 1},
         "onestep* (independent)": ("onestep_marginal", "onestep_marginal"),
     }
     for title, (frechet, other) in rows.items():

@@ -1,4 +1,4 @@
-"""dd2 train-teacher: train a LlamaGen-style AR teacher on the tokens of one's own images."""
+"""dd2 train-teacher: train an AR teacher on the tokens of one's own images, LlamaGen's kind or VAR's by the tokenizer."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,9 @@ from dd2.seeding import stream
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.train import ar_loss
+from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.multiscale import MultiScaleTokenizer
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.schedule import OptimConfig
@@ -46,7 +48,9 @@ class TrainTeacherConfig:
     accumulate: int = 1
     """Micro-batches per optimiser step."""
     teacher: LlamaGenConfig = field(default_factory=LlamaGenConfig)
-    """Sizes; rows, columns and num_classes are taken from the tokenizer and the data."""
+    """Sizes of a LlamaGen teacher, for a raster tokenizer; rows, columns and num_classes come from it and the data."""
+    var: VARConfig = field(default_factory=VARConfig)
+    """Sizes of a VAR teacher, for a multi-scale tokenizer; num_classes comes from the data."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.05))
     """Optimiser."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -68,11 +72,12 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     channels, size, _ = tokenizer.image_shape
     data = open_data(config.data, size, channels)
-    side = round(tokenizer.num_positions**0.5)
-    sizes = replace(config.teacher, rows=side, columns=side, num_classes=data.num_classes)
-    hint = start_run(config.out, replace(config, teacher=sizes), "train-teacher")
+    config = _resolved(config, tokenizer, data.num_classes)
+    hint = start_run(config.out, config, "train-teacher")
     torch.manual_seed(config.seed)
-    teacher = llamagen_teacher(sizes, tokenizer).to(device)
+    next_scale = isinstance(tokenizer, MultiScaleTokenizer)
+    teacher = (var_teacher(config.var, tokenizer) if next_scale else llamagen_teacher(config.teacher, tokenizer)).to(device)
+    class_dropout = config.var.class_dropout if next_scale else config.teacher.class_dropout
     teacher.tokenizer.requires_grad_(False)
     trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
     ids, labels = _tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
@@ -80,7 +85,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
 
     def loss(random: torch.Generator) -> Losses:
         rows = torch.randint(len(ids), (config.batch,), generator=random, device=random.device)
-        return ar_loss(teacher, ids[rows], labels[rows], sizes.class_dropout, random)
+        return ar_loss(teacher, ids[rows], labels[rows], class_dropout, random)
 
     @torch.no_grad()
     def preview() -> Tensor:
@@ -104,6 +109,23 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     folder = config.out / "teacher"
     save_teacher(folder, teacher)
     return folder
+
+
+def _resolved(config: TrainTeacherConfig, tokenizer: Tokenizer, num_classes: int) -> TrainTeacherConfig:
+    """The configuration with what tokenizer and data decide.
+
+    Raises:
+        InputError: sizes are given for the kind of teacher that does not go with the tokenizer.
+    """
+    next_scale = isinstance(tokenizer, MultiScaleTokenizer)
+    unused, used = ("teacher", "var") if next_scale else ("var", "teacher")
+    if getattr(config, unused) != getattr(TrainTeacherConfig(), unused):
+        kind = "multi-scale" if next_scale else "raster"
+        raise InputError(f"{config.tokenizer} is a {kind} tokenizer: its teacher's sizes are {used}.*, not {unused}.*")
+    if next_scale:
+        return replace(config, var=replace(config.var, num_classes=num_classes))
+    side = round(tokenizer.num_positions**0.5)
+    return replace(config, teacher=replace(config.teacher, rows=side, columns=side, num_classes=num_classes))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""dd2 train-tokenizer: train a VQ tokenizer on one's own images."""
+"""dd2 train-tokenizer: train a tokenizer on one's own images, raster (LlamaGen's kind) or multi-scale (VAR's)."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,8 +11,10 @@ from dd2.data.source import open_data
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.jobs.run_folder import start_run
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.train import CodeUsage, VQLossConfig, vq_loss
-from dd2.tokenizers.vq import VQConfig, VQTokenizer
+from dd2.tokenizers.vq import VQTokenizer
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.schedule import OptimConfig
 from dd2.training.stage import Losses, Stage, Update
@@ -20,7 +22,7 @@ from dd2.training.stage import Losses, Stage, Update
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
-    """Train a VQ tokenizer. Writes OUT/tokenizer/, metrics.jsonl, checkpoints/ and reconstructions in samples/."""
+    """Train a tokenizer. Writes OUT/tokenizer/, metrics.jsonl, checkpoints/ and reconstructions in samples/."""
 
     data: str = "digits"
     """"digits" (embedded), or a folder or zip of CLASS/IMAGE files."""
@@ -38,6 +40,8 @@ class TrainTokenizerConfig:
     """Micro-batches per optimiser step."""
     tokenizer: VQConfig = field(default_factory=VQConfig)
     """Sizes."""
+    patch_nums: tuple[int, ...] = ()
+    """Sides of the token maps of a multi-scale tokenizer (VAR), the last one that of the features; none: raster (LlamaGen)."""
     vq_loss: VQLossConfig = field(default_factory=VQLossConfig)
     """Losses and revival of dead codes."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
@@ -49,6 +53,12 @@ class TrainTokenizerConfig:
         """Refuse counts below 1."""
         if min(self.iterations, self.batch, self.accumulate) < 1:
             raise InputError("iterations, batch and accumulate must be at least 1")
+        if self.patch_nums:
+            self.multiscale()  # refuses scales that do not fit
+
+    def multiscale(self) -> MultiScaleConfig:
+        """Sizes of the multi-scale tokenizer."""
+        return MultiScaleConfig(**asdict(self.tokenizer), patch_nums=self.patch_nums)
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> Path:
@@ -61,7 +71,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     data = open_data(config.data, config.tokenizer.image_size, config.tokenizer.image_channels)
     hint = start_run(config.out, config, "train-tokenizer")
     torch.manual_seed(config.seed)
-    tokenizer = VQTokenizer(config.tokenizer).to(device)
+    made = MultiScaleTokenizer(config.multiscale()) if config.patch_nums else VQTokenizer(config.tokenizer)
+    tokenizer = made.to(device)
     usage = CodeUsage(config.tokenizer.codebook_size).to(device)
 
     def loss(random: torch.Generator) -> Losses:

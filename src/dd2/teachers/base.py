@@ -135,17 +135,28 @@ class Teacher(nn.Module):
         """(B, n, C), (B, ...) -> (B, n, V) float32 logits of p(. | tokens of earlier steps, cond)."""
         return self.output(self.features(tokens, cond)).float()
 
-    def cfg_weights(self, cfg_scale: float, step: int | None = None) -> float | Tensor:
-        """Guidance scale of one step's positions, or of all; models whose guidance varies with the step override."""
-        return cfg_scale
+    def cfg_weights(self, cfg_scale: float) -> Tensor:
+        """Guidance weight s of each step, (S,), in null + s (conditional - null); 1 is no guidance.
+
+        What a cfg_scale means is the family's convention: families override this.
+        """
+        return torch.full((self.order.num_steps,), cfg_scale)
 
     def log_p(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> Tensor:
         """(B, n, V) log of the sampling distribution after cfg, temperature, top-k, top-p; -inf where cut off."""
-        if sampling.cfg_scale == 1:
+        weights = self._guidance(sampling)
+        if weights is None:
             return filtered_log_p(self.logits(tokens, cond), sampling)
         both = self.logits(tokens.repeat(2, 1, 1), torch.cat([cond, self.null_condition(cond)]))
         logits, null_logits = both.chunk(2)
-        return filtered_log_p(guided(logits, null_logits, self.cfg_weights(sampling.cfg_scale)), sampling)
+        sizes = torch.tensor([step.stop - step.start for step in self.order.steps])
+        by_position = weights.repeat_interleave(sizes).to(logits.device).unsqueeze(-1)  # (n, 1)
+        return filtered_log_p(guided(logits, null_logits, by_position), sampling)
+
+    def _guidance(self, sampling: Sampling) -> Tensor | None:
+        """Guidance weights (S,), or None where no step is guided."""
+        weights = None if sampling.cfg_scale is None else self.cfg_weights(sampling.cfg_scale)
+        return None if weights is None or bool((weights == 1).all()) else weights
 
     @torch.no_grad()
     def generate(
@@ -180,15 +191,15 @@ class Teacher(nn.Module):
         if tokens.shape[1] != start:
             raise ValueError(f"first_step {first_step} needs a prefix of {start} tokens, got {tokens.shape[1]}")
         uniforms = image_uniforms(seeds, (self.order.n,)).to(codebook.device)
-        use_cfg = sampling.cfg_scale != 1
-        both = torch.cat([cond, self.null_condition(cond)]) if use_cfg else cond
+        weights = self._guidance(sampling)
+        both = cond if weights is None else torch.cat([cond, self.null_condition(cond)])
         cache = self.backbone.new_cache()
         ids: list[Tensor] = []
         for index in range(first_step, self.order.num_steps):
-            seen = tokens.repeat(2, 1, 1) if use_cfg else tokens
+            seen = tokens if weights is None else tokens.repeat(2, 1, 1)
             logits = self.output(self.backbone.next_features(cache, seen, both)).float()
-            if use_cfg:
-                logits = guided(*logits.chunk(2), self.cfg_weights(sampling.cfg_scale, index))
+            if weights is not None:
+                logits = guided(*logits.chunk(2), float(weights[index]))
             ids.append(draw(filtered_log_p(logits, sampling), uniforms[:, self.order.steps[index]]))
             tokens = torch.cat([tokens, codebook[ids[-1]]], 1)
         return torch.cat(ids, 1) if ids else torch.zeros(len(cond), 0, dtype=torch.long, device=cond.device)

@@ -13,8 +13,9 @@ from dd2.errors import InputError
 class Sampling:
     """How the teacher samples. The distribution that results is the one that is distilled."""
 
-    cfg_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is no guidance and costs one teacher pass instead of two."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance in the teacher's own convention; None is no guidance and costs one teacher pass instead of
+    two. LlamaGen: null + s (cond - null), so 1 is none. VAR: s = 1 + cfg_scale k / (S - 1) at scale k, so 0 is none."""
     temperature: float = 1.0
     """Divides the logits, > 0."""
     top_k: int = 0
@@ -24,7 +25,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if not math.isfinite(self.cfg_scale):
+        if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
             raise InputError(f"sampling.cfg_scale must be finite, got {self.cfg_scale}")
         if not self.temperature > 0:
             raise InputError(f"sampling.temperature must be > 0, got {self.temperature}; for greedy use top_k 1")
@@ -34,10 +35,10 @@ class Sampling:
             raise InputError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
 
 
-def guided(logits: Tensor, null_logits: Tensor, cfg_scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance: null + s (conditional - null), in float32; all (..., V)."""
+def guided(logits: Tensor, null_logits: Tensor, weight: float | Tensor) -> Tensor:
+    """Classifier-free guidance: null + s (conditional - null), in float32; all (..., V), s broadcast to them."""
     null_logits = null_logits.float()
-    return null_logits + cfg_scale * (logits.float() - null_logits)
+    return null_logits + weight * (logits.float() - null_logits)
 
 
 def filtered_log_p(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -1,9 +1,31 @@
 """What a tokenizer is: images to code ids and back."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from dd2.errors import InputError
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """One training pass of a tokenizer over images.
+
+    Attributes:
+        reconstruction: (B, channels, H, W), with gradients that pass straight through the quantisation.
+        commitment: scalar, the squared distance that pulls encoder outputs towards their codes.
+        codebook: scalar, the same distance, pulling the codes.
+        ids: (B, n) codes that were chosen.
+        vectors: (rows, C) detached vectors that were quantised, where dead codes may settle.
+    """
+
+    reconstruction: Tensor
+    commitment: Tensor
+    codebook: Tensor
+    ids: Tensor
+    vectors: Tensor
 
 
 class Tokenizer(nn.Module, ABC):
@@ -38,6 +60,24 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids (B, n) to images (B, channels, H, W)."""
         return self.decode_codes(self.codebook[ids])
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images of another shape than the tokenizer's."""
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(f"the tokenizer reads images (B, {self.image_shape}), got {tuple(images.shape)}")
+
+
+class TrainableTokenizer(Tokenizer):
+    """A tokenizer that `dd2 train-tokenizer` can train; its codes are the rows of `embedding`."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """The table whose rows become the codes."""
+
+    @abstractmethod
+    def quantise(self, images: Tensor) -> Quantised:
+        """The training pass: images (B, channels, H, W) in [-1, 1] to reconstruction and losses."""
 
 
 def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.tokenizers.vq import VQTokenizer, revive
+from dd2.tokenizers.base import TrainableTokenizer
 from dd2.training.stage import Losses
 
 
@@ -57,25 +57,31 @@ class CodeUsage(nn.Module):
         return torch.special.entr(p).sum().exp()
 
 
-def vq_loss(tokenizer: VQTokenizer, usage: CodeUsage, images: Tensor, config: VQLossConfig, generator: torch.Generator) -> Losses:
+def vq_loss(
+    tokenizer: TrainableTokenizer, usage: CodeUsage, images: Tensor, config: VQLossConfig, generator: torch.Generator
+) -> Losses:
     """Loss of one batch of images (B, channels, H, W) in [-1, 1]; counts code usage and revives dead codes.
 
     Returns:
         The loss, and the reconstruction error, codes in use (fraction) and perplexity.
     """
-    z, codes, ids = tokenizer.quantise(images)
-    straight_through = z + (codes - z).detach()
-    reconstruction = F.mse_loss(tokenizer.decode_codes(straight_through), images)
-    commitment = (z - codes.detach()).square().sum(-1).mean()
-    codebook = (codes - z.detach()).square().sum(-1).mean()
-    usage.update(ids, config.usage_rate)
+    out = tokenizer.quantise(images)
+    reconstruction = F.mse_loss(out.reconstruction, images)
+    usage.update(out.ids, config.usage_rate)
     dead = usage.share < config.dead_below / len(usage.share)
     if config.revive_every and int(usage.updates) % config.revive_every == 0 and bool(dead.any()):
-        revive(tokenizer.quantize, dead, z.detach().flatten(0, 1), generator)
+        revive(tokenizer.embedding, dead, out.vectors, generator)
         usage.share[dead] = 1 / len(usage.share)
-    loss = reconstruction + config.commitment * commitment + config.codebook * codebook
+    loss = reconstruction + config.commitment * out.commitment + config.codebook * out.codebook
     return loss, {
         "reconstruction": reconstruction.detach(),
         "usage": 1 - dead.float().mean(),
         "perplexity": usage.perplexity,
     }
+
+
+@torch.no_grad()
+def revive(embedding: nn.Embedding, dead: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
+    """Put dead codes (V,) bool onto random vectors (rows, C) that were quantised, so that they are used again."""
+    rows = torch.randint(len(vectors), (int(dead.sum()),), generator=generator, device=vectors.device)
+    embedding.weight[dead] = vectors[rows].to(embedding.weight.dtype)

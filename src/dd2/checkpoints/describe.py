@@ -1,0 +1,77 @@
+"""What a checkpoint is, from its tensors' names and shapes."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dd2.checkpoints import var
+from dd2.checkpoints.foreign import parameters, read_state
+from dd2.errors import InputError
+
+NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS)
+
+Reader = Callable[[Mapping[str, Tensor]], dict[str, str]]
+
+
+def describe(path: Path) -> dict[str, str]:
+    """Family, sizes, flags and parameter count of a file, or of a folder of dd2's own, as text.
+
+    Raises:
+        InputError: there is nothing, or it is of no known family.
+    """
+    if path.is_dir():
+        return _describe_folder(path)
+    state = read_state(path, NESTS, device="meta")
+    for key, read in READERS.items():
+        if key in state:
+            return read(state) | _count(state)
+    some = ", ".join(list(state)[:4])
+    raise InputError(f"{path} is of no family that dd2 knows (VAR, LlamaGen or its own folders); its keys start with {some}")
+
+
+def _describe_folder(folder: Path) -> dict[str, str]:
+    inner = next((f for f in (folder, folder / "generator", folder / "teacher") if (f / "config.json").is_file()), None)
+    if inner is None:
+        raise InputError(f"{folder} is no folder of dd2: neither it nor its generator/ or teacher/ has a config.json")
+    try:
+        config: dict[str, Any] = json.loads((inner / "config.json").read_text())
+        sizes = {**config["config"], **{f"head.{key}": value for key, value in config.get("head", {}).items()}}
+        described = {"what": f"dd2 {config['kind']} folder {inner}", "family": str(config["family"])}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{inner / 'config.json'} does not describe a model of dd2 ({error}); restore it") from error
+    return described | _sizes(sizes) | _count(read_state(inner / "model.safetensors", (), device="meta"))
+
+
+def _var_transformer(state: Mapping[str, Tensor]) -> dict[str, str]:
+    positions = state["pos_1LC"].shape[1]
+    known = {sum(side**2 for side in sides): sides for sides in (var.PATCH_NUMS_256, var.PATCH_NUMS_512)}
+    patch_nums = known.get(positions)
+    scales = list(patch_nums) if patch_nums else f"not among the released ones: {positions} positions"
+    sizes = dataclasses.asdict(var.var_config(state))
+    for training in ("drop_path", "class_dropout"):
+        sizes.pop(training)
+    return {"what": "VAR transformer", "family": "var"} | _sizes(sizes) | {"patch_nums": str(scales)}
+
+
+def _var_vqvae(state: Mapping[str, Tensor]) -> dict[str, str]:
+    sizes = dataclasses.asdict(var.vqvae_config(state, (1,)))
+    for unknown in ("image_size", "patch_nums"):  # they are the user's choice, not in the file
+        sizes.pop(unknown)
+    return {"what": "VAR VQVAE", "family": "multiscale"} | _sizes(sizes)
+
+
+READERS: dict[str, Reader] = {"pos_1LC": _var_transformer, "quantize.quant_resi.qresi_ls.0.weight": _var_vqvae}
+"""A key that only one kind of checkpoint has -> how to read its sizes."""
+
+
+def _sizes(sizes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(list(value) if isinstance(value, tuple) else value) for name, value in sizes.items()}
+
+
+def _count(state: Mapping[str, Tensor]) -> dict[str, str]:
+    count = parameters(tuple(value.shape) for key, value in state.items() if not var.var_ignored(key))
+    return {"parameters": f"{count:,} in {len(state)} tensors"}

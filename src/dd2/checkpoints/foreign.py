@@ -1,0 +1,154 @@
+"""Reading other projects' checkpoints: files to state dicts, and state dicts to ours with every tensor accounted for."""
+
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dd2.errors import InputError
+
+Source = str | Path | Mapping[str, Any]
+"""A file (.pth, .pt, .safetensors), or a state dict in memory."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor of ours comes from: an official key, whole or one of `parts` equal slices along its first axis."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+
+
+def read_state(source: Source, nests: Iterable[tuple[str, ...]], device: str = "cpu") -> dict[str, Tensor]:
+    """The state dict of a file or of a checkpoint dictionary.
+
+    Args:
+        source: what to read.
+        nests: paths of keys under which the state dict may lie, tried in order; the top level comes last.
+        device: "cpu", or "meta" to learn names and shapes without reading the numbers.
+
+    Raises:
+        InputError: the file is missing, damaged, holds more than tensors, or no state dict.
+    """
+    content = source if isinstance(source, Mapping) else _read_file(Path(source), device)
+    name = "the given dictionary" if isinstance(source, Mapping) else str(source)
+    for nest in (*nests, ()):
+        found: Any = content
+        for key in nest:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+            return {_plain_key(str(key)): value for key, value in found.items()}
+    places = ", ".join(".".join(nest) for nest in nests)
+    raise InputError(f"{name} holds no state dict (looked at its top level and under {places}); its keys are {_some(content)}")
+
+
+def _read_file(file: Path, device: str) -> Mapping[str, Any]:
+    if not file.is_file():
+        raise InputError(f"checkpoint {file} does not exist; give a .pth, .pt or .safetensors file")
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                if device == "meta":
+                    return {k: torch.empty(tensors.get_slice(k).get_shape(), device="meta") for k in tensors.keys()}  # noqa: SIM118
+                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{file} is no checkpoint of plain tensors ({str(error).splitlines()[0]}); it is damaged, or it holds other Python "
+            "objects, which could run code when read: save its state dict alone and give that"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]}); it is damaged: download it again") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def take(
+    state: Mapping[str, Tensor],
+    origins: Mapping[str, Origin],
+    shapes: Shapes,
+    ignored: Callable[[str], bool],
+    what: str,
+    cause: Callable[[str], str],
+) -> dict[str, Tensor]:
+    """Our state dict from an official one; nothing may be missing, left over or of another shape.
+
+    Args:
+        state: the official tensors.
+        origins: for each of our keys, where it comes from.
+        shapes: for each of our keys, its shape.
+        ignored: whether an official key holds nothing that is needed (a buffer that the class builds itself).
+        what: names the model in errors.
+        cause: the likely cause and the fix for a key that does not fit.
+
+    Raises:
+        InputError: a key is missing, extra or mis-shaped.
+    """
+    expected = official_shapes(origins, shapes)
+    found = {key: tuple(value.shape) for key, value in state.items() if not ignored(key)}
+    for key in expected:
+        if key not in found:
+            raise InputError(f"{what}: key {key} is missing; {cause(key)}")
+        if found[key] != expected[key]:
+            raise InputError(f"{what}: key {key} has shape {found[key]}, expected {expected[key]}; {cause(key)}")
+    extra = [key for key in found if key not in expected]
+    if extra:
+        raise InputError(f"{what}: key {extra[0]} is not part of such a model ({len(extra)} keys too many); {cause(extra[0])}")
+    return {
+        key: state[origin.key].chunk(origin.parts)[origin.part].float().reshape(shapes[key]).contiguous()
+        for key, origin in origins.items()
+    }
+
+
+def official_shapes(origins: Mapping[str, Origin], shapes: Shapes) -> Shapes:
+    """Every official key that `origins` reads, and its shape."""
+    table: Shapes = {}
+    for key, origin in origins.items():
+        first, *rest = shapes[key]
+        table[origin.key] = (first * origin.parts, *rest)
+    return table
+
+
+def numbered(state: Iterable[str], before: str, after: str = ".") -> int:
+    """How many indices N appear in keys `before`N`after`…"""
+    seen = {key[len(before) :].split(after)[0] for key in state if key.startswith(before)}
+    return len({index for index in seen if index.isdigit()})
+
+
+def need(state: Mapping[str, Tensor], key: str, what: str, cause: str) -> Tensor:
+    """A tensor from which sizes are read.
+
+    Raises:
+        InputError: it is missing.
+    """
+    if key not in state:
+        raise InputError(f"{what}: key {key} is missing; {cause} (its keys are {_some(state)})")
+    return state[key]
+
+
+def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Numbers held by tensors of the given shapes."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _plain_key(key: str) -> str:
+    """A key without what DDP and torch.compile put before it."""
+    for prefix in ("module.", "_orig_mod."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _some(content: Mapping[str, Any]) -> str:
+    keys = [str(key) for key in content]
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "") if keys else "none"

@@ -1,0 +1,250 @@
+"""VAR's transformer: the next-scale teacher. It reads continuous features as it is, so it needs no adaptation."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dd2.errors import InputError
+from dd2.order import NextScaleOrder, Order
+from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.cache import KVCache
+from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.multiscale import MultiScaleTokenizer
+
+LARGEST_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """Sizes of a VAR transformer; the defaults are VAR-d16. The scales are the tokenizer's."""
+
+    depth: int = 16
+    """Transformer blocks."""
+    width: int = 1024
+    """Channels D of the residual stream (official models: 64 times the depth)."""
+    heads: int = 16
+    """Attention heads (official models: as many as blocks)."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of the feed-forward part as a multiple of the width."""
+    num_classes: int = 1000
+    """Class labels; label num_classes is the null class of classifier-free guidance."""
+    attn_l2_norm: bool = True
+    """Unit-norm queries and keys with a learned scale per head."""
+    shared_aln: bool = False
+    """One adaLN projection for all blocks, plus a learned offset in each (VAR-d36)."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block while training, growing linearly from 0 (VAR: depth / 240)."""
+    class_dropout: float = 0.1
+    """Probability of training on the null class, which classifier-free guidance needs."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no such transformer has."""
+        for field in ("depth", "width", "heads", "num_classes"):
+            if getattr(self, field) < 1:
+                raise InputError(f"var {field} must be at least 1, got {getattr(self, field)}")
+        if self.width % self.heads:
+            raise InputError(f"var width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.mlp_ratio <= 0:
+            raise InputError(f"var mlp_ratio must be positive, got {self.mlp_ratio}")
+        if not (0 <= self.drop_path < 1 and 0 <= self.class_dropout < 1):
+            raise InputError("var drop_path and class_dropout must be in [0, 1)")
+
+
+class Attention(nn.Module):
+    """Multi-head attention, with biases on queries and values only."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.mat_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.width))
+        self.v_bias = nn.Parameter(torch.zeros(config.width))
+        self.proj = nn.Linear(config.width, config.width)
+        self.scale = 0.25 / math.sqrt(config.width // config.heads)
+        if config.attn_l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4)))
+
+    def forward(self, x: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
+        if hasattr(self, "scale_mul_1H11"):
+            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(LARGEST_LOG_SCALE).exp()
+            k = F.normalize(k, dim=-1)
+        else:
+            q = q * self.scale
+        # The scale is in q now, where `attend` divides by sqrt(head_dim).
+        q = (q * math.sqrt(q.shape[-1])).to(v.dtype)
+        k = k.to(v.dtype)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        return self.proj(order.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """fc2(gelu(fc1 x)), GELU in its tanh form."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm block, scaled, shifted and gated by the class (adaLN)."""
+
+    def __init__(self, config: VARConfig, drop_path: float) -> None:
+        super().__init__()
+        self.width, self.drop_path = config.width, drop_path
+        self.attn = Attention(config)
+        self.ffn = FeedForward(config.width, round(config.width * config.mlp_ratio))
+        if config.shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / math.sqrt(config.width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def forward(self, x: Tensor, cond: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
+        """X (B, L, D); cond (B, D), or the shared projection (B, 1, 6, D)."""
+        modulation = self.ada_gss + cond if hasattr(self, "ada_gss") else self.ada_lin(cond).view(-1, 1, 6, self.width)
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        x = x + self._drop(self.attn(_norm(x) * (scale1 + 1) + shift1, order, cache, layer) * gate1)
+        return x + self._drop(self.ffn(_norm(x) * (scale2 + 1) + shift2) * gate2)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not (self.training and self.drop_path):
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
+
+
+class HeadNorm(nn.Module):
+    """The last normalisation, scaled and shifted by the class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = self.ada_lin(cond).view(len(x), 1, 2, -1).unbind(2)
+        return _norm(x) * (scale + 1) + shift
+
+
+class VARBackbone(Backbone):
+    """VAR's blocks, its class-conditional last norm included; module names follow the official checkpoints.
+
+    Args:
+        config: sizes.
+        order: scales and φ, from the tokenizer.
+        code_dim: C, channels of a code.
+    """
+
+    levels: Tensor
+
+    def __init__(self, config: VARConfig, order: NextScaleOrder, code_dim: int) -> None:
+        super().__init__(order, config.width, code_dim)
+        self.config = config
+        width, first = config.width, order.steps[0].stop
+        self.pos_start = nn.Parameter(torch.empty(1, first, width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, order.n, width))
+        self.word_embed = nn.Linear(code_dim, width)
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        self.lvl_embed = nn.Embedding(order.num_steps, width)
+        if config.shared_aln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        last = max(config.depth - 1, 1)
+        self.blocks = nn.ModuleList(Block(config, config.drop_path * index / last) for index in range(config.depth))
+        self.head_nm = HeadNorm(width)
+        levels = torch.tensor([step for step, held in enumerate(order.steps) for _ in range(held.stop - held.start)])
+        self.register_buffer("levels", levels, persistent=False)
+        self._init_weights()
+
+    def null_condition(self, cond: Tensor) -> Tensor:
+        return torch.full_like(cond, self.config.num_classes)
+
+    def default_conditions(self, indices: Tensor) -> Tensor:
+        return indices % self.config.num_classes
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        return self._run(tokens, cond, None)
+
+    def new_cache(self) -> KVCache:
+        return KVCache([], [])
+
+    def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
+        step = next(step for step in self.order.steps if step.start == tokens.shape[1])
+        return self._run(tokens, cond, cache)[:, step.start - step.stop :]
+
+    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None) -> Tensor:
+        read = cache.length if cache else 0
+        first = self.order.steps[0].stop
+        with torch.autocast(tokens.device.type, enabled=False):  # sums over many scales
+            inputs = self.order.inputs(self.to_codes(tokens.float()))
+        x = self.word_embed(inputs[:, max(read - first, 0) :]).float()  # the residual stream stays float32 under autocast
+        class_embedding = self.class_emb(cond)
+        if read == 0:
+            x = torch.cat([class_embedding.unsqueeze(1) + self.pos_start, x], 1)
+        held = slice(read, read + x.shape[1])
+        x = x + self.lvl_embed(self.levels[held]) + self.pos_1LC[:, held]
+        shared = self.config.shared_aln
+        modulation = self.shared_ada_lin(class_embedding).view(-1, 1, 6, self.width) if shared else class_embedding
+        for index, block in enumerate(self.blocks):
+            x = block(x, modulation, self.order, cache, index)
+        return self.head_nm(x, class_embedding)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """VAR's own: small adaLN gates, so that every block starts close to the identity."""
+        std = math.sqrt(1 / self.width / 3)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for position in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(position, std=std)
+        for name, module in self.named_modules():
+            if name.endswith(("attn.proj", "ffn.fc2")) and isinstance(module, nn.Linear):
+                module.weight.div_(math.sqrt(2 * self.config.depth))
+            if name.endswith("ada_lin.1") and isinstance(module, nn.Linear):
+                module.weight.mul_(0.5)
+                if not name.startswith("head_nm"):
+                    module.weight[: 2 * self.width].mul_(2e-5)
+        for block in self.blocks:
+            if isinstance(block, Block) and hasattr(block, "ada_gss"):
+                block.ada_gss[:, :, 2:].mul_(0.5)
+                block.ada_gss[:, :, :2].mul_(1e-5)
+
+
+class VARTeacher(Teacher):
+    """VAR, whose guidance grows with the scale; `cfg_scale` is VAR's own number: 0 is no guidance, 1.5 its usual one."""
+
+    def cfg_weights(self, cfg_scale: float) -> Tensor:
+        ratio = torch.arange(self.order.num_steps) / max(self.order.num_steps - 1, 1)
+        return 1 + cfg_scale * ratio
+
+
+def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> Teacher:
+    """A VAR teacher with fresh weights, ready to be trained or loaded.
+
+    Raises:
+        InputError: the tokenizer is not a multi-scale one.
+    """
+    if not isinstance(tokenizer, MultiScaleTokenizer):
+        raise InputError(f"a VAR teacher needs a multi-scale tokenizer, got {type(tokenizer).__name__}")
+    codes, channels = tokenizer.codebook.shape
+    backbone = VARBackbone(config, tokenizer.order(), channels)
+    output = nn.Linear(config.width, codes)
+    nn.init.trunc_normal_(output.weight, std=0.02 * math.sqrt(1 / config.width / 3))
+    nn.init.zeros_(output.bias)
+    return VARTeacher(backbone, output, tokenizer)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), (x.shape[-1],), eps=1e-6)

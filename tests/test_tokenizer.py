@@ -87,6 +87,19 @@ def test_next_scale_inputs_are_linear_in_the_codes_and_stop_where_the_tokens_do(
     assert (gradient[:, 5:] == 0).all()
 
 
+def test_attention_reads_whole_earlier_scales_however_it_is_computed(monkeypatch):
+    torch.manual_seed(0)
+    order = MultiScaleTokenizer(TINY_MULTISCALE).order()
+    q, k, v = torch.randn(3, 2, 2, 21, 8).unbind()
+    mask = torch.tensor([[(i > 0) + (i > 4) >= (j > 0) + (j > 4) for j in range(21)] for i in range(21)])
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    for dense_below in (0, 128):
+        monkeypatch.setattr("dd2.order.DENSE_BELOW", dense_below)
+        torch.testing.assert_close(order.attend(q, k, v), expected)
+        torch.testing.assert_close(order.attend(q[:, :, 1:], k, v), expected[:, :, 1:])
+        torch.testing.assert_close(order.attend(q[:, :, 1:5], k[:, :, :5], v[:, :, :5]), expected[:, :, 1:5])
+
+
 def test_scales_that_do_not_fit_are_refused():
     for sides in ((), (1, 2), (1, 4, 2), (0, 4), (1, 2, 4, 8)):
         with pytest.raises(InputError, match="patch_nums"):

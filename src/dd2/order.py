@@ -3,6 +3,7 @@
 An order is all that the rest of the library knows about raster (LlamaGen) against next-scale (VAR) models.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DENSE_BELOW = 128
+"""Positions up to which one masked attention call beats one call per scale."""
+
 
 class Order(nn.Module, ABC):
     """n positions in S steps; positions of one step are independent given all earlier steps.
@@ -18,11 +22,22 @@ class Order(nn.Module, ABC):
     A module, because what a transformer reads may need frozen tensors (VAR's convolutions φ): they move, are saved and are
     copied with the backbone, as buffers.
 
+    Args:
+        sizes: number of positions of each step.
+
     Attributes:
         steps: the positions of each step, as slices that partition range(n) in order.
+        step_of: (n,) the step of each position.
     """
 
-    steps: tuple[slice, ...]
+    step_of: Tensor
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        ends = list(itertools.accumulate(sizes))
+        self.steps = tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+        step_of = torch.tensor([step for step, size in enumerate(sizes) for _ in range(size)])
+        self.register_buffer("step_of", step_of, persistent=False)
 
     @property
     def n(self) -> int:
@@ -60,9 +75,8 @@ class RasterOrder(Order):
     """Row by row, one token a step; the input at a position is the previous token."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
+        super().__init__([1] * (rows * columns))
         self.rows, self.columns = rows, columns
-        self.steps = tuple(slice(i, i + 1) for i in range(rows * columns))
 
     def inputs(self, codes: Tensor) -> Tensor:
         return codes[:, : self.n - 1]
@@ -94,10 +108,8 @@ class NextScaleOrder(Order):
     phi_bias: Tensor
 
     def __init__(self, patch_nums: Sequence[int], weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
+        super().__init__([side**2 for side in patch_nums])
         self.patch_nums = tuple(patch_nums)
-        ends = [sum(side**2 for side in patch_nums[: k + 1]) for k in range(len(patch_nums))]
-        self.steps = tuple(slice(end - side**2, end) for end, side in zip(ends, patch_nums, strict=True))
         self.register_buffer("phi_weight", weight.detach().clone())
         self.register_buffer("phi_bias", bias.detach().clone())
         self.phi_of = shared_phi(len(patch_nums), len(weight))
@@ -116,14 +128,17 @@ class NextScaleOrder(Order):
         return (h + F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), padding=1)) / 2
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One unmasked call per scale over its prefix: faster than one call with a dense mask, and without its memory."""
-        start = k.shape[-2] - q.shape[-2]
+        start, stop = k.shape[-2] - q.shape[-2], k.shape[-2]
+        asked = [step for step in self.steps if start <= step.start and step.stop <= stop]
+        if len(asked) > 1 and stop <= DENSE_BELOW:
+            mask = self.step_of[start:stop, None] >= self.step_of[:stop]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        # One call per scale over its prefix needs no mask: less memory than one masked call, and no slower.
         parts = [
             F.scaled_dot_product_attention(
                 q[..., step.start - start : step.stop - start, :], k[..., : step.stop, :], v[..., : step.stop, :]
             )
-            for step in self.steps
-            if start <= step.start and step.stop <= k.shape[-2]
+            for step in asked
         ]
         return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 

@@ -190,7 +190,7 @@ def few_steps(k: int) -> str:
 
 
 def few_steps_of(name: str) -> int:
-    """k of a name by `few_steps`, 0 for other methods."""
+    """The k of a name by `few_steps`, 0 for other methods."""
     found = re.fullmatch(r"generator_(\d+)_steps", name)
     return int(found[1]) if found else 0
 

@@ -149,8 +149,7 @@ class Teacher(nn.Module):
             return filtered_log_p(self.logits(tokens, cond), sampling)
         both = self.logits(tokens.repeat(2, 1, 1), torch.cat([cond, self.null_condition(cond)]))
         logits, null_logits = both.chunk(2)
-        sizes = torch.tensor([step.stop - step.start for step in self.order.steps])
-        by_position = weights.repeat_interleave(sizes).to(logits.device).unsqueeze(-1)  # (n, 1)
+        by_position = weights.to(logits.device)[self.order.step_of].unsqueeze(-1)  # (n, 1)
         return filtered_log_p(guided(logits, null_logits, by_position), sampling)
 
     def _guidance(self, sampling: Sampling) -> Tensor | None:

@@ -145,8 +145,6 @@ class VARBackbone(Backbone):
         code_dim: C, channels of a code.
     """
 
-    levels: Tensor
-
     def __init__(self, config: VARConfig, order: NextScaleOrder, code_dim: int) -> None:
         super().__init__(order, config.width, code_dim)
         self.config = config
@@ -161,8 +159,6 @@ class VARBackbone(Backbone):
         last = max(config.depth - 1, 1)
         self.blocks = nn.ModuleList(Block(config, config.drop_path * index / last) for index in range(config.depth))
         self.head_nm = HeadNorm(width)
-        levels = torch.tensor([step for step, held in enumerate(order.steps) for _ in range(held.stop - held.start)])
-        self.register_buffer("levels", levels, persistent=False)
         self._init_weights()
 
     def null_condition(self, cond: Tensor) -> Tensor:
@@ -191,7 +187,7 @@ class VARBackbone(Backbone):
         if read == 0:
             x = torch.cat([class_embedding.unsqueeze(1) + self.pos_start, x], 1)
         held = slice(read, read + x.shape[1])
-        x = x + self.lvl_embed(self.levels[held]) + self.pos_1LC[:, held]
+        x = x + self.lvl_embed(self.order.step_of[held]) + self.pos_1LC[:, held]
         shared = self.config.shared_aln
         modulation = self.shared_ada_lin(class_embedding).view(-1, 1, 6, self.width) if shared else class_embedding
         for index, block in enumerate(self.blocks):

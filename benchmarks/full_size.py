@@ -1,0 +1,104 @@
+"""Full-size models with random weights on a CPU: does everything run, how long does it take, how much memory?
+
+    python benchmarks/full_size.py var_d16|llamagen_l [--batch 1]
+
+Runs what users run: teacher sampling (KV-cached, guided), one-step sampling with decoding, and one stage-2 iteration (one guidance and
+one generator update, AdamW included). Writes benchmarks/results/full_size_NAME.json. The pictures are noise.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dd2.checkpoints.foreign import parameters
+from dd2.config import load_config
+from dd2.jobs.distill import DistillConfig
+from dd2.sampling import one_step
+from dd2.stages.recipe import Networks, distill_stage
+from dd2.student import Student
+from dd2.teachers.base import Teacher
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.var import VARConfig, var_teacher
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
+from dd2.tokenizers.vq import VQTokenizer
+from dd2.training.samples import TeacherSamples
+
+MODELS: dict[str, Callable[[], Teacher]] = {
+    "var_d16": lambda: var_teacher(VARConfig(), MultiScaleTokenizer(MultiScaleConfig())),
+    "llamagen_l": lambda: llamagen_teacher(LlamaGenConfig(), VQTokenizer(VQConfig())),
+}
+
+
+def main() -> None:
+    """Run everything once and write seconds and peak memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    batch = arguments.batch
+    config = load_config(
+        DistillConfig, arguments.model, ["--distill.batch", str(batch), "--distill.accumulate", "1", "--distill.k", "1"]
+    )
+    rows: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> object:
+        start = time.perf_counter()
+        result = work()
+        rows[name] = time.perf_counter() - start
+        print(f"{name:32} {rows[name]:8.1f} s   peak {peak_gib():5.1f} GiB", flush=True)
+        return result
+
+    torch.manual_seed(0)
+    teacher = MODELS[arguments.model]().eval().requires_grad_(False)
+    cond = teacher.backbone.default_conditions(torch.arange(batch))
+    ids = timed("teacher sampling", lambda: teacher.generate(cond, config.tune.sampling, range(batch)))
+    assert isinstance(ids, torch.Tensor)
+    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    student = Student.from_teacher(teacher, config.head)
+    timed("one-step sampling and decoding", lambda: teacher.decode(one_step(student, cond, range(batch))))
+    networks = Networks.from_tuned(student)
+    del student
+    stage = distill_stage(networks, teacher, TeacherSamples(ids, cond), config.distill)
+    random = torch.Generator().manual_seed(0)
+    for update in stage.updates:
+
+        def step(update=update) -> None:
+            loss, _ = update.loss(random)
+            loss.backward(inputs=update.parameters)
+            update.optimizer.step()
+            update.optimizer.zero_grad(set_to_none=True)
+
+        timed(f"{update.name} update", step)
+    stage.after(0)
+    sizes = {
+        "teacher": [*teacher.backbone.parameters(), *teacher.output.parameters()],
+        "student": list(networks.generator.parameters()),
+        "tokenizer": list(teacher.tokenizer.parameters()),
+    }
+    result = {
+        "model": arguments.model,
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "parameters": {name: parameters(tuple(p.shape) for p in part) for name, part in sizes.items()},
+        "seconds": rows,
+        "peak_gib": peak_gib(),
+    }
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"full_size_{arguments.model}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()

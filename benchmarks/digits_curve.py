@@ -39,11 +39,11 @@ def main() -> None:
     run = open_run(arguments.run, cpu)
     scorer = Scorer(run.teacher, digits_features(embedded("classifier"), cpu), run.sampling, arguments.count, 500, 0)
     samples = TeacherSamples.load(arguments.run / "teacher_samples")
-    marginal = MarginalSampler(samples.ids, samples.cond)
+    marginal = MarginalSampler(samples.ids, samples.labels)
     reference = scorer.score("reference", scorer.teacher_images, "reference").fit
     teacher = scorer.score("teacher", scorer.teacher_images, "floor")
     floor = frechet_distance(teacher.fit, reference)
-    independent = scorer.score("onestep*", lambda c, s: scorer.decoded(marginal.sample(c, s)), "methods")
+    independent = scorer.score("onestep*", lambda labels, seeds: scorer.decoded(marginal.sample(labels, seeds)), "methods")
     worst = frechet_distance(independent.fit, reference)
     student = run.generator.student
     folder = arguments.run / "checkpoints" / "distill"

@@ -56,7 +56,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     teacher = MODELS[arguments.model]().eval().requires_grad_(False)
-    cond = teacher.backbone.default_conditions(torch.arange(batch))
+    labels = teacher.backbone.default_labels(torch.arange(batch))
+    cond = teacher.backbone.conditions(labels)
     ids = timed("teacher sampling", lambda: teacher.generate(cond, config.tune.sampling, range(batch)))
     assert isinstance(ids, torch.Tensor)
     teacher.backbone.standardise(teacher.tokenizer.codebook)
@@ -64,7 +65,7 @@ def main() -> None:
     timed("one-step sampling and decoding", lambda: teacher.decode(one_step(student, cond, range(batch))))
     networks = Networks.from_tuned(student)
     del student
-    stage = distill_stage(networks, teacher, TeacherSamples(ids, cond), config.distill)
+    stage = distill_stage(networks, teacher, TeacherSamples(ids, labels), config.distill)
     random = torch.Generator().manual_seed(0)
     for update in stage.updates:
 

@@ -42,8 +42,9 @@ class BagBackbone(Backbone):
     def null_condition(self, cond):
         return torch.full_like(cond, 2)
 
-    def default_conditions(self, indices):
-        return indices % 2
+    @property
+    def num_labels(self):
+        return 2
 
     def new_cache(self):
         return None

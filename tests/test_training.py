@@ -157,7 +157,7 @@ def test_teacher_samples_are_reproducible_and_resumable(tmp_path, monkeypatch):
     whole = TeacherSamples.prepare(tmp_path / "a", teacher, Sampling(), 40, seed=1, batch=16)
     assert whole.ids.dtype == torch.uint16
     assert whole.ids.shape == (40, 16)
-    assert torch.bincount(whole.cond).tolist() == [14, 13, 13]
+    assert torch.bincount(whole.labels).tolist() == [14, 13, 13]
     other = TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1, batch=5)
     assert torch.equal(other.ids, whole.ids)
     shards = sorted((tmp_path / "b").glob("*.safetensors"))

@@ -60,11 +60,11 @@ class OneStepPipeline:
         cond = torch.tensor(list(labels), dtype=torch.long)
         if len(cond) == 0:
             raise InputError("labels are empty; give one class per image")
-        classes = int(backbone.null_condition(cond[:1]))
-        if not (int(cond.min()) >= 0 and int(cond.max()) < classes):
-            raise InputError(f"labels must be classes 0 to {classes - 1}, got {min(labels)} to {max(labels)}")
+        if not (int(cond.min()) >= 0 and int(cond.max()) < backbone.num_labels):
+            raise InputError(f"labels must be classes 0 to {backbone.num_labels - 1}, got {min(labels)} to {max(labels)}")
         with torch.inference_mode():
-            tokens = one_step(self.generator.student, cond.to(backbone.token_mean.device), seeds)
+            cond = backbone.conditions(cond.to(backbone.token_mean.device))
+            tokens = one_step(self.generator.student, cond, seeds)
             return self.generator.decode(tokens, nearest).clamp(-1, 1).cpu()
 
 

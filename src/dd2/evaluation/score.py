@@ -28,7 +28,7 @@ SPEED_BATCHES = (16, 1, 256)
 """Batches at which speed is measured; the first one's ratio is speedup_vs_teacher."""
 
 Method = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
-"""Conditions (B, ...) and B seeds -> images (B, channels, H, W) and their (nearest-code) ids (B, n)."""
+"""Labels (B,) and B seeds -> images (B, channels, H, W) and their (nearest-code) ids (B, n)."""
 
 
 @dataclass
@@ -79,21 +79,21 @@ class Scorer:
         reference = self.score("reference (teacher)", self.teacher_images, "reference")
         floor = self.score("teacher", self.teacher_images, "floor")
 
-        def generated(cond: Tensor, seeds: list[int]) -> Tensor:
-            return one_step(generator.student, cond, seeds)
+        def generated(labels: Tensor, seeds: list[int]) -> Tensor:
+            return one_step(generator.student, self._cond(labels), seeds)
 
         methods: dict[str, Method] = {
-            "onestep_marginal": lambda cond, seeds: self.decoded(marginal.sample(cond, seeds)),
-            "generator": lambda cond, seeds: self.continuous(generated(cond, seeds)),
-            "generator_nearest": lambda cond, seeds: self.decoded(self._snapped(generated(cond, seeds))),
+            "onestep_marginal": lambda labels, seeds: self.decoded(marginal.sample(labels, seeds)),
+            "generator": lambda labels, seeds: self.continuous(generated(labels, seeds)),
+            "generator_nearest": lambda labels, seeds: self.decoded(self._snapped(generated(labels, seeds))),
         }
         for k in steps:
-            methods[few_steps(k)] = lambda cond, seeds, k=k: self.continuous(
-                refine(generator.student, self.teacher, cond, self.sampling, seeds, k)
+            methods[few_steps(k)] = lambda labels, seeds, k=k: self.continuous(
+                refine(generator.student, self.teacher, self._cond(labels), self.sampling, seeds, k)
             )
         if tuned is not None:
             student = tuned.student
-            methods["ar_diffusion"] = lambda cond, seeds: self.continuous(ar_diffusion(student, cond, seeds))
+            methods["ar_diffusion"] = lambda labels, seeds: self.continuous(ar_diffusion(student, self._cond(labels), seeds))
         scored = {name: self.score(name, method, "methods") for name, method in methods.items()}
 
         frechet = {name: frechet_distance(entry.fit, reference.fit) for name, entry in scored.items()}
@@ -112,9 +112,9 @@ class Scorer:
         }
         return numbers, {name: entry.images for name, entry in everything.items()}
 
-    def teacher_images(self, cond: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+    def teacher_images(self, labels: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
         """The KV-cached teacher, as a `Method`."""
-        return self.decoded(self.teacher.generate(cond, self.sampling, seeds))
+        return self.decoded(self.teacher.generate(self._cond(labels), self.sampling, seeds))
 
     def decoded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Images of ids (B, n), and the ids."""
@@ -133,13 +133,13 @@ class Scorer:
         statistics, nll, sequences, shown = FeatureStatistics(), [], [], []
         correct, classify = 0, self.network.classify
         with progress(title, self.count, "img") as bar:
-            for index, cond in self._batches():
+            for index, labels in self._batches():
                 seeds = [seed_of("evaluate", seeds_of, self.seed, int(i)) for i in index]
-                images, ids = sample(cond, seeds)
+                images, ids = sample(labels, seeds)
                 statistics.add(self.network.features(images))
                 if classify is not None:
-                    correct += int((classify(images) == cond).sum())
-                nll.append(teacher_nll(self.teacher, ids, cond).cpu())
+                    correct += int((classify(images) == labels).sum())
+                nll.append(teacher_nll(self.teacher, ids, self._cond(labels)).cpu())
                 sequences.append(ids.to(torch.int32).cpu())
                 if int(index[0]) < SHOWN:
                     shown.append(images.cpu())
@@ -167,12 +167,13 @@ class Scorer:
 
     def _seconds(self, generator: Generator, size: int) -> dict[str, float]:
         teacher = self.teacher
-        cond = teacher.backbone.default_conditions(torch.arange(size, device=teacher.codebook.device))
+        labels = teacher.backbone.default_labels(torch.arange(size, device=teacher.codebook.device))
+        cond = self._cond(labels)
         seeds = list(range(size))
         codes = teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)
         taken = seconds_per_call(
             {
-                "teacher": lambda: self.teacher_images(cond, seeds),
+                "teacher": lambda: self.teacher_images(labels, seeds),
                 "generator": lambda: teacher.decode(one_step(generator.student, cond, seeds)),
                 "decoding_alone": lambda: teacher.tokenizer.decode_codes(codes),
             }
@@ -181,7 +182,10 @@ class Scorer:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(self.count).split(self.batch):
-            yield index, self.teacher.backbone.default_conditions(index).to(self.teacher.codebook.device)
+            yield index, self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+
+    def _cond(self, labels: Tensor) -> Tensor:
+        return self.teacher.backbone.conditions(labels)
 
 
 def few_steps(k: int) -> str:

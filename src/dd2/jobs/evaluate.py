@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for k in config.steps:
         first_redrawn_step(run.teacher.order, k)  # refuses before anything is drawn
     samples = TeacherSamples.load(config.run / "teacher_samples")
-    marginal = MarginalSampler(samples.ids, samples.cond)
+    marginal = MarginalSampler(samples.ids, samples.labels)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed)
     numbers, images = scorer.run(run.generator, run.ar_diffusion, marginal, sorted({k for k in config.steps if k > 1}))
     seconds = {**spent, "evaluate": time.perf_counter() - start}

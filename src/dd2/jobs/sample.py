@@ -80,9 +80,9 @@ def sample(config: SampleConfig) -> Tensor:
         if run is None or run.ar_diffusion is None:
             raise InputError(f"{config.run} has no ar_diffusion/ folder; give a run of dd2 distill")
         generator = run.ar_diffusion
-    classes = generator.student.backbone.null_condition(torch.zeros(1, dtype=torch.long)).item()
-    labels = parse_labels(config.labels, int(classes), config.count)
-    first_redrawn_step(generator.student.backbone.order, config.steps)  # refuses before anything is drawn
+    backbone = generator.student.backbone
+    labels = parse_labels(config.labels, backbone.num_labels, config.count)
+    first_redrawn_step(backbone.order, config.steps)  # refuses before anything is drawn
     sampling = _sampling(config, run.sampling) if run else Sampling()
     seeds = list(range(config.seed, config.seed + config.count))
     if config.out.suffix and config.out.is_dir():
@@ -94,7 +94,7 @@ def sample(config: SampleConfig) -> Tensor:
     with progress("sample", config.count, "img") as bar:
         for start in range(0, config.count, config.batch):
             chosen = slice(start, start + config.batch)
-            cond, own = torch.tensor(labels[chosen], device=device), seeds[chosen]
+            cond, own = backbone.conditions(torch.tensor(labels[chosen], device=device)), seeds[chosen]
             with torch.inference_mode():
                 if config.method == "teacher" and run:
                     codebook = run.teacher.codebook

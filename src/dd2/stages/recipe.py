@@ -150,7 +150,8 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples, con
     """Stage 1: the head alone for `head_iterations`, then everything (Alg. 1)."""
 
     def loss(random: torch.Generator, head_only: bool) -> Losses:
-        ids, cond = samples.batch(config.batch, random, random.device)
+        ids, labels = samples.batch(config.batch, random, random.device)
+        cond = teacher.backbone.conditions(labels)
         return tune_loss(
             student,
             teacher,
@@ -195,14 +196,17 @@ def distill_stage(
     """
     generator, guidance = networks.generator, networks.guidance
 
+    def drawn_conditions(random: torch.Generator) -> Tensor:
+        return teacher.backbone.conditions(samples.batch(config.batch, random, random.device)[1])
+
     def train_guidance(random: torch.Generator) -> Losses:
-        _, cond = samples.batch(config.batch, random, random.device)
+        cond = drawn_conditions(random)
         codebook = teacher.codebook if config.snap_guidance else None
         draws, levels = config.guidance_draws, config.noise_level
         return guidance_loss(guidance, generator, cond, levels, random, draws=draws, codebook=codebook)
 
     def train_generator(random: torch.Generator) -> Losses:
-        _, cond = samples.batch(config.batch, random, random.device)
+        cond = drawn_conditions(random)
         return generator_loss(
             generator,
             guidance,
@@ -238,7 +242,7 @@ def distill_stage(
 
 def _preview_conditions(teacher: Teacher) -> Tensor:
     index = torch.arange(PREVIEW_IMAGES, device=teacher.codebook.device)
-    return teacher.backbone.default_conditions(index)
+    return teacher.backbone.conditions(teacher.backbone.default_labels(index))
 
 
 def _counts(section: str, config: object, positive: tuple[str, ...], non_negative: tuple[str, ...]) -> None:

@@ -73,9 +73,18 @@ class Backbone(nn.Module, ABC):
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition of the unconditional model, shaped like `cond`."""
 
+    @property
     @abstractmethod
-    def default_conditions(self, indices: Tensor) -> Tensor:
-        """Conditions for images of the given indices (N,) when the user names none: balanced, classes in turn."""
+    def num_labels(self) -> int:
+        """Labels that `conditions` knows: classes, or captions."""
+
+    def conditions(self, labels: Tensor) -> Tensor:
+        """Integer labels (N,) in 0 … num_labels - 1 to conditions (N, ...); for class-conditional models they are the same."""
+        return labels
+
+    def default_labels(self, indices: Tensor) -> Tensor:
+        """Labels of images of the given indices (N,) when the user names none: balanced, in turn."""
+        return indices % self.num_labels
 
     @abstractmethod
     def new_cache(self) -> Any:

@@ -164,8 +164,9 @@ class VARBackbone(Backbone):
     def null_condition(self, cond: Tensor) -> Tensor:
         return torch.full_like(cond, self.config.num_classes)
 
-    def default_conditions(self, indices: Tensor) -> Tensor:
-        return indices % self.config.num_classes
+    @property
+    def num_labels(self) -> int:
+        return self.config.num_classes
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(tokens, cond, None)

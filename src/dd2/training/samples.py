@@ -26,11 +26,11 @@ class TeacherSamples:
 
     Attributes:
         ids: (N, n) code ids, uint16 where V allows it.
-        cond: (N, ...) conditions; classes in turn, so that they are balanced.
+        labels: (N,) labels of their conditions; in turn, so that they are balanced.
     """
 
-    def __init__(self, ids: Tensor, cond: Tensor) -> None:
-        self.ids, self.cond = ids, cond
+    def __init__(self, ids: Tensor, labels: Tensor) -> None:
+        self.ids, self.labels = ids, labels
 
     @classmethod
     def prepare(
@@ -67,7 +67,7 @@ class TeacherSamples:
                     write_atomic(file, save(shard))
                 shards.append(shard)
                 bar.update(size)
-        return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["cond"] for s in shards]))
+        return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["labels"] for s in shards]))
 
     @classmethod
     def load(cls, folder: Path) -> "TeacherSamples":
@@ -82,12 +82,12 @@ class TeacherSamples:
             raise InputError(f"{folder} holds a damaged file ({error}); run dd2 distill again to redo it") from error
         if not shards:
             raise InputError(f"{folder} holds no teacher samples; it is written by dd2 distill")
-        return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["cond"] for s in shards]))
+        return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["labels"] for s in shards]))
 
     def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random sequences: ids (size, n) int64 and conditions (size, ...), on `device`."""
+        """Random sequences: ids (size, n) int64 and labels (size,), on `device`."""
         rows = torch.randint(len(self.ids), (size,), generator=generator, device=generator.device).cpu()
-        return self.ids[rows].long().to(device), self.cond[rows].to(device)
+        return self.ids[rows].long().to(device), self.labels[rows].to(device)
 
 
 def fingerprint(teacher: Teacher) -> str:
@@ -111,13 +111,14 @@ def samples_identity(folder: Path) -> dict[str, object]:
 def _sample(teacher: Teacher, sampling: Sampling, start: int, size: int, seed: int, batch: int) -> dict[str, Tensor]:
     device = teacher.codebook.device
     index = torch.arange(start, start + size)
-    cond = teacher.backbone.default_conditions(index)
+    labels = teacher.backbone.default_labels(index)
     parts = []
     for rows in index.split(batch):
         seeds = [seed_of("teacher samples", seed, int(row)) for row in rows]
-        parts.append(teacher.generate(cond[rows - start].to(device), sampling, seeds).cpu())
+        cond = teacher.backbone.conditions(labels[rows - start].to(device))
+        parts.append(teacher.generate(cond, sampling, seeds).cpu())
     dtype = torch.uint16 if len(teacher.codebook) <= 2**16 else torch.int32
-    return {"ids": torch.cat(parts).to(dtype), "cond": cond}
+    return {"ids": torch.cat(parts).to(dtype), "labels": labels}
 
 
 def _read(file: Path, size: int, positions: int) -> dict[str, Tensor] | None:
@@ -126,8 +127,8 @@ def _read(file: Path, size: int, positions: int) -> dict[str, Tensor] | None:
         shard = load_file(file)
     except (OSError, SafetensorError):
         return None
-    whole = {"ids", "cond"} <= shard.keys() and tuple(shard["ids"].shape) == (size, positions)
-    return shard if whole and len(shard["cond"]) == size else None
+    whole = {"ids", "labels"} <= shard.keys() and tuple(shard["ids"].shape) == (size, positions)
+    return shard if whole and len(shard["labels"]) == size else None
 
 
 def _same_or_new(file: Path, identity: dict[str, object]) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/full_size.py var_d16|llamagen_l [--batch 1]
 
-Runs what users run: teacher sampling (KV-cached, guided), one-step sampling with decoding, and one stage-2 iteration (one guidance and
-one generator update, AdamW included). Writes benchmarks/results/full_size_NAME.json. The pictures are noise.
+Runs what users run: teacher sampling (KV-cached, guided), one-step sampling with decoding, and one stage-2 iteration (one
+guidance and one generator update, AdamW included). Writes benchmarks/results/full_size_NAME.json. The pictures are noise.
 """
 
 import argparse
@@ -61,10 +61,8 @@ def main() -> None:
     ids = timed("teacher sampling", lambda: teacher.generate(cond, config.tune.sampling, range(batch)))
     assert isinstance(ids, torch.Tensor)
     teacher.backbone.standardise(teacher.tokenizer.codebook)
-    student = Student.from_teacher(teacher, config.head)
-    timed("one-step sampling and decoding", lambda: teacher.decode(one_step(student, cond, range(batch))))
-    networks = Networks.from_tuned(student)
-    del student
+    networks = Networks.from_tuned(Student.from_teacher(teacher, config.head))
+    timed("one-step sampling and decoding", lambda: teacher.decode(one_step(networks.generator, cond, range(batch))))
     stage = distill_stage(networks, teacher, TeacherSamples(ids, labels), config.distill)
     random = torch.Generator().manual_seed(0)
     for update in stage.updates:

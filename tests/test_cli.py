@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -267,7 +266,10 @@ def test_packaged_configurations_load_and_survive_a_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["digits", "digits_var"])
 def test_packaged_training_configurations_load(kind):
-    tokenizer, teacher = load_config(TrainTokenizerConfig, f"{kind}_tokenizer"), load_config(TrainTeacherConfig, f"{kind}_teacher")
+    tokenizer, teacher = (
+        load_config(TrainTokenizerConfig, f"{kind}_tokenizer"),
+        load_config(TrainTeacherConfig, f"{kind}_teacher"),
+    )
     assert teacher.tokenizer == tokenizer.out / "tokenizer"
     assert load_config(DistillConfig, kind).teacher in ("digits", str(teacher.out / "teacher"))
 

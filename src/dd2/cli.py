@@ -34,6 +34,10 @@ COMMANDS = {
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
     "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
+    "convert llamagen": Command(
+        "official LlamaGen files to a teacher folder", "convert", "ConvertLlamaGenConfig", "convert_llamagen"
+    ),
+    "adapt": Command("give a LlamaGen teacher a continuous input layer (stage 0)", "adapt", "AdaptJobConfig", "adapt_job"),
     "inspect": Command("what a checkpoint is: family, sizes, flags, parameters", "inspect", "InspectConfig", "inspect", True),
     "train-tokenizer": Command("train a tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"),
     "train-teacher": Command("train an AR teacher on their tokens", "train_teacher", "TrainTeacherConfig", "train_teacher"),

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dd2.checkpoints import var
+from dd2.checkpoints import llamagen, var
 from dd2.checkpoints.foreign import parameters, read_state
 from dd2.errors import InputError
 
-NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS)
+NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS, *llamagen.NESTS)
 
 Reader = Callable[[Mapping[str, Tensor]], dict[str, str]]
 
@@ -64,7 +64,28 @@ def _var_vqvae(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {"what": "VAR VQVAE", "family": "multiscale"} | _sizes(sizes)
 
 
-READERS: dict[str, Reader] = {"pos_1LC": _var_transformer, "quantize.quant_resi.qresi_ls.0.weight": _var_vqvae}
+def _llamagen_gpt(state: Mapping[str, Tensor]) -> dict[str, str]:
+    width = state["tok_embeddings.weight"].shape[1]
+    heads = llamagen.HEADS.get(width)
+    sizes = dataclasses.asdict(llamagen.gpt_config(state, 1, heads or 1))
+    for unknown in ("rows", "columns", "dropout", "class_dropout", "code_hidden", *(() if heads else ("heads", "kv_heads"))):
+        sizes.pop(unknown)
+    kind = "text" if sizes["caption_dim"] else "class"
+    return {"what": f"LlamaGen transformer, {kind}-conditional", "family": "llamagen"} | _sizes(sizes)
+
+
+def _llamagen_vq(state: Mapping[str, Tensor]) -> dict[str, str]:
+    sizes = dataclasses.asdict(llamagen.vq_config(state, 256))
+    sizes.pop("image_size")  # the user's choice, not in the file
+    return {"what": "LlamaGen VQ model", "family": "vq"} | _sizes(sizes)
+
+
+READERS: dict[str, Reader] = {
+    "pos_1LC": _var_transformer,
+    "quantize.quant_resi.qresi_ls.0.weight": _var_vqvae,
+    "tok_embeddings.weight": _llamagen_gpt,
+    "encoder.conv_blocks.0.res.0.conv1.weight": _llamagen_vq,
+}
 """A key that only one kind of checkpoint has -> how to read its sizes."""
 
 

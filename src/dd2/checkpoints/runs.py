@@ -19,12 +19,15 @@ def embedded(name: str) -> Path:
     return Path(str(files("dd2") / "assets" / "digits" / name))
 
 
-def open_teacher(name: str, device: torch.device) -> Teacher:
-    """The embedded teacher ("digits") or a teacher folder."""
+def open_teacher(name: str, device: torch.device, captions: str = "") -> Teacher:
+    """The embedded teacher ("digits") or a teacher folder; `captions` names the file of a text-conditional one's captions."""
     folder = embedded("teacher") if name == "digits" else Path(name)
     if not folder.is_dir():
-        raise InputError(f"teacher {name} does not exist; give 'digits' or a folder written by dd2 train-teacher")
-    return load_teacher(folder).to(device)
+        raise InputError(f"teacher {name} does not exist; give 'digits' or a folder written by dd2 train-teacher or dd2 convert")
+    teacher = load_teacher(folder).to(device)
+    if captions:
+        teacher.backbone.use_captions(Path(captions))
+    return teacher
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ def open_generator(path: Path, device: torch.device) -> Generator:
             f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml"
         )
     generator = load_generator(folder)
+    captions = read_yaml(path / "config.yaml").get("captions") if (path / "config.yaml").is_file() else None
+    if captions:
+        generator.student.backbone.use_captions(Path(captions))
     return Generator(generator.student.to(device), generator.tokenizer.to(device))
 
 
@@ -67,7 +73,8 @@ def open_run(path: Path, device: torch.device) -> FinishedRun:
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} has no config.yaml, so its teacher is unknown; give the run folder of dd2 distill")
     config = read_yaml(path / "config.yaml")
-    teacher = open_teacher(str(config.get("teacher")), device)
+    adapted = path / "teacher"  # stage 0's result, where there was a stage 0
+    teacher = open_teacher(str(adapted if adapted.is_dir() else config.get("teacher")), device, str(config.get("captions") or ""))
     made_by = samples_identity(path / "teacher_samples").get("teacher")
     if made_by is not None and made_by != fingerprint(teacher):
         raise InputError(f"{path}: the teacher named in config.yaml is not the one that was distilled; restore it")

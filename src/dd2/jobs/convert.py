@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dd2.checkpoints.llamagen import load_llamagen
 from dd2.checkpoints.native import save_teacher
 from dd2.checkpoints.var import PATCH_NUMS_256, load_var
 from dd2.errors import InputError
@@ -33,6 +34,37 @@ def convert_var(config: ConvertVarConfig) -> Path:
     teacher = load_var(config.transformer, config.vqvae, patch_nums=config.patch_nums, num_heads=config.num_heads)
     save_teacher(config.out, teacher)
     print(f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}")
+    return config.out
+
+
+@dataclass(frozen=True)
+class ConvertLlamaGenConfig:
+    """Convert official LlamaGen files, class- or text-conditional, to a teacher folder, which dd2 distill --teacher reads.
+
+    Every tensor is accounted for; sizes are read off the files. The teacher takes exact codes only: dd2 adapt, or the
+    stage 0 of dd2 distill, gives it a continuous input layer.
+    """
+
+    gpt: Path
+    """E.g. c2i_L_256.pt or t2i_XL_stage1_256.pt; .pt, .pth or .safetensors."""
+    vq: Path
+    """E.g. vq_ds16_c2i.pt."""
+    out: Path
+    """Folder to write; it must not exist yet."""
+    num_heads: int | None = None
+    """Attention heads, for other widths than the released ones."""
+    image_size: int | None = None
+    """Pixels the transformer was trained at (256, 384, 512); None takes it from the file's name, else 256."""
+
+
+def convert_llamagen(config: ConvertLlamaGenConfig) -> Path:
+    """Write the teacher folder."""
+    _refuse_existing(config.out)
+    teacher = load_llamagen(config.gpt, config.vq, num_heads=config.num_heads, image_size=config.image_size)
+    save_teacher(config.out, teacher)
+    print(
+        f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}, give it a continuous input with dd2 adapt"
+    )
     return config.out
 
 

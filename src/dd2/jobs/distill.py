@@ -12,9 +12,10 @@ from dd2.checkpoints.runs import open_teacher
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import write_atomic
+from dd2.jobs.adapt import adapt
 from dd2.jobs.run_folder import start_run
 from dd2.stages.align import load_average
-from dd2.stages.recipe import AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.stages.recipe import AdaptConfig, AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import steps
@@ -26,13 +27,16 @@ from dd2.training.samples import TeacherSamples
 class DistillConfig:
     """Distil a teacher into a one-step generator.
 
-    Samples the teacher, tunes an AR-diffusion model on those samples (stage 1), then trains generator and guidance
-    network (stage 2). Writes OUT/generator/ (what dd2 sample and dd2 evaluate read), ar_diffusion/, metrics.jsonl,
-    checkpoints/, samples/, config.yaml and versions.json. Run the same command again to resume.
+    Gives the teacher a continuous input layer if it has none (stage 0), samples it, tunes an AR-diffusion model on those
+    samples (stage 1), then trains generator and guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and
+    dd2 evaluate read), ar_diffusion/, metrics.jsonl, checkpoints/, samples/, config.yaml and versions.json, and teacher/ after a
+    stage 0. Run the same command again to resume.
     """
 
     teacher: str = "digits"
     """"digits" (embedded), or a teacher folder."""
+    captions: str = ""
+    """Caption features of a text-conditional teacher, from dd2 text-features; its labels are their row numbers."""
     out: Path = Path("runs/distill")
     """Run folder; an interrupted run in it is resumed."""
     seed: int = 0
@@ -45,6 +49,8 @@ class DistillConfig:
     """Sequences sampled from the teacher at a time."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """The velocity head."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Stage 0, for teachers with an embedding table."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Stage 1."""
     distill: CSDConfig = field(default_factory=CSDConfig)
@@ -71,12 +77,16 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         resume: the command that resumes it, if it is not dd2 distill.
 
     Returns:
-        Seconds of "samples", "tune" and "distill" over all sessions.
+        Seconds of "samples", "tune" and "distill" (and "adapt") over all sessions.
     """
     device = pick_device(config.device)
-    teacher = open_teacher(config.teacher, device)
+    teacher = open_teacher(config.teacher, device, config.captions)
     hint = start_run(config.out, config, "distill")
+    trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
     seconds = read_seconds(config.out)
+    if not teacher.backbone.continuous:
+        teacher, spent = adapt(teacher, config.adapt, trainer)
+        seconds["adapt"] = spent
     start = time.perf_counter()
     samples = TeacherSamples.prepare(
         config.out / "teacher_samples",
@@ -86,12 +96,11 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         config.seed,
         config.sample_batch,
     )
-    seconds = {"samples": seconds.get("samples", 0.0) + time.perf_counter() - start, "tune": 0.0, "distill": 0.0}
+    seconds |= {"samples": seconds.get("samples", 0.0) + time.perf_counter() - start, "tune": 0.0, "distill": 0.0}
     _write_seconds(config.out, seconds)
     teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
     torch.manual_seed(config.seed)
     student = Student.from_teacher(teacher, config.head).to(device)
-    trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
 
     for stage in tune_stages(student, teacher, samples, config.tune):
         seconds["tune"] += trainer.run(stage)

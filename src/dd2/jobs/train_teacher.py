@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dd2.checkpoints.native import load_tokenizer, save_teacher
-from dd2.data.source import ImageData, open_data
+from dd2.data.source import open_data
+from dd2.data.tokenise import tokenise
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.jobs.run_folder import start_run
-from dd2.seeding import stream
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.train import ar_loss
@@ -80,8 +80,8 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     class_dropout = config.var.class_dropout if next_scale else config.teacher.class_dropout
     teacher.tokenizer.requires_grad_(False)
     trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
-    ids, labels = _tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
-    test_ids, test_labels = _tokenise(tokenizer, data, "test", 4096, config.seed, device)
+    ids, labels = tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
+    test_ids, test_labels = tokenise(tokenizer, data, "test", 4096, config.seed, device)
 
     def loss(random: torch.Generator) -> Losses:
         rows = torch.randint(len(ids), (config.batch,), generator=random, device=random.device)
@@ -126,16 +126,3 @@ def _resolved(config: TrainTeacherConfig, tokenizer: Tokenizer, num_classes: int
         return replace(config, var=replace(config.var, num_classes=num_classes))
     side = round(tokenizer.num_positions**0.5)
     return replace(config, teacher=replace(config.teacher, rows=side, columns=side, num_classes=num_classes))
-
-
-@torch.no_grad()
-def _tokenise(
-    tokenizer: Tokenizer, data: ImageData, split: str, count: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Ids (count, n) and labels (count,) of augmented images."""
-    ids, labels = [], []
-    for start in range(0, count, 512):
-        images, classes = data.batch(split, min(512, count - start), stream(seed, "tokenise", split, start))
-        ids.append(tokenizer.encode(images.to(device)))
-        labels.append(classes.to(device))
-    return torch.cat(ids), torch.cat(labels)

@@ -23,6 +23,41 @@ PREVIEW_IMAGES = 40
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """Stage 0, for teachers with an embedding table (official LlamaGen files); others skip it."""
+
+    hidden: int = 0
+    """Hidden channels of the continuous input layer; 0 means as many as the transformer's width."""
+    fit_iterations: int = 10_000
+    """Part (a): iterations that fit the new layer to the embedding table."""
+    fit_batch: int = 4096
+    """Codes per iteration of part (a)."""
+    fit: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, decay="cosine"))
+    """Optimiser of part (a)."""
+    data: str = "teacher"
+    """Sequences of part (b). "teacher": its own samples, with its distribution as the target. "digits", or a folder or zip of
+    CLASS/IMAGE files: code ids of real images (the paper)."""
+    sequences: int = 50_000
+    """Sequences of part (b)."""
+    iterations: int = 20_000
+    """Part (b): iterations that train the whole model."""
+    batch: int = 64
+    """Sequences per micro-batch of part (b)."""
+    accumulate: int = 4
+    """Micro-batches per optimiser step of part (b)."""
+    class_dropout: float = 0.1
+    """Share of sequences under the null condition, so that classifier-free guidance stays what it was."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, decay="cosine"))
+    """Optimiser of part (b)."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts without meaning."""
+        _counts("adapt", self, ("fit_batch", "sequences", "batch", "accumulate"), ("hidden", "fit_iterations", "iterations"))
+        if not 0 <= self.class_dropout < 1:
+            raise InputError(f"adapt.class_dropout must be in [0, 1), got {self.class_dropout}")
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """Stage 1, AR-diffusion tuning. Defaults: LlamaGen-L of Table 10."""
 

@@ -7,6 +7,7 @@ channel, so that the data lie on the scale of the noise; the backbone itself rea
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,9 +75,22 @@ class Backbone(nn.Module, ABC):
         """The condition of the unconditional model, shaped like `cond`."""
 
     @property
+    def continuous(self) -> bool:
+        """Whether it reads tokens between the codes; one that does not must be adapted first (App. E.4, dd2 adapt)."""
+        return True
+
+    @property
     @abstractmethod
     def num_labels(self) -> int:
         """Labels that `conditions` knows: classes, or captions."""
+
+    def use_captions(self, file: Path) -> None:
+        """Let the captions of a file (dd2 text-features) be the labels of a text-conditional model.
+
+        Raises:
+            InputError: the model is not text-conditional, or the file does not fit it.
+        """
+        raise InputError(f"captions {file} were given, but this model is conditioned on classes")
 
     def conditions(self, labels: Tensor) -> Tensor:
         """Integer labels (N,) in 0 … num_labels - 1 to conditions (N, ...); for class-conditional models they are the same."""
@@ -144,12 +158,12 @@ class Teacher(nn.Module):
         """(B, n, C), (B, ...) -> (B, n, V) float32 logits of p(. | tokens of earlier steps, cond)."""
         return self.output(self.features(tokens, cond)).float()
 
-    def cfg_weights(self, cfg_scale: float) -> Tensor:
+    def cfg_weights(self, sampling: Sampling) -> Tensor:
         """Guidance weight s of each step, (S,), in null + s (conditional - null); 1 is no guidance.
 
         What a cfg_scale means is the family's convention: families override this.
         """
-        return torch.full((self.order.num_steps,), cfg_scale)
+        return torch.full((self.order.num_steps,), 1.0 if sampling.cfg_scale is None else sampling.cfg_scale)
 
     def log_p(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> Tensor:
         """(B, n, V) log of the sampling distribution after cfg, temperature, top-k, top-p; -inf where cut off."""
@@ -163,8 +177,8 @@ class Teacher(nn.Module):
 
     def _guidance(self, sampling: Sampling) -> Tensor | None:
         """Guidance weights (S,), or None where no step is guided."""
-        weights = None if sampling.cfg_scale is None else self.cfg_weights(sampling.cfg_scale)
-        return None if weights is None or bool((weights == 1).all()) else weights
+        weights = self.cfg_weights(sampling)
+        return None if bool((weights == 1).all()) else weights
 
     @torch.no_grad()
     def generate(

@@ -16,6 +16,8 @@ class Sampling:
     cfg_scale: float | None = None
     """Classifier-free guidance in the teacher's own convention; None is no guidance and costs one teacher pass instead of
     two. LlamaGen: null + s (cond - null), so 1 is none. VAR: s = 1 + cfg_scale k / (S - 1) at scale k, so 0 is none."""
+    cfg_interval: int = -1
+    """LlamaGen: stop guiding once this many tokens after the first were guided; -1 guides all."""
     temperature: float = 1.0
     """Divides the logits, > 0."""
     top_k: int = 0
@@ -27,6 +29,8 @@ class Sampling:
         """Refuse values without meaning."""
         if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
             raise InputError(f"sampling.cfg_scale must be finite, got {self.cfg_scale}")
+        if self.cfg_interval < -1:
+            raise InputError(f"sampling.cfg_interval must be -1 (guide all tokens) or more, got {self.cfg_interval}")
         if not self.temperature > 0:
             raise InputError(f"sampling.temperature must be > 0, got {self.temperature}; for greedy use top_k 1")
         if self.top_k < 0:

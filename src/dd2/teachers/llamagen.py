@@ -1,7 +1,8 @@
-"""LlamaGen's transformer with a continuous input layer (App. E.4): the raster-order teacher."""
+"""LlamaGen's transformer: the raster-order teacher, conditioned on a class or on a caption."""
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from dd2.errors import InputError
 from dd2.order import Order, RasterOrder
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.cache import KVCache
-from dd2.tokenizers.base import Tokenizer
+from dd2.teachers.captions import CaptionEmbedding, Captions, attention_mask
+from dd2.teachers.filtering import Sampling
+from dd2.tokenizers.base import Tokenizer, nearest_ids
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,15 @@ class LlamaGenConfig:
     columns: int = 16
     """Token columns of an image."""
     num_classes: int = 1000
-    """Class labels; label num_classes is the null class of classifier-free guidance."""
+    """Class labels; label num_classes is the null class of classifier-free guidance. Unused with captions."""
+    caption_dim: int = 0
+    """Channels of caption features; 0 is a class-conditional model."""
+    caption_length: int = 120
+    """Positions of a caption. Unused without captions."""
+    input_layer: Literal["mlp", "table"] = "mlp"
+    """mlp: continuous codes (App. E.4). table: the official embedding table, which only takes exact codes (before dd2 adapt)."""
+    code_hidden: int = 0
+    """Hidden channels of the continuous input layer; 0 means as many as the width."""
     dropout: float = 0.0
     """Dropout on the residual branches and the input while training."""
     class_dropout: float = 0.1
@@ -51,8 +62,17 @@ class LlamaGenConfig:
             )
         if not (0 <= self.dropout < 1 and 0 <= self.class_dropout < 1):
             raise InputError("llamagen dropout and class_dropout must be in [0, 1)")
+        if self.input_layer not in ("mlp", "table"):
+            raise InputError(f'llamagen input_layer must be "mlp" or "table", got {self.input_layer!r}')
+        if self.caption_dim < 0 or self.code_hidden < 0 or self.caption_length < 1:
+            raise InputError("llamagen caption_dim and code_hidden must not be negative, caption_length at least 1")
         if self.kv_heads < 0 or (self.kv_heads and self.heads % self.kv_heads):
             raise InputError(f"llamagen heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+
+    @property
+    def condition_positions(self) -> int:
+        """Positions that the condition takes before the tokens."""
+        return self.caption_length if self.caption_dim else 1
 
     @property
     def ffn_width(self) -> int:
@@ -82,7 +102,7 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, order: Order, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
         qkv = self.wqkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, h + 2 kv, L, head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
@@ -92,7 +112,8 @@ class Attention(nn.Module):
         if self.kv_heads != self.heads:
             groups = self.heads // self.kv_heads
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return self.wo(order.attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        mixed = order.attend(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.wo(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
 class SwiGLU(nn.Module):
@@ -119,55 +140,106 @@ class Layer(nn.Module):
         self.feed_forward = SwiGLU(config.width, config.ffn_width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.drop(self.attention(self.attention_norm(x), rope, order, cache, layer))
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, order: Order, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), rope, mask, order, cache, layer))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
 
 class CodeMLP(nn.Module):
     """The continuous input layer that stands in for the embedding table (App. E.4): (..., C) -> (..., D)."""
 
-    def __init__(self, code_dim: int, width: int) -> None:
+    def __init__(self, code_dim: int, hidden: int, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(code_dim, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = nn.Linear(code_dim, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(codes)))
 
 
+class CodeTable(nn.Embedding):
+    """The official input layer: a row per code. Tokens are looked up by their nearest code, so it has no use for others.
+
+    Args:
+        codebook: (V, C) codes in the tokenizer's space.
+        width: D.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, codebook: Tensor, width: int) -> None:
+        super().__init__(len(codebook), width)
+        self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) codes -> (..., D)."""
+        return super().forward(nearest_ids(input, self.codebook))
+
+
 class LlamaGenBackbone(Backbone):
-    """LlamaGen's layers over continuous codes; module names follow the official checkpoints.
+    """LlamaGen's layers; module names follow the official checkpoints.
+
+    With captions a condition is (B, P, caption_dim + 1): the features of P positions, and in the last channel 1 for a word
+    and 0 for padding (`caption_condition`); features alone, (B, P, caption_dim), are all words.
 
     Args:
         config: sizes.
-        code_dim: C, channels of a code.
-        input_layer: codes (B, m, C) in the tokenizer's space -> (B, m, D); a `CodeMLP` by default.
+        codebook: (V, C) codes in the tokenizer's space.
     """
 
     rope: Tensor
 
-    def __init__(self, config: LlamaGenConfig, code_dim: int, input_layer: nn.Module | None = None) -> None:
+    def __init__(self, config: LlamaGenConfig, codebook: Tensor) -> None:
+        code_dim = codebook.shape[1]
         super().__init__(RasterOrder(config.rows, config.columns), config.width, code_dim)
         self.config = config
-        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)
-        self.tok_embeddings = input_layer or CodeMLP(code_dim, config.width)
+        self.captions: Captions | None = None
+        if config.caption_dim:
+            self.cls_embedding = CaptionEmbedding(config.caption_length, config.caption_dim, config.width)
+        else:
+            self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        if config.input_layer == "table":
+            self.tok_embeddings = CodeTable(codebook, config.width)
+        else:
+            self.tok_embeddings = CodeMLP(code_dim, config.code_hidden or config.width, config.width)
         self.drop = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
-        rope = rope_table(config.rows, config.columns, config.width // config.heads)
+        rope = rope_table(config.rows, config.columns, config.width // config.heads, config.condition_positions)
         self.register_buffer("rope", rope, persistent=False)
         self.apply(_init_weights)
 
+    @property
+    def continuous(self) -> bool:
+        return self.config.input_layer == "mlp"
+
     def null_condition(self, cond: Tensor) -> Tensor:
+        if isinstance(self.cls_embedding, CaptionEmbedding):
+            return self.cls_embedding.null_condition(cond)
         return torch.full_like(cond, self.config.num_classes)
 
     @property
     def num_labels(self) -> int:
-        return self.config.num_classes
+        return len(self._captions) if self.config.caption_dim else self.config.num_classes
+
+    def use_captions(self, file: Path) -> None:
+        if not self.config.caption_dim:
+            super().use_captions(file)
+        self.captions = Captions.load(file, self.config.caption_length, self.config.caption_dim)
+
+    def conditions(self, labels: Tensor) -> Tensor:
+        return self._captions[labels] if self.config.caption_dim else labels
+
+    @property
+    def _captions(self) -> Captions:
+        if self.captions is None:
+            raise InputError(
+                "this model is conditioned on captions: give their features with --captions FILE (dd2 text-features makes it)"
+            )
+        return self.captions
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        return self._run(tokens, cond, None)
+        return self._run(tokens, cond, None)[:, self.config.condition_positions - 1 :]
 
     def new_cache(self) -> KVCache:
         return KVCache([], [])
@@ -176,32 +248,46 @@ class LlamaGenBackbone(Backbone):
         return self._run(tokens, cond, cache)[:, -1:]
 
     def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None) -> Tensor:
-        read = cache.length if cache else 0
-        # Position 0 is the class token, position i holds token i - 1: only what the cache lacks is embedded.
-        codes = self.to_codes(self.order.inputs(tokens)[:, max(read - 1, 0) :])
+        """Features of the positions that the cache has not read, those of the condition included."""
+        read, given = cache.length if cache else 0, self.config.condition_positions
+        # The condition comes first, token i - 1 at position i of the rest: only what the cache lacks is embedded.
+        codes = self.to_codes(self.order.inputs(tokens)[:, max(read - given, 0) :])
         x = self.tok_embeddings(codes).float()  # the residual stream stays float32 under autocast
         if read == 0:
-            x = torch.cat([self.cls_embedding(cond).unsqueeze(1), x], 1)
+            x = torch.cat([self.cls_embedding(cond).view(len(cond), given, -1), x], 1)
         x = self.drop(x)
-        rope = self.rope[read : read + x.shape[1]]
+        held = slice(read, read + x.shape[1])
+        words = self.cls_embedding.words(cond) if isinstance(self.cls_embedding, CaptionEmbedding) else None
+        mask = None if words is None else attention_mask(words, held.start, held.stop)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, self.order, cache, index)
+            x = layer(x, self.rope[held], mask, self.order, cache, index)
         return self.norm(x)
+
+
+class LlamaGenTeacher(Teacher):
+    """LlamaGen, whose guidance may end early: only the first tokens are guided under `cfg_interval`."""
+
+    def cfg_weights(self, sampling: Sampling) -> Tensor:
+        weights = super().cfg_weights(sampling)
+        if sampling.cfg_interval >= 0:
+            # Counted from the second token, as the official sampler does: the first is always guided.
+            weights[sampling.cfg_interval + 2 :] = 1
+        return weights
 
 
 def llamagen_teacher(config: LlamaGenConfig, tokenizer: Tokenizer) -> Teacher:
     """A LlamaGen teacher with fresh weights, ready to be trained or loaded."""
-    backbone = LlamaGenBackbone(config, tokenizer.codebook.shape[1])
+    backbone = LlamaGenBackbone(config, tokenizer.codebook)
     output = nn.Linear(config.width, tokenizer.codebook.shape[0], bias=False)
     nn.init.zeros_(output.weight)
-    return Teacher(backbone, output, tokenizer)
+    return LlamaGenTeacher(backbone, output, tokenizer)
 
 
-def rope_table(rows: int, columns: int, head_dim: int, base: float = 10000.0) -> Tensor:
-    """Cosines and sines of 2-D rotary positions, (1 + rows * columns, head_dim / 2, 2) float32.
+def rope_table(rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0) -> Tensor:
+    """Cosines and sines of 2-D rotary positions, (given + rows * columns, head_dim / 2, 2) float32.
 
-    The first half of the angles turns with the row, the second with the column. The class token's row is zeros,
-    not the identity (cos 1, sin 0): its queries and keys become exactly 0, as in the released models.
+    The first half of the angles turns with the row, the second with the column. The rows of the `given` positions of the
+    condition are zeros, not the identity (cos 1, sin 0): their queries and keys become exactly 0, as in the released models.
     """
     quarter = head_dim // 4
     frequency = base ** (-torch.arange(quarter, dtype=torch.float32) * 2 / (head_dim // 2))
@@ -209,7 +295,7 @@ def rope_table(rows: int, columns: int, head_dim: int, base: float = 10000.0) ->
     column = torch.arange(columns, dtype=torch.float32)[None, :, None] * frequency
     angles = torch.cat([row.expand(rows, columns, quarter), column.expand(rows, columns, quarter)], -1)
     grid = torch.stack([angles.cos(), angles.sin()], -1).flatten(0, 1)
-    return torch.cat([torch.zeros(1, head_dim // 2, 2), grid])
+    return torch.cat([torch.zeros(given, head_dim // 2, 2), grid])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

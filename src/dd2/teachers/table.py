@@ -50,7 +50,7 @@ class TableTeacher(Teacher):
     def __init__(self, joint: Tensor, depth: int = 3, width: int = 48) -> None:
         codes = torch.eye(joint.shape[0])
         sizes = LlamaGenConfig(depth=depth, width=width, heads=3, ffn_multiple=16, rows=1, columns=joint.ndim, num_classes=1)
-        super().__init__(LlamaGenBackbone(sizes, len(codes)), nn.Identity(), CodesOnly(codes, joint.ndim))
+        super().__init__(LlamaGenBackbone(sizes, codes), nn.Identity(), CodesOnly(codes, joint.ndim))
         self.register_buffer("joint", joint)
         self.backbone.standardise(codes)
 

@@ -12,6 +12,7 @@ from dd2.errors import InputError
 from dd2.order import NextScaleOrder, Order
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.cache import KVCache
+from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import Tokenizer
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
 
@@ -222,9 +223,11 @@ class VARBackbone(Backbone):
 class VARTeacher(Teacher):
     """VAR, whose guidance grows with the scale; `cfg_scale` is VAR's own number: 0 is no guidance, 1.5 its usual one."""
 
-    def cfg_weights(self, cfg_scale: float) -> Tensor:
+    def cfg_weights(self, sampling: Sampling) -> Tensor:
+        if sampling.cfg_interval >= 0:
+            raise InputError("sampling.cfg_interval belongs to LlamaGen's sampler; VAR's guidance grows with the scale instead")
         ratio = torch.arange(self.order.num_steps) / max(self.order.num_steps - 1, 1)
-        return 1 + cfg_scale * ratio
+        return 1 + (sampling.cfg_scale or 0.0) * ratio
 
 
 def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> Teacher:

@@ -1,0 +1,149 @@
+"""Official LlamaGen checkpoints: transformer (class- or text-conditional) and VQ model to a `Teacher`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dd2.checkpoints.foreign import Origin, Shapes, Source, need, numbered, read_state, take
+from dd2.errors import InputError
+from dd2.teachers.base import Teacher
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.vq import VQTokenizer
+
+NESTS = (("model",), ("module",), ("state_dict",), ("ema",))
+"""Where state dicts lie; the official sampler prefers "model" to "ema"."""
+
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
+"""Heads of the released widths (B, L, XL, XXL, 3B); files do not tell them."""
+
+IMAGE_SIZES = (256, 384, 512)
+GPT, VQ = "LlamaGen's transformer", "LlamaGen's VQ model"
+
+
+def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, image_size: int | None = None) -> Teacher:
+    """A LlamaGen teacher, `.tokenizer` included, from official files. It reads exact codes only, until `dd2 adapt`.
+
+    Args:
+        gpt: e.g. c2i_L_256.pt, t2i_XL_stage1_256.pt: {"model": …}, {"ema": …}, a bare state dict, or its file.
+        vq: e.g. vq_ds16_c2i.pt.
+        num_heads: attention heads; known for the released widths.
+        image_size: pixels the transformer was trained at. The tensors do not tell; None takes it from a released file's name
+            (…_384.pt), else 256.
+
+    Returns:
+        The teacher in evaluation mode, float32, without standardisation (mean 0, std 1).
+
+    Raises:
+        InputError: a file is missing or damaged, a key is missing, extra or mis-shaped, or the heads are unknown.
+    """
+    state, vq_state = read_state(gpt, NESTS), read_state(vq, NESTS)
+    if "quantize.embedding.weight" in state and "tok_embeddings.weight" in vq_state:
+        raise InputError("the transformer and the VQ model are swapped: give the transformer (c2i_L_256.pt) first")
+    tokenizer = VQTokenizer(vq_config(vq_state, image_size or size_in_name(gpt)))
+    shapes = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
+    tokenizer.load_state_dict(take(vq_state, {key: Origin(key) for key in shapes}, shapes, vq_ignored, VQ, _vq_cause))
+    teacher = llamagen_teacher(gpt_config(state, tokenizer.config.grid, num_heads), tokenizer)
+    shapes = {key: tuple(v.shape) for key, v in teacher.state_dict().items() if not key.startswith("tokenizer.")}
+    loaded = take(state, gpt_origins(shapes), shapes, lambda key: key == "freqs_cis", GPT, _gpt_cause)
+    teacher.load_state_dict(loaded, strict=False)  # `take` has accounted for every key; only the standardisation stays
+    return teacher.eval().requires_grad_(False)
+
+
+def vq_config(state: Mapping[str, Tensor], image_size: int) -> VQConfig:
+    """Sizes of LlamaGen's VQ model, read off its tensors."""
+    cause = "is this a VQ model of LlamaGen, such as vq_ds16_c2i.pt?"
+    codes, code_dim = need(state, "quantize.embedding.weight", VQ, cause).shape
+    channels, image_channels = need(state, "encoder.conv_in.weight", VQ, cause).shape[:2]
+    levels = numbered(state, "encoder.conv_blocks.")
+    widths = [need(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", VQ, cause).shape[0] for i in range(levels)]
+    return VQConfig(
+        codebook_size=codes,
+        code_dim=code_dim,
+        image_size=image_size,
+        image_channels=image_channels,
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        res_blocks=numbered(state, "encoder.conv_blocks.0.res."),
+        z_channels=need(state, "encoder.conv_out.weight", VQ, cause).shape[0],
+    )
+
+
+def gpt_config(state: Mapping[str, Tensor], grid: int, num_heads: int | None = None) -> LlamaGenConfig:
+    """Sizes of a LlamaGen transformer, read off its tensors.
+
+    Args:
+        state: official tensors.
+        grid: tokens per side of an image.
+        num_heads: see `load_llamagen`.
+    """
+    cause = "is this a transformer of LlamaGen, such as c2i_L_256.pt?"
+    width = need(state, "tok_embeddings.weight", GPT, cause).shape[1]
+    heads = num_heads or HEADS.get(width)
+    if not heads or width % heads:
+        known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
+        raise InputError(f"{GPT}: width {width} with {heads or 'unknown'} heads; give num_heads (released widths: {known})")
+    rows = need(state, "layers.0.attention.wqkv.weight", GPT, cause).shape[0]
+    pairs = (rows - width) * heads // width  # keys and values together
+    if pairs < 2 or pairs % 2 or rows != width + pairs * (width // heads):
+        raise InputError(
+            f"{GPT}: layers.0.attention.wqkv.weight has {rows} rows, which {heads} heads of width {width} cannot have"
+        )
+    hidden = need(state, "layers.0.feed_forward.w1.weight", GPT, cause).shape[0]
+    multiple = next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-int(8 * width / 3) // m) * m == hidden), None)
+    if multiple is None:
+        raise InputError(f"{GPT}: layers.0.feed_forward.w1.weight has {hidden} rows, not 8/3 of the width {width} rounded up")
+    captions = state.get("cls_embedding.uncond_embedding")
+    classes = None if captions is not None else need(state, "cls_embedding.embedding_table.weight", GPT, cause)
+    return LlamaGenConfig(
+        depth=numbered(state, "layers."),
+        width=width,
+        heads=heads,
+        kv_heads=0 if pairs == 2 * heads else pairs // 2,
+        ffn_multiple=multiple,
+        rows=grid,
+        columns=grid,
+        num_classes=1000 if classes is None else classes.shape[0] - 1,
+        caption_dim=0 if captions is None else captions.shape[1],
+        caption_length=120 if captions is None else captions.shape[0],
+        input_layer="table",
+    )
+
+
+def gpt_origins(ours: Shapes) -> dict[str, Origin]:
+    """Where the tensors of a LlamaGen `Teacher` (without tokenizer) come from."""
+    renamed = {"cls_embedding.weight": "cls_embedding.embedding_table.weight"}
+    origins = {}
+    for key in ours:
+        if key not in ("backbone.token_mean", "backbone.token_std"):
+            name = key.removeprefix("backbone.")
+            origins[key] = Origin(renamed.get(name, name))
+    return origins
+
+
+def vq_ignored(key: str) -> bool:
+    """A statistic of LlamaGen's training."""
+    return key == "quantize.codebook_used"
+
+
+def size_in_name(source: Source) -> int:
+    """The image size in a released file's name, e.g. 384 of c2i_L_384.pt; 256 if there is none."""
+    parts = Path(source).stem.split("_") if isinstance(source, str | Path) else []
+    return next((size for size in IMAGE_SIZES if str(size) in parts), 256)
+
+
+def _gpt_cause(key: str) -> str:
+    if key.startswith("cls_embedding"):
+        return "the file mixes class and text conditioning, or is truncated; download it again"
+    if key in ("tok_embeddings.weight", "output.weight"):
+        return "the VQ model has another codebook than the transformer was trained with; give the matching pair"
+    if key.startswith("layers."):
+        return "its depth, width or heads are not those of the other layers: the file is truncated or mixed; download it again"
+    return "it is not a LlamaGen transformer, or of a version with other parts"
+
+
+def _vq_cause(key: str) -> str:
+    if key.startswith(("layers.", "tok_embeddings", "output")):
+        return "this is a transformer; give the VQ model (vq_ds16_c2i.pt)"
+    return "its widths or blocks are not those of the other levels: the file is truncated or of another model; download it again"

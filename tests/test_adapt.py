@@ -1,0 +1,133 @@
+"""Stage 0: a continuous input layer for LlamaGen's embedding table, and the way from official files to a one-step generator."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dd2.checkpoints.native import load_teacher, save_teacher
+from dd2.checkpoints.runs import embedded, open_run
+from dd2.cli import main
+from dd2.errors import InputError
+from dd2.jobs.adapt import adapt
+from dd2.stages.adapt import adapted_copy, compare, table_of
+from dd2.stages.recipe import AdaptConfig
+from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.llamagen import LlamaGenBackbone, llamagen_teacher
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.schedule import OptimConfig
+from golden_weights import golden_model
+
+
+@pytest.fixture(scope="module")
+def original() -> Teacher:
+    """The embedded digits teacher as an official model would be: an embedding row per code, a shuffled and noisy one."""
+    digits = load_teacher(embedded("teacher"))
+    assert isinstance(digits.backbone, LlamaGenBackbone)
+    teacher = llamagen_teacher(replace(digits.backbone.config, input_layer="table"), digits.tokenizer)
+    state = {key: value for key, value in digits.state_dict().items() if ".tok_embeddings." not in key}
+    rows = digits.backbone.tok_embeddings(digits.tokenizer.codebook)
+    state["backbone.tok_embeddings.weight"] = rows
+    teacher.load_state_dict(state)
+    return teacher.eval().requires_grad_(False)
+
+
+def rates(lr: float) -> OptimConfig:
+    return OptimConfig(lr=lr, decay="cosine", betas=(0.9, 0.99))
+
+
+def test_the_table_twin_is_the_digits_teacher(original):
+    digits = load_teacher(embedded("teacher"))
+    labels = torch.arange(10)
+    ids = digits.generate(labels, Sampling(), range(10))
+    assert torch.equal(original.generate(labels, Sampling(), range(10)), ids)
+    torch.testing.assert_close(
+        original.logits(original.codebook[ids], labels), digits.logits(digits.codebook[ids], labels), atol=1e-4, rtol=0
+    )
+
+
+def test_adapted_digits_teacher_is_within_a_hundredth_of_a_nat(original, tmp_path, capsys):
+    config = AdaptConfig(
+        fit_iterations=120, fit=rates(3e-3), sequences=4000, iterations=150, batch=64, accumulate=1, optim=rates(7e-4)
+    )
+    trainer = Trainer(tmp_path, 0, LoopConfig(log_every=30, save_every=1000, preview_every=0), torch.device("cpu"), "again")
+    adapted, _ = adapt(original, config, trainer)
+    assert adapted.backbone.continuous
+    report = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    assert report["stage"] == "adapt_report"
+    assert 0 <= report["kl_after"] <= 0.01
+    assert report["kl_after"] < report["kl_before"] < 3
+    assert abs(report["nll_after"] - report["nll_original_after"]) <= 0.01
+    assert "KL to the original" in capsys.readouterr().out
+    # The report's numbers are what an independent count gives, on other sequences.
+    labels = torch.arange(400) % 10
+    ids = original.generate(labels, Sampling(), range(10**6, 10**6 + 400))
+    again = compare(load_teacher(tmp_path / "teacher"), original, ids, labels, 100)
+    assert again["kl"] == pytest.approx(report["kl_after"], rel=0.5)
+    # What is generated and what is scored agree.
+    greedy = adapted.generate(labels, Sampling(top_k=1), range(400))
+    assert torch.equal(adapted.logits(adapted.codebook[greedy], labels).argmax(-1), greedy)
+
+
+def test_part_a_alone_fits_the_table(original, tmp_path):
+    config = AdaptConfig(fit_iterations=600, fit=rates(3e-3), sequences=64, iterations=0)
+    trainer = Trainer(tmp_path, 0, LoopConfig(preview_every=0), torch.device("cpu"), "again")
+    adapted, _ = adapt(original, config, trainer)
+    fitted = adapted.backbone.tok_embeddings(original.tokenizer.codebook)  # pyright: ignore[reportCallIssue]
+    assert (fitted - table_of(original)).square().mean() < 1e-2 * table_of(original).var()
+
+
+def test_real_images_as_data(original, tmp_path):
+    save_teacher(tmp_path / "official", original)
+    arguments = ["--adapt.data", "digits", "--adapt.sequences", "256", "--adapt.iterations", "2", "--adapt.fit-iterations", "2"]
+    out = tmp_path / "run"
+    assert main(["adapt", "--teacher", str(tmp_path / "official"), "--out", str(out), *arguments]) == 0
+    assert load_teacher(out / "teacher").backbone.continuous
+    (_, *rows) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any(row["stage"] == "adapt" and 0 < row["teacher/loss"] < 6 for row in rows)
+
+
+def test_a_teacher_that_needs_nothing_is_refused(tmp_path, capsys):
+    with pytest.raises(InputError, match="needs no adaptation"):
+        adapted_copy(load_teacher(embedded("teacher")))
+    assert main(["adapt", "--teacher", "digits", "--out", str(tmp_path / "run")]) == 2
+    assert "needs no adaptation" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_official_files_to_a_one_step_generator_with_one_config(tmp_path, monkeypatch, capsys):
+    torch.save({"model": golden_model("llamagen_tiny", "gpt_shapes")}, tmp_path / "gpt.pt")
+    torch.save({"model": golden_model("llamagen_tiny", "vq_shapes")}, tmp_path / "vq.pt")
+    files = ["--gpt", tmp_path / "gpt.pt", "--vq", tmp_path / "vq.pt", "--num-heads", 2, "--image-size", 16]
+    assert main([str(a) for a in ["convert", "llamagen", *files, "--out", tmp_path / "official"]]) == 0
+    few = {"iterations": 3, "batch": 8, "accumulate": 1, "sampling": {"cfg_scale": 1.5, "top_k": 32}}
+    config = {
+        "teacher": str(tmp_path / "official"),
+        "out": str(tmp_path / "run"),
+        "teacher_samples": 64,
+        "head": {"depth": 1, "width": 16, "frequencies": 4},
+        "adapt": {"fit_iterations": 50, "sequences": 64, "iterations": 3, "batch": 8, "accumulate": 1},
+        "tune": few,
+        "distill": {**few, "k": 1},
+        "loop": {"preview_every": 0},
+    }
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
+    assert main(["distill", str(tmp_path / "one.yaml")]) == 0
+    run = open_run(tmp_path / "run", torch.device("cpu"))
+    assert run.teacher.backbone.continuous  # what was distilled is the adapted teacher
+    (tmp_path / "features_of_test.py").write_text("def pool(images):\n    return images.mean((2, 3))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    evaluated = ["evaluate", str(tmp_path / "run"), "--count", "40", "--batch", "20", "--features", "features_of_test:pool"]
+    assert main(evaluated) == 0
+    sys.modules.pop("features_of_test")
+    numbers = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"adapt", "tune", "distill", "evaluate"} <= numbers["seconds"].keys()
+    capsys.readouterr()
+    assert main(["distill", str(tmp_path / "one.yaml")]) == 0  # finished: it finds everything done
+    assert main(["sample", str(tmp_path / "run"), "--steps", "3", "--count", "4", "--out", str(tmp_path / "grid.png")]) == 0
+    assert Path(tmp_path / "grid.png").exists()

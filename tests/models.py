@@ -8,7 +8,8 @@ from torch import nn
 
 from dd2.student import HeadConfig
 from dd2.teachers.base import Teacher
-from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.captions import Captions
+from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
@@ -45,6 +46,17 @@ def tiny_var(seed: int = 0, **changes: Any) -> Teacher:
     torch.manual_seed(seed)
     config = VARConfig(**{**TINY_VAR.__dict__, **changes})
     return _peaked(var_teacher(config, MultiScaleTokenizer(TINY_MULTISCALE)))
+
+
+def tiny_text(seed: int = 0) -> Teacher:
+    """`tiny_teacher` conditioned on three captions of one to three words, padded on the left."""
+    teacher = tiny_teacher(seed, caption_dim=6, caption_length=5)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(3, 5, 6, generator=generator)
+    mask = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]])
+    assert isinstance(teacher.backbone, LlamaGenBackbone)
+    teacher.backbone.captions = Captions(features * mask.unsqueeze(-1), mask)
+    return teacher
 
 
 def _peaked(teacher: Teacher) -> Teacher:

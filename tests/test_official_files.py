@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dd2.checkpoints import load_var
+from dd2.checkpoints import load_llamagen, load_var
 from dd2.checkpoints.foreign import read_state
+from dd2.checkpoints.llamagen import size_in_name
 from dd2.checkpoints.native import load_teacher
 from dd2.cli import main
 from dd2.errors import InputError
@@ -158,6 +159,68 @@ def test_names_and_shapes_are_read_without_the_numbers(tmp_path, transformer, la
     state = read_state(file, (), device="meta")
     assert all(value.is_meta for value in state.values())
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in transformer.items()}
+
+
+LLAMAGEN_DEFECTS = {
+    "depth": (lambda s: without(s, "layers.1.ffn_norm.weight"), r"key layers.1.ffn_norm.weight is missing.*truncated"),
+    "extra": (lambda s: s | {"layers.0.attention.bias": torch.zeros(2)}, r"attention.bias is not part of such a model"),
+    "shape": (lambda s: s | {"layers.1.attention.wo.weight": torch.zeros(64, 32)}, r"wo.weight has shape \(64, 32\)"),
+    "codebook": (lambda s: s | {"output.weight": torch.zeros(99, 64)}, r"output.weight has shape.*another codebook"),
+    "heads": (lambda s: s | {"layers.0.attention.wqkv.weight": torch.zeros(100, 64)}, r"wqkv.weight has 100 rows"),
+    "hidden": (lambda s: s | {"layers.0.feed_forward.w1.weight": torch.zeros(100, 64)}, r"w1.weight has 100 rows"),
+    "condition": (lambda s: without(s, "cls_embedding.embedding_table.weight"), r"embedding_table.weight is missing"),
+    "something else": (lambda s: {"conv1.weight": torch.zeros(3, 3)}, r"tok_embeddings.weight is missing; is this a transformer"),
+}
+
+
+@pytest.mark.parametrize("name", LLAMAGEN_DEFECTS)
+def test_llamagen_defects_name_the_key_and_its_likely_cause(name):
+    damage, message = LLAMAGEN_DEFECTS[name]
+    gpt, vq = golden_model("llamagen_tiny", "gpt_shapes"), golden_model("llamagen_tiny", "vq_shapes")
+    with pytest.raises(InputError, match=message):
+        load_llamagen(damage(gpt), vq, num_heads=2, image_size=16)
+
+
+def test_llamagen_layouts_and_arguments(tmp_path):
+    gpt, vq = golden_model("llamagen_tiny", "gpt_shapes"), golden_model("llamagen_tiny", "vq_shapes")
+    expected = load_llamagen(gpt, vq, num_heads=2, image_size=16).state_dict()
+    statistics = {"quantize.codebook_used": torch.zeros(65536)}
+    for index, (a, b) in enumerate(
+        (
+            ({"model": gpt, "steps": 3}, {"model": vq | statistics}),
+            ({"ema": gpt}, {"ema": vq}),
+            (gpt | {"freqs_cis": torch.zeros(3)}, vq),
+        )
+    ):
+        torch.save(a, tmp_path / f"gpt{index}.pt")
+        torch.save(b, tmp_path / f"vq{index}.pt")
+        teacher = load_llamagen(tmp_path / f"gpt{index}.pt", tmp_path / f"vq{index}.pt", num_heads=2, image_size=16)
+        assert all(torch.equal(value, expected[key]) for key, value in teacher.state_dict().items())
+        assert not teacher.backbone.continuous
+    with pytest.raises(InputError, match="width 64 with unknown heads; give num_heads"):
+        load_llamagen(gpt, vq)
+    with pytest.raises(InputError, match="swapped"):
+        load_llamagen(vq, gpt, num_heads=2)
+    with pytest.raises(InputError, match="VQ model of LlamaGen"):
+        load_llamagen(gpt, gpt, num_heads=2)
+    assert [size_in_name(name) for name in ("c2i_L_384.pt", "x/t2i_XL_stage2_512.pt", "c2i_B_256.pt", "mine.pt")] == [
+        384,
+        512,
+        256,
+        256,
+    ]
+
+
+def test_inspect_llamagen(tmp_path, capsys):
+    for model, kind in (("llamagen_tiny", "class"), ("llamagen_t2i_tiny", "text")):
+        torch.save({"model": golden_model(model, "gpt_shapes")}, tmp_path / "gpt.pt")
+        assert main(["inspect", str(tmp_path / "gpt.pt")]) == 0
+        report = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+        assert report["what"] == f"LlamaGen transformer, {kind}-conditional"
+        assert (report["depth"], report["width"]) == ("2", "64")
+    torch.save(golden_model("llamagen_tiny", "vq_shapes"), tmp_path / "vq.pt")
+    assert main(["inspect", str(tmp_path / "vq.pt")]) == 0
+    assert "LlamaGen VQ model" in capsys.readouterr().out
 
 
 def test_inspect_refuses_what_it_does_not_know(tmp_path, capsys):

@@ -12,7 +12,7 @@ from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
 from dd2.teachers.llamagen import LlamaGenConfig
 from dd2.tokenizers.base import nearest_ids
 from dd2.tokenizers.vq import VQTokenizer
-from models import TINY_VQ, tiny_teacher, tiny_var
+from models import TINY_VQ, tiny_teacher, tiny_text, tiny_var
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 
@@ -20,6 +20,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 MAKERS = {
     "llamagen": tiny_teacher,
     "llamagen-grouped": lambda: tiny_teacher(kv_heads=1),
+    "llamagen-text": tiny_text,
     "var": tiny_var,
     "var-shared-adaln": lambda: tiny_var(shared_aln=True),
     "var-without-qk-norm": lambda: tiny_var(attn_l2_norm=False),
@@ -31,79 +32,84 @@ def teacher(request) -> Teacher:
     return MAKERS[request.param]()
 
 
+@pytest.fixture
+def cond(teacher) -> torch.Tensor:
+    return teacher.backbone.conditions(LABELS)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg_scale=2.0, temperature=0.8, top_k=7, top_p=0.9)])
-def test_cached_generation_follows_the_full_forward_pass(teacher, sampling):
+def test_cached_generation_follows_the_full_forward_pass(teacher, cond, sampling):
     """Redrawing every token from the full pass's log p with the same numbers gives the same sequence."""
     from dd2.seeding import image_uniforms
 
-    ids = teacher.generate(LABELS, sampling, range(5))
-    log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
+    ids = teacher.generate(cond, sampling, range(5))
+    log_p = teacher.log_p(teacher.codebook[ids], cond, sampling)
     assert torch.equal(draw(log_p, image_uniforms(range(5), (teacher.order.n,))), ids)
     assert len(torch.unique(ids)) > 4
 
 
-def test_cached_features_equal_the_full_forward_pass(teacher):
+def test_cached_features_equal_the_full_forward_pass(teacher, cond):
     steps = teacher.order.steps
     tokens = torch.randn(5, teacher.order.n, 4)
-    full = teacher.features(tokens, LABELS)
+    full = teacher.features(tokens, cond)
     cache = teacher.backbone.new_cache()
     for index in sorted({0, 1, 2, len(steps) // 2, len(steps) - 1}):  # one step at a time, and several at once
-        step = teacher.backbone.next_features(cache, tokens[:, : steps[index].start], LABELS)
+        step = teacher.backbone.next_features(cache, tokens[:, : steps[index].start], cond)
         torch.testing.assert_close(step, full[:, steps[index]], atol=1e-5, rtol=1e-5)
 
 
-def test_position_sees_only_earlier_steps(teacher):
+def test_position_sees_only_earlier_steps(teacher, cond):
     tokens = torch.randn(5, teacher.order.n, 4)
-    before = teacher.features(tokens, LABELS)
+    before = teacher.features(tokens, cond)
     step = teacher.order.steps[teacher.order.num_steps // 2]
     for position in {step.start, step.stop - 1}:
         changed = tokens.clone()
         changed[:, position] += 1
-        after = teacher.features(changed, LABELS)
+        after = teacher.features(changed, cond)
         torch.testing.assert_close(before[:, : step.stop], after[:, : step.stop])
         assert ((before - after)[:, step.stop :].abs().amax((0, 2)) > 1e-4).all()
-    other_class = teacher.features(tokens, (LABELS + 1) % 3)
+    other_class = teacher.features(tokens, teacher.backbone.conditions((LABELS + 1) % 3))
     assert ((before - other_class).abs().amax((0, 2)) > 1e-4).all()
 
 
-def test_prefix_and_seed_decide_the_continuation(teacher):
+def test_prefix_and_seed_decide_the_continuation(teacher, cond):
     """Alg. 4: at every step, redrawing the rest after the same prefix with the same seeds gives the same tokens."""
     seeds = [9, 8, 7, 6, 5]
     for sampling in (Sampling(), Sampling(cfg_scale=1.7, top_k=6)):
-        whole = teacher.generate(LABELS, sampling, seeds)
+        whole = teacher.generate(cond, sampling, seeds)
         for index, step in enumerate(teacher.order.steps):
             prefix = teacher.codebook[whole[:, : step.start]]
-            rest = teacher.generate(LABELS, sampling, seeds, prefix=prefix, first_step=index)
+            rest = teacher.generate(cond, sampling, seeds, prefix=prefix, first_step=index)
             assert torch.equal(rest, whole[:, step.start :])
-    whole = teacher.generate(LABELS, Sampling(), seeds)
-    assert torch.equal(teacher.generate(LABELS[2:3], Sampling(), [7]), whole[2:3])  # the batch does not matter
+    whole = teacher.generate(cond, Sampling(), seeds)
+    assert torch.equal(teacher.generate(cond[2:3], Sampling(), [7]), whole[2:3])  # the batch does not matter
     with pytest.raises(ValueError, match=f"prefix of {teacher.order.steps[2].start}"):
-        teacher.generate(LABELS, Sampling(), range(5), prefix=teacher.codebook[whole], first_step=2)
+        teacher.generate(cond, Sampling(), range(5), prefix=teacher.codebook[whole], first_step=2)
     with pytest.raises(ValueError, match="one seed per condition"):
-        teacher.generate(LABELS, Sampling(), range(4))
+        teacher.generate(cond, Sampling(), range(4))
 
 
-def test_guidance_conventions(teacher):
+def test_guidance_conventions(teacher, cond):
     """None is no guidance for everybody; numbers mean what the family's authors mean by them."""
-    tokens = teacher.codebook[teacher.generate(LABELS, Sampling(), range(5))]
-    logits, null = teacher.logits(tokens, LABELS), teacher.logits(tokens, teacher.null_condition(LABELS))
-    torch.testing.assert_close(teacher.log_p(tokens, LABELS, Sampling()), logits.log_softmax(-1))
-    found = teacher.log_p(tokens, LABELS, Sampling(cfg_scale=1.5))
+    tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(5))]
+    logits, null = teacher.logits(tokens, cond), teacher.logits(tokens, teacher.null_condition(cond))
+    torch.testing.assert_close(teacher.log_p(tokens, cond, Sampling()), logits.log_softmax(-1))
+    found = teacher.log_p(tokens, cond, Sampling(cfg_scale=1.5))
     if isinstance(teacher.order, NextScaleOrder):  # (1 + t) cond - t null, t = cfg k / (S - 1)
         t = torch.tensor([0.0] + [0.75] * 4 + [1.5] * 16).unsqueeze(-1)
         expected, none = (1 + t) * logits - t * null, 0.0
     else:
         expected, none = null + 1.5 * (logits - null), 1.0
     torch.testing.assert_close(found, expected.log_softmax(-1))
-    torch.testing.assert_close(teacher.log_p(tokens, LABELS, Sampling(cfg_scale=none)), logits.log_softmax(-1))
+    torch.testing.assert_close(teacher.log_p(tokens, cond, Sampling(cfg_scale=none)), logits.log_softmax(-1))
 
 
-def test_standardisation_changes_no_logit(teacher):
+def test_standardisation_changes_no_logit(teacher, cond):
     ids = torch.randint(12, (5, teacher.order.n), generator=torch.Generator().manual_seed(0))
-    before = teacher.logits(teacher.codebook[ids], LABELS)
+    before = teacher.logits(teacher.codebook[ids], cond)
     teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
     tokens = teacher.codebook[ids]
-    torch.testing.assert_close(teacher.logits(tokens, LABELS), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher.logits(tokens, cond), before, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(tokens.mean((0, 1)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens.std((0, 1), correction=0), torch.ones(4), atol=1e-4, rtol=0)
     assert torch.equal(nearest_ids(tokens, teacher.codebook), ids)

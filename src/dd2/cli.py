@@ -38,6 +38,9 @@ COMMANDS = {
         "official LlamaGen files to a teacher folder", "convert", "ConvertLlamaGenConfig", "convert_llamagen"
     ),
     "adapt": Command("give a LlamaGen teacher a continuous input layer (stage 0)", "adapt", "AdaptJobConfig", "adapt_job"),
+    "text-features": Command(
+        "encode captions for a text-conditional teacher", "text_features", "TextFeaturesConfig", "text_features"
+    ),
     "inspect": Command("what a checkpoint is: family, sizes, flags, parameters", "inspect", "InspectConfig", "inspect", True),
     "train-tokenizer": Command("train a tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"),
     "train-teacher": Command("train an AR teacher on their tokens", "train_teacher", "TrainTeacherConfig", "train_teacher"),

@@ -24,12 +24,13 @@ class OneStepPipeline:
         self.generator = generator
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: str = "auto") -> "OneStepPipeline":
+    def from_pretrained(cls, name: str | Path, device: str = "auto", captions: str = "") -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
 
         Args:
             name: a path, or "owner/name" on the Hub (needs `pip install "dd2[hub]"`).
             device: auto, cpu, cuda or cuda:N.
+            captions: for text-conditional models, a file of dd2 text-features; labels are its rows. By default the run's.
 
         Raises:
             InputError: there is nothing to load, or it is damaged.
@@ -37,13 +38,13 @@ class OneStepPipeline:
         path = Path(name)
         if not path.exists() and str(name).count("/") == 1:
             path = _download(str(name))
-        return cls(open_generator(path, pick_device(device)))
+        return cls(open_generator(path, pick_device(device), captions))
 
     def __call__(self, labels: Sequence[int], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
         """Draw one image per label.
 
         Args:
-            labels: B classes.
+            labels: B classes, or rows of the captions.
             seeds: B seeds, one per image; 0 … B - 1 by default.
             nearest: snap tokens to their nearest codes before decoding.
 

@@ -47,8 +47,8 @@ class FinishedRun:
     sampling: Sampling
 
 
-def open_generator(path: Path, device: torch.device) -> Generator:
-    """The generator of a run folder, or a generator folder itself."""
+def open_generator(path: Path, device: torch.device, captions: str = "") -> Generator:
+    """The generator of a run folder, or a generator folder itself; `captions` as `open_teacher`, by default the run's own."""
     folder = path if (path / "model.safetensors").exists() or not (path / "generator").is_dir() else path / "generator"
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run folder of dd2 distill or a generator folder")
@@ -57,24 +57,25 @@ def open_generator(path: Path, device: torch.device) -> Generator:
             f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml"
         )
     generator = load_generator(folder)
-    captions = read_yaml(path / "config.yaml").get("captions") if (path / "config.yaml").is_file() else None
+    captions = captions or _captions_of(path)
     if captions:
         generator.student.backbone.use_captions(Path(captions))
     return Generator(generator.student.to(device), generator.tokenizer.to(device))
 
 
-def open_run(path: Path, device: torch.device) -> FinishedRun:
-    """A run with its teacher.
+def open_run(path: Path, device: torch.device, captions: str = "") -> FinishedRun:
+    """A run with its teacher; `captions` as `open_generator`.
 
     Raises:
         InputError: the folder is no run, or teacher and generator do not belong together.
     """
-    generator = open_generator(path, device)
+    captions = captions or _captions_of(path)
+    generator = open_generator(path, device, captions)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} has no config.yaml, so its teacher is unknown; give the run folder of dd2 distill")
     config = read_yaml(path / "config.yaml")
     adapted = path / "teacher"  # stage 0's result, where there was a stage 0
-    teacher = open_teacher(str(adapted if adapted.is_dir() else config.get("teacher")), device, str(config.get("captions") or ""))
+    teacher = open_teacher(str(adapted if adapted.is_dir() else config.get("teacher")), device, captions)
     made_by = samples_identity(path / "teacher_samples").get("teacher")
     if made_by is not None and made_by != fingerprint(teacher):
         raise InputError(f"{path}: the teacher named in config.yaml is not the one that was distilled; restore it")
@@ -83,7 +84,13 @@ def open_run(path: Path, device: torch.device) -> FinishedRun:
         raise InputError(f"{path}: the teacher named in config.yaml has another codebook than the generator; restore it")
     backbone.token_mean.copy_(student.token_mean)
     backbone.token_std.copy_(student.token_std)
-    tuned = open_generator(path / "ar_diffusion", device) if (path / "ar_diffusion").is_dir() else None
+    tuned = open_generator(path / "ar_diffusion", device, captions) if (path / "ar_diffusion").is_dir() else None
     prefix = "distill.sampling."
     sampling = Sampling(**{k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)})
     return FinishedRun(generator, tuned, teacher, sampling)
+
+
+def _captions_of(run: Path) -> str:
+    """The captions file that a run was distilled with; empty if it had none, or is no run."""
+    file = run / "config.yaml"
+    return str(read_yaml(file).get("captions") or "") if file.is_file() else ""

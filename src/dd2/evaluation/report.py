@@ -51,7 +51,8 @@ def write_report(run: Path, numbers: dict[str, Any], images: dict[str, Tensor]) 
 def title(name: str) -> str:
     """What a method is called in tables and pictures."""
     k = few_steps_of(name)
-    return f"Generator, the last {k - 1} AR steps by the teacher ({k} steps)" if k else TITLES[name]
+    last = "AR step" if k == 2 else f"{k - 1} AR steps"
+    return f"Generator, the last {last} by the teacher ({k} steps)" if k else TITLES[name]
 
 
 def side_by_side(images: dict[str, Tensor]) -> Image.Image:

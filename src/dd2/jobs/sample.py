@@ -29,7 +29,9 @@ class SampleConfig:
     out: Path = Path("samples.png")
     """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
     labels: str = "all"
-    """Classes, e.g. 3,5; "all" takes every class in turn."""
+    """Classes, or line numbers of captions, e.g. 3,5; "all" takes every one in turn."""
+    captions: str = ""
+    """Caption features for a text-conditional model, from dd2 text-features; by default those of the run."""
     count: int = 64
     """Images."""
     seed: int = 0
@@ -76,8 +78,8 @@ def sample(config: SampleConfig) -> Tensor:
     """
     device = pick_device(config.device)
     alone = config.method == "generator" and config.steps == 1
-    run = None if alone else open_run(config.run, device)
-    generator = run.generator if run else open_generator(config.run, device)
+    run = None if alone else open_run(config.run, device, config.captions)
+    generator = run.generator if run else open_generator(config.run, device, config.captions)
     if config.method == "ar_diffusion":
         if run is None or run.ar_diffusion is None:
             raise InputError(f"{config.run} has no ar_diffusion/ folder; give a run of dd2 distill")

@@ -92,6 +92,10 @@ class Backbone(nn.Module, ABC):
         """
         raise InputError(f"captions {file} were given, but this model is conditioned on classes")
 
+    def captions_digest(self) -> str:
+        """Hash of the captions in use; empty for class-conditional models."""
+        return ""
+
     def conditions(self, labels: Tensor) -> Tensor:
         """Integer labels (N,) in 0 … num_labels - 1 to conditions (N, ...); for class-conditional models they are the same."""
         return labels

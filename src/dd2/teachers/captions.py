@@ -1,5 +1,6 @@
 """Text conditioning: caption features, their padding, and how a transformer reads them."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -53,6 +54,13 @@ class Captions:
         """Conditions of row numbers (B,), on their device."""
         rows = labels.cpu()
         return caption_condition(self.features[rows], self.mask[rows]).to(labels.device)
+
+    def digest(self) -> str:
+        """Hash of features and mask."""
+        content = hashlib.sha256()
+        for tensor in (self.features, self.mask):
+            content.update(tensor.float().contiguous().numpy().tobytes())
+        return content.hexdigest()
 
     def __deepcopy__(self, memo: object) -> "Captions":
         return self  # students share the teacher's: it is data, and large

@@ -227,6 +227,9 @@ class LlamaGenBackbone(Backbone):
             super().use_captions(file)
         self.captions = Captions.load(file, self.config.caption_length, self.config.caption_dim)
 
+    def captions_digest(self) -> str:
+        return self._captions.digest() if self.config.caption_dim else ""
+
     def conditions(self, labels: Tensor) -> Tensor:
         return self._captions[labels] if self.config.caption_dim else labels
 

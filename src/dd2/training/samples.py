@@ -55,6 +55,8 @@ class TeacherSamples:
             raise InputError(f"the number of teacher samples must be at least 1, got {count}")
         folder.mkdir(parents=True, exist_ok=True)
         identity = {"teacher": fingerprint(teacher), "sampling": asdict(sampling), "seed": seed}
+        if captions := teacher.backbone.captions_digest():
+            identity["captions"] = captions
         _same_or_new(folder / "samples.json", identity)
         shards: list[dict[str, Tensor]] = []
         with progress("teacher samples", count, "seq") as bar:

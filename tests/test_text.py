@@ -1,0 +1,195 @@
+"""Text conditioning: padding, features, and DD2 on a teacher whose captions are the digits' names."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dd2.checkpoints.native import load_tokenizer, save_teacher
+from dd2.checkpoints.runs import embedded, open_run
+from dd2.cli import main
+from dd2.data import digits
+from dd2.evaluation.classifier import load_classifier
+from dd2.pipeline import OneStepPipeline
+from dd2.sampling import one_step
+from dd2.teachers.base import Teacher
+from dd2.teachers.captions import Captions, attention_mask, caption_condition, left_padded
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.train import ar_loss
+from models import tiny_text
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def test_padding_is_never_read():
+    teacher = tiny_text()
+    labels = torch.tensor([0, 1, 2])
+    cond = teacher.backbone.conditions(labels)
+    tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(3))]
+    features, mask = cond[..., :-1], cond[..., -1]
+    other = torch.where(mask.unsqueeze(-1) > 0, features, torch.randn_like(features))
+    torch.testing.assert_close(teacher.logits(tokens, caption_condition(other, mask)), teacher.logits(tokens, cond))
+    read = teacher.logits(tokens, caption_condition(other, torch.ones_like(mask)))
+    assert (read[:2] - teacher.logits(tokens, cond)[:2]).abs().amax((1, 2)).min() > 1e-3
+    null = teacher.null_condition(cond)
+    assert torch.equal(null[..., -1], mask)
+    assert (null[0, :, :-1] == null[1, :, :-1]).all()
+
+
+def test_attention_mask_is_causal_without_padding_and_with_oneself():
+    mask = attention_mask(torch.tensor([[False, True]]), 0, 4)[0, 0]
+    assert mask.tolist() == [
+        [True, False, False, False],
+        [False, True, False, False],
+        [False, True, True, False],
+        [False, True, True, True],
+    ]
+    assert torch.equal(attention_mask(torch.tensor([[False, True]]), 3, 4)[0, 0], mask[3:])
+
+
+def test_left_padding_moves_words_to_the_end():
+    features = torch.arange(1.0, 9.0).view(2, 4, 1)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    moved, words = left_padded(features, mask)
+    assert moved.flatten().tolist() == [0, 0, 1, 2, 5, 6, 7, 8]
+    assert words.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+class FakeTokenizer:
+    """One token a word."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, local_files_only: bool) -> "FakeTokenizer":
+        assert local_files_only
+        if name != "there":
+            raise OSError(f"{name} is not a local folder\nand more")
+        return cls()
+
+    def __call__(self, texts: list[str], max_length: int, **_: object) -> dict[str, Tensor]:
+        ids = torch.zeros(len(texts), max_length, dtype=torch.long)
+        for row, text in enumerate(texts):
+            words = [len(word) for word in text.split()][:max_length]
+            ids[row, : len(words)] = torch.tensor(words)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+class FakeEncoder(nn.Module):
+    """The feature of a word is its length, twice."""
+
+    from_pretrained = classmethod(lambda cls, name, local_files_only: cls())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": input_ids.unsqueeze(-1).float().expand(-1, -1, 2) + 0.5}
+
+
+def test_text_features(tmp_path, monkeypatch, capsys):
+    (tmp_path / "captions.txt").write_text("A Red fox\nSnow\n")
+    arguments = ["text-features", "--captions", tmp_path / "captions.txt", "--out", tmp_path / "f.safetensors", "--length", 4]
+
+    def run(*more: object) -> str:
+        assert main([str(a) for a in (*arguments, *more)]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert 'pip install "dd2[t2i]"' in run()
+    fake = types.SimpleNamespace(AutoTokenizer=FakeTokenizer, T5EncoderModel=FakeEncoder)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    assert "is not on this machine" in run()
+    assert not (tmp_path / "f.safetensors").exists()
+    assert main([str(a) for a in (*arguments, "--model", "there", "--batch", 1)]) == 0
+    capsys.readouterr()
+    made = load_file(tmp_path / "f.safetensors")
+    assert made["mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert made["features"][0, :, 0].tolist() == [0, 1.5, 3.5, 3.5]
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["captions"]) == ["a red fox", "snow"]
+    (tmp_path / "captions.txt").write_text("fox\n\nsnow\n")
+    assert "line 2 is empty" in run("--model", "there")
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory) -> Path:
+    """The digits' names as features: a fixed vector per letter, padded on the left to six positions."""
+    letters = 5 * torch.randn(26, 12, generator=torch.Generator().manual_seed(0))
+    features, mask = torch.zeros(10, 6, 12), torch.zeros(10, 6)
+    for row, name in enumerate(NAMES):
+        features[row, 6 - len(name) :] = letters[[ord(letter) - ord("a") for letter in name]]
+        mask[row, 6 - len(name) :] = 1
+    file = tmp_path_factory.mktemp("captions") / "names.safetensors"
+    save_file({"features": features.half(), "mask": mask.to(torch.uint8)}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def teacher(captions) -> Teacher:
+    """A text-conditional LlamaGen of the digits, trained for some seconds."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(embedded("teacher") / "tokenizer")
+    config = LlamaGenConfig(
+        depth=3, width=48, heads=3, ffn_multiple=16, rows=4, columns=4, caption_dim=12, caption_length=6, class_dropout=0.1
+    )
+    teacher = llamagen_teacher(config, tokenizer)
+    teacher.backbone.use_captions(captions)
+    random = torch.Generator().manual_seed(0)
+    images, labels = digits.batch("train", 2000, random)
+    ids = tokenizer.encode(images)
+    trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=4e-3)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 400)
+        rows = torch.randint(len(ids), (64,), generator=random)
+        loss, _ = ar_loss(teacher, ids[rows], teacher.backbone.conditions(labels[rows]), 0.1, random)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return teacher.eval().requires_grad_(False)
+
+
+def test_dd2_distils_a_text_conditional_teacher(teacher, captions, tmp_path, capsys):
+    save_teacher(tmp_path / "teacher", teacher)
+    out = tmp_path / "run"
+    arguments = ["distill", "configs/digits.yaml", "--teacher", tmp_path / "teacher", "--captions", captions, "--out", out]
+    arguments += ["--teacher-samples", 1024, "--tune.iterations", 60, "--distill.iterations", 40, "--loop.preview-every", 0]
+    assert main([str(a) for a in arguments]) == 0
+    run = open_run(out, torch.device("cpu"))
+    labels = torch.arange(400) % 10
+    classifier = load_classifier(embedded("classifier"))
+
+    def recognised(images: Tensor) -> float:
+        return float((classifier(images).argmax(-1) == labels).float().mean())
+
+    cond = run.teacher.backbone.conditions(labels)
+    of_teacher = recognised(run.teacher.tokenizer.decode(run.teacher.generate(cond, Sampling(), range(400))))
+    of_generator = recognised(run.teacher.decode(one_step(run.generator.student, cond, range(400))))
+    assert of_teacher > 0.5
+    assert of_generator > 0.5 * of_teacher
+    assert main(["evaluate", str(out), "--count", "200"]) == 0
+    assert main(["sample", str(out), "--labels", "3,7", "--count", "4", "--steps", "2", "--out", str(tmp_path / "g.png")]) == 0
+    pipeline = OneStepPipeline.from_pretrained(out / "generator", "cpu", captions=str(captions))
+    assert torch.equal(pipeline([3, 7], [0, 1]), OneStepPipeline.from_pretrained(out, "cpu")([3, 7], [0, 1]))
+    capsys.readouterr()
+    for wrong, message in (
+        (["sample", out / "generator", "--out", tmp_path / "h.png"], "give their features with --captions"),
+        (["distill", "--teacher", "digits", "--captions", captions, "--out", tmp_path / "r"], "conditioned on classes"),
+        (
+            ["distill", "--teacher", tmp_path / "teacher", "--captions", out / "config.yaml", "--out", tmp_path / "r"],
+            "cannot be read",
+        ),
+    ):
+        assert main([str(a) for a in wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_captions_that_do_not_fit_are_refused(captions, tmp_path, capsys):
+    with pytest.raises(Exception, match=r"this model needs \(N, 5, 6\)"):
+        tiny_text().backbone.use_captions(captions)
+    assert Captions.load(captions, 6, 12).digest() != Captions(torch.zeros(1, 6, 12), torch.ones(1, 6)).digest()

@@ -20,8 +20,8 @@ from dd2.baselines.marginal import MarginalSampler
 from dd2.checkpoints.runs import embedded, open_run
 from dd2.evaluation.features import digits_features
 from dd2.evaluation.frechet import frechet_distance
+from dd2.evaluation.reference import fit
 from dd2.evaluation.score import Scorer
-from dd2.sampling import one_step
 from dd2.training.checkpoint import steps
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples
@@ -37,14 +37,24 @@ def main() -> None:
     arguments = parser.parse_args()
     cpu = torch.device("cpu")
     run = open_run(arguments.run, cpu)
-    scorer = Scorer(run.teacher, digits_features(embedded("classifier"), cpu), run.sampling, arguments.count, 500, 0)
+    network = digits_features(embedded("classifier"), cpu)
+    scorer = Scorer(run.teacher, network, run.sampling, arguments.count, 500, 0, arguments.run / "features")
     samples = TeacherSamples.load(arguments.run / "teacher_samples")
-    marginal = MarginalSampler(samples.ids, samples.labels)
-    reference = scorer.score("reference", scorer.teacher_images, "reference").fit
-    teacher = scorer.score("teacher", scorer.teacher_images, "floor")
-    floor = frechet_distance(teacher.fit, reference)
-    independent = scorer.score("onestep*", lambda labels, seeds: scorer.decoded(marginal.sample(labels, seeds)), "methods")
-    worst = frechet_distance(independent.fit, reference)
+    reference = scorer.teacher_reference()
+    methods = scorer.methods(run.generator, None, MarginalSampler(samples.ids, samples.labels))
+
+    def measure(title: str, name: str) -> dict[str, float]:
+        seeds_of = "floor" if name == "teacher" else "methods"
+        bank = scorer.bank(title, methods[name], seeds_of, {"benchmark": title, "run": str(arguments.run.resolve())})
+        right = bank.load("probabilities").argmax(1) == bank.load("labels")
+        return {
+            "frechet": frechet_distance(fit(bank, "pool"), reference.fits["pool"]),
+            "nll": float(bank.load("nll").double().mean()),
+            "accuracy": float(right.double().mean()),
+        }
+
+    teacher = measure("teacher", "teacher")
+    floor, worst = teacher["frechet"], measure("onestep*", "onestep_marginal")["frechet"]
     student = run.generator.student
     folder = arguments.run / "checkpoints" / "distill"
     seconds = {
@@ -56,15 +66,15 @@ def main() -> None:
         found = {}
         for name in ("generator", "generator_ema"):
             student.load_state_dict(load_file(folder / f"{step:08d}" / f"{name}.safetensors"))
-            found[name] = scorer.score(f"{step} {name}", lambda c, s: scorer.continuous(one_step(student, c, s)), "methods")
+            found[name] = measure(f"{step} {name}", "generator")
         ema = found["generator_ema"]
         row = {
             "step": step,
             "minutes": seconds[step] / 60,
-            "frechet_ema": frechet_distance(ema.fit, reference),
-            "frechet_raw": frechet_distance(found["generator"].fit, reference),
-            "teacher_nll": float(ema.nll.mean()),
-            "accuracy": ema.correct,
+            "frechet_ema": ema["frechet"],
+            "frechet_raw": found["generator"]["frechet"],
+            "teacher_nll": ema["nll"],
+            "accuracy": ema["accuracy"],
         }
         row["gap_closed"] = (worst - row["frechet_ema"]) / (worst - floor)
         rows.append(row)
@@ -73,7 +83,7 @@ def main() -> None:
             f"| {row['accuracy']:.3f} | {row['frechet_raw']:.2f} |",
             flush=True,
         )
-    baselines = {"floor": floor, "onestep_marginal": worst, "teacher_nll": float(teacher.nll.mean())}
+    baselines = {"floor": floor, "onestep_marginal": worst, "teacher_nll": teacher["nll"]}
     result = {"count": arguments.count, **baselines, "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "digits_long_curve.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -33,6 +33,7 @@ COMMANDS = {
     "distill": Command("distil a teacher into a one-step generator", "distill", "DistillConfig", "distill"),
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
+    "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True),
     "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
     "convert llamagen": Command(
         "official LlamaGen files to a teacher folder", "convert", "ConvertLlamaGenConfig", "convert_llamagen"

@@ -1,6 +1,9 @@
 """Images as files: grids for people, folders and npz for tools."""
 
 import io
+import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,33 @@ def save_npz(images: Tensor, path: Path, labels: list[int], seeds: list[int]) ->
     np.savez(buffer, arr_0=to_uint8(images), labels=np.asarray(labels), seeds=np.asarray(seeds))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, buffer.getvalue())
+
+
+def export_npz(path: Path, order: Tensor, batch: int, draw: Callable[[Tensor], Tensor]) -> None:
+    """Write `arr_0` uint8 NHWC without holding the images in memory.
+
+    Args:
+        path: the .npz.
+        order: (N,) indices of images in the order of the file.
+        batch: images at a time.
+        draw: indices -> images (B, channels, H, W) in [-1, 1].
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            for part in order.split(batch):
+                pixels = to_uint8(draw(part))
+                if file.tell() == 0:
+                    shape = (len(order), *pixels.shape[1:])
+                    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                file.write(pixels.tobytes())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _pil(pixels: np.ndarray) -> Image.Image:

@@ -26,16 +26,19 @@ class DigitsClassifier(nn.Module):
         self.hidden = nn.Linear(2 * width * 16, FEATURES)
         self.output = nn.Linear(FEATURES, 10)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 1, 16, 16) in [-1, 1] -> (B, 64) activations of the penultimate layer."""
+    def maps(self, images: Tensor) -> Tensor:
+        """(B, 1, 16, 16) in [-1, 1] -> (B, 32, 4, 4) activations of the last convolution."""
         x = F.silu(self.conv1(images))
         x = F.silu(self.conv2(x))
-        x = F.silu(self.conv3(x))
-        return F.silu(self.hidden(x.flatten(1)))
+        return F.silu(self.conv3(x))
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """(B, 32, 4, 4) -> (B, 64) activations of the penultimate layer."""
+        return F.silu(self.hidden(maps.flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1, 16, 16) -> (B, 10) logits."""
-        return self.output(self.features(images))
+        return self.output(self.pool(self.maps(images)))
 
 
 def classifier_loss(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> Losses:

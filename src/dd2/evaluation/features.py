@@ -1,16 +1,27 @@
-"""Feature networks: what images are compared by. The digits classifier, or the user's own function."""
+"""Feature networks: what images are compared by. Inception, the digits classifier, or the user's own function."""
 
+import hashlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.evaluation.classifier import load_classifier
+
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""Of inception-2015-12-05.pt as NVIDIA publishes it: ADM's network as TorchScript, resize included."""
+
+SPATIAL_CHANNELS = 7
+"""Channels of a feature map that sFID uses (ADM's evaluator)."""
+
+Features = dict[str, Tensor]
+"""Of B images: "pool" (B, F); where the network has them, "spatial" (B, S) for sFID and "probabilities" (B, K)."""
 
 
 @dataclass(frozen=True)
@@ -19,30 +30,88 @@ class FeatureNetwork:
 
     Attributes:
         name: printed beside every number made with it.
-        features: images (B, channels, H, W) in [-1, 1] -> (B, F).
-        classify: images -> predicted labels (B,), or None where the network has no classes.
+        read: images (B, channels, H, W) in [-1, 1], on the uint8 grid, -> features.
+        knows_labels: whether the most probable class is a label of the evaluated model, so that accuracy means something.
     """
 
     name: str
-    features: Callable[[Tensor], Tensor]
-    classify: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[Tensor], Features]
+    knows_labels: bool = False
+
+
+def open_features(spec: str, classifier: Path, device: torch.device) -> FeatureNetwork:
+    """The network that a command line names.
+
+    Args:
+        spec: "digits"; a path to inception-2015-12-05.pt; or "module:function".
+        classifier: folder of the digits classifier, for "digits".
+        device: where it runs.
+
+    Raises:
+        InputError: there is no such network.
+    """
+    if spec == "digits":
+        return digits_features(classifier, device)
+    if spec.endswith((".pt", ".pth")):
+        return inception_features(Path(spec), device)
+    return user_features(spec)
 
 
 def digits_features(folder: Path, device: torch.device) -> FeatureNetwork:
     """The penultimate layer of a digits classifier that was trained on real digits only."""
     classifier = load_classifier(folder).to(device)
-    return FeatureNetwork("digits classifier, penultimate layer", classifier.features, lambda x: classifier(x).argmax(-1))
+
+    def read(images: Tensor) -> Features:
+        if tuple(images.shape[1:]) != (1, 16, 16):
+            raise InputError(
+                f"features 'digits' reads 1 x 16 x 16 images, these are {tuple(images.shape[1:])}; give --features "
+                "module:function of your own, or the path of inception-2015-12-05.pt"
+            )
+        maps = classifier.maps(images)
+        pool = classifier.pool(maps)
+        probabilities = classifier.output(pool).softmax(-1)
+        return {"pool": pool, "spatial": maps[:, :SPATIAL_CHANNELS].flatten(1), "probabilities": probabilities}
+
+    return FeatureNetwork("digits classifier, penultimate layer", read, knows_labels=True)
+
+
+def inception_features(file: Path, device: torch.device) -> FeatureNetwork:
+    """ADM's Inception as NVIDIA's TorchScript file: 2,048 pooled features, and class probabilities without the output bias.
+
+    It resizes to 299 pixels itself, as the reference implementation. It does not give the spatial features of sFID.
+
+    Raises:
+        InputError: the file is missing, or is not the published one.
+    """
+    if not file.is_file():
+        raise InputError(f"features {file} do not exist; fetch inception-2015-12-05.pt (see docs/evaluation.md), give its path")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != INCEPTION_SHA256:
+        raise InputError(
+            f"features {file} have SHA-256 {digest}, not {INCEPTION_SHA256} of inception-2015-12-05.pt: it is damaged or another "
+            "file; for a network of your own give module:function"
+        )
+    network = torch.jit.load(str(file), map_location=device).eval()
+
+    def read(images: Tensor) -> Features:
+        pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        return {"pool": network(pixels, return_features=True), "probabilities": network(pixels, no_output_bias=True)}
+
+    return FeatureNetwork(f"Inception of ADM (TorchScript, SHA-256 {digest[:12]})", read)
 
 
 def user_features(spec: str) -> FeatureNetwork:
     """A function `module:function` of the user's, found in the current folder or among installed packages.
+
+    It maps images (B, channels, H, W) in [-1, 1] to (B, F), or to a dictionary of `Features`.
 
     Raises:
         InputError: there is no such module or function.
     """
     module_name, _, function = spec.partition(":")
     if not (module_name and function):
-        raise InputError(f"features must be 'digits' or 'module:function', got {spec!r}")
+        raise InputError(f"features must be 'digits', a path to inception-2015-12-05.pt, or 'module:function', got {spec!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
@@ -50,6 +119,35 @@ def user_features(spec: str) -> FeatureNetwork:
         raise InputError(f"features {spec}: the module cannot be imported ({error})") from error
     finally:
         sys.path.pop(0)
-    if not callable(getattr(module, function, None)):
+    called = getattr(module, function, None)
+    if not callable(called):
         raise InputError(f"features {spec}: module {module_name} has no function {function}")
-    return FeatureNetwork(spec, getattr(module, function))
+
+    def read(images: Tensor) -> Features:
+        found: Any = called(images)
+        return dict(found) if isinstance(found, Mapping) else {"pool": found}
+
+    return FeatureNetwork(spec, read)
+
+
+def on_uint8_grid(images: Tensor) -> Tensor:
+    """Images in about [-1, 1] as they come back from a PNG: clamped and rounded to 256 levels."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def read_features(network: FeatureNetwork, images: Tensor) -> Features:
+    """Features of a batch, checked and on the CPU in float32.
+
+    Raises:
+        InputError: the network gives something else than features, or numbers that are not finite.
+    """
+    found = network.read(on_uint8_grid(images))
+    if "pool" not in found:
+        raise InputError(f"features {network.name} gave {sorted(found)}; a dictionary must have 'pool'")
+    for name, values in found.items():
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(f"features {network.name}: {name} must be ({len(images)}, F), got {shape}")
+        if not torch.isfinite(values).all():
+            raise InputError(f"features {network.name}: {name} hold NaN or infinity; the images or the network are broken")
+    return {name: values.detach().float().cpu() for name, values in found.items()}

@@ -96,10 +96,11 @@ included.</p>
 <img alt="samples of all methods" src="{_inline(samples)}">
 <h2>Numbers</h2>{_table(numbers)}
 <p class="note">Fréchet distance: between Gaussians fitted to features ({html.escape(numbers["features"])})
-of {numbers["count"]:,} samples of each method and {numbers["count"]:,} samples of the teacher; the teacher's row is the floor,
+of {numbers["count"]:,} samples of each method and of the reference
+({html.escape(str(numbers["evaluation"]["reference"]["reference"]))}); with the teacher as reference, its own row is the floor:
 {numbers["count"]:,} other samples of its own. Teacher NLL: nats per image that the teacher assigns to the (nearest-code)
-sequences, ± standard error. Lower than the teacher's own means less varied, higher means less plausible. Distinct: different
-token sequences among them.</p>
+sequences. Lower than the teacher's own means less varied, higher means less plausible. Distinct: different token sequences
+among them.</p>{_decides(numbers)}
 <h2>Speed</h2><table><tr><th>batch</th><th>teacher, ms/image</th><th>generator, ms/image</th><th>of which decoding</th>
 <th>ratio</th></tr>{speeds}</table>
 <p class="note">Whole images, both in turns in one process; medians. At large batches arithmetic decides, of which one pass has
@@ -112,21 +113,41 @@ hardly less than all cached steps; at small ones the teacher waits for every tok
 
 
 def _table(numbers: dict[str, Any]) -> str:
-    head = "<tr><th>method</th><th>Fréchet distance</th><th>teacher NLL</th><th>accuracy</th><th>distinct</th></tr>"
+    columns = {
+        "frechet": ("Fréchet distance", ".2f"),
+        "frechet_95": ("± (95 %)", ".2f"),
+        "sfid": ("sFID", ".2f"),
+        "kid": ("KID", ".4f"),
+        "inception_score": ("IS", ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "density": ("density", ".3f"),
+        "coverage": ("coverage", ".3f"),
+        "teacher_nll": ("teacher NLL", ".1f"),
+        "accuracy": ("accuracy", ".3f"),
+    }
+    found = numbers["metrics"]
+    used = {key: column for key, column in columns.items() if any(key in values for values in found.values())}
+    head = "".join(f"<th>{name}</th>" for name, _ in used.values())
+    few = [name for name in found if few_steps_of(name)]
     body = ""
-    few = [name for name in numbers["teacher_nll"] if few_steps_of(name)]
     for name in (*TITLES, *few):
-        if name not in numbers["teacher_nll"]:
-            continue
-        frechet = numbers["frechet"]["floor" if name == "teacher" else name]
-        accuracy = numbers["accuracy"].get(name)
-        shown = f"{accuracy:.3f}" if accuracy is not None else "–"
-        nll, error = numbers["teacher_nll"][name], numbers["teacher_nll_standard_error"][name]
-        body += (
-            f"<tr{' class=best' if name == 'generator' else ''}><td>{title(name)}</td><td>{frechet:.2f}</td>"
-            f"<td>{nll:.1f} ± {error:.1f}</td><td>{shown}</td><td>{numbers['distinct_sequences'][name]:,}</td></tr>"
-        )
-    return f"<table>{head}{body}</table>"
+        if name in found:
+            cells = (format(found[name][key], kind) if key in found[name] else "–" for key, (_, kind) in used.items())
+            row = "".join(f"<td>{cell}</td>" for cell in cells)
+            distinct = numbers["distinct_sequences"][name]
+            body += f"<tr{' class=best' if name == 'generator' else ''}><td>{title(name)}</td>{row}<td>{distinct:,}</td></tr>"
+    return f"<table><tr><th>method</th>{head}<th>distinct</th></tr>{body}</table>"
+
+
+def _decides(numbers: dict[str, Any]) -> str:
+    """What could make the numbers differ from somebody else's."""
+    rows = "".join(
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in numbers["evaluation"].items()
+    )
+    said = "".join(f"<p><b>Warning:</b> {html.escape(text)}</p>" for text in numbers["warnings"])
+    return f"{said}<details><summary>What decides these numbers</summary><table>{rows}</table></details>"
 
 
 def _inline(picture: bytes) -> str:

@@ -1,8 +1,9 @@
 """The comparison of a distilled run with its teacher: every number of metrics.json."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,36 +11,26 @@ from torch import Tensor
 
 from dd2.baselines.marginal import MarginalSampler
 from dd2.checkpoints.native import Generator
-from dd2.evaluation.features import FeatureNetwork
-from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_distance
+from dd2.evaluation import reference as references
+from dd2.evaluation.bank import Bank
+from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.likelihood import teacher_nll
-from dd2.evaluation.speed import seconds_per_call
-from dd2.progress import progress
+from dd2.evaluation.metrics import MetricConfig, scores, within_class_spread
+from dd2.evaluation.neighbours import nearest_distance
+from dd2.evaluation.path_length import path_length
+from dd2.evaluation.reference import Reference
 from dd2.sampling import ar_diffusion, one_step, refine
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import nearest_ids
+from dd2.training.samples import weights_digest
 
 SHOWN = 40
 """Images of each method that are kept for the pictures."""
 
-SPEED_BATCHES = (16, 1, 256)
-"""Batches at which speed is measured; the first one's ratio is speedup_vs_teacher."""
-
 Method = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
 """Labels (B,) and B seeds -> images (B, channels, H, W) and their (nearest-code) ids (B, n)."""
-
-
-@dataclass
-class Scored:
-    """One method's samples, reduced to what is reported."""
-
-    fit: GaussianFit
-    correct: float | None
-    nll: Tensor
-    distinct: int
-    images: Tensor
 
 
 @dataclass
@@ -50,9 +41,11 @@ class Scorer:
         teacher: the teacher, standardised as the generator.
         network: the feature network.
         sampling: how the teacher samples here.
-        count: images per method, classes in turn.
+        count: images per method, labels in turn.
         batch: images at a time.
         seed: seed of the evaluation.
+        banks: folder of the features on disk.
+        metrics: what is computed.
     """
 
     teacher: Teacher
@@ -61,28 +54,26 @@ class Scorer:
     count: int
     batch: int
     seed: int
+    banks: Path
+    metrics: MetricConfig = field(default_factory=MetricConfig)
 
-    def run(
+    def methods(
         self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler, steps: Sequence[int] = ()
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Score everything.
+    ) -> dict[str, Method]:
+        """What is compared, by name.
 
         Args:
             generator: the one-step generator.
             tuned: the stage-1 model, if there is one.
             marginal: onestep*.
             steps: also the generator with the teacher redrawing its last k - 1 AR steps, for each k > 1 (Alg. 4).
-
-        Returns:
-            The content of metrics.json, and images to show by method.
         """
-        reference = self.score("reference (teacher)", self.teacher_images, "reference")
-        floor = self.score("teacher", self.teacher_images, "floor")
 
         def generated(labels: Tensor, seeds: list[int]) -> Tensor:
             return one_step(generator.student, self._cond(labels), seeds)
 
         methods: dict[str, Method] = {
+            "teacher": self.teacher_images,
             "onestep_marginal": lambda labels, seeds: self.decoded(marginal.sample(labels, seeds)),
             "generator": lambda labels, seeds: self.continuous(generated(labels, seeds)),
             "generator_nearest": lambda labels, seeds: self.decoded(self._snapped(generated(labels, seeds))),
@@ -94,23 +85,92 @@ class Scorer:
         if tuned is not None:
             student = tuned.student
             methods["ar_diffusion"] = lambda labels, seeds: self.continuous(ar_diffusion(student, self._cond(labels), seeds))
-        scored = {name: self.score(name, method, "methods") for name, method in methods.items()}
+        return methods
 
-        frechet = {name: frechet_distance(entry.fit, reference.fit) for name, entry in scored.items()}
-        frechet["floor"] = frechet_distance(floor.fit, reference.fit)
-        span = frechet["onestep_marginal"] - frechet["floor"]
-        everything = {"teacher": floor, **scored}
-        numbers = {
-            "frechet": frechet,
-            "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span,
-            "teacher_nll": {name: float(entry.nll.double().mean()) for name, entry in everything.items()},
-            "teacher_nll_standard_error": {name: _standard_error(entry.nll) for name, entry in everything.items()},
-            "accuracy": {name: entry.correct for name, entry in everything.items() if entry.correct is not None},
+    def teacher_reference(self) -> Reference:
+        """As many other samples of the teacher; its own row is then the floor of every distance."""
+        identity = self._identity("teacher", "reference", None)
+        bank = self.bank("reference (teacher)", self.teacher_images, "reference", identity)
+        return references.of_bank(bank, {"reference": "teacher", "count": self.count})
+
+    def run(self, methods: dict[str, Method], digests: dict[str, str | None], reference: Reference) -> dict[str, Any]:
+        """Score everything.
+
+        Args:
+            methods: from `methods`.
+            digests: hash of the weights that a method samples from, beyond the teacher's.
+            reference: what to compare with.
+
+        Returns:
+            Content of metrics.json, by metric and method.
+        """
+        found: dict[str, dict[str, float]] = {}
+        distinct: dict[str, int] = {}
+        for name, method in methods.items():
+            seeds_of = "floor" if name == "teacher" else "methods"
+            bank = self.bank(name, method, seeds_of, self._identity(name, seeds_of, digests.get(name)))
+            found[name] = scores(bank, reference, self.metrics, self.seed)
+            nll, labels = bank.load("nll").double(), bank.load("labels")
+            found[name] |= {"teacher_nll": float(nll.mean()), "teacher_nll_se": float(nll.std() / len(nll) ** 0.5)}
+            if self.network.knows_labels:
+                predicted = bank.load("probabilities").argmax(1)
+                found[name]["accuracy"] = float((predicted == labels).double().mean())
+            pool = bank.load("pool")
+            found[name]["within_class_spread"] = within_class_spread(pool, labels)
+            if reference.pool is not None and reference.described.get("reference") != "teacher":
+                found[name]["nearest_reference_image"] = float(nearest_distance(pool, reference.pool).mean())
+            distinct[name] = len(torch.unique(bank.load("ids"), dim=0))
+        return _by_metric(found) | {
+            "metrics": found,
             "ar_steps": self.teacher.order.num_steps,
-            "distinct_sequences": {name: entry.distinct for name, entry in everything.items()},
-            **self._speed(generator),
+            "distinct_sequences": distinct,
         }
-        return numbers, {name: entry.images for name, entry in everything.items()}
+
+    def bank(self, title: str, sample: Method, seeds_of: str, identity: dict[str, Any]) -> Bank:
+        """Draw `count` samples of one method, or what is missing of them; `seeds_of` names the family of seeds."""
+
+        @torch.inference_mode()
+        def make(index: Tensor) -> dict[str, Tensor]:
+            labels = self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+            images, ids = sample(labels, self.seeds(seeds_of, index))
+            nll = teacher_nll(self.teacher, ids, self._cond(labels))
+            return {**read_features(self.network, images), "nll": nll.cpu(), "labels": labels.cpu(), "ids": ids.int().cpu()}
+
+        return Bank.prepare(self.banks, title, identity, self.count, self.batch, make)
+
+    @torch.inference_mode()
+    def shown(self, methods: dict[str, Method]) -> dict[str, Tensor]:
+        """The first images of every method, at the same labels."""
+        index = torch.arange(min(SHOWN, self.count))
+        labels = self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+        return {
+            name: method(labels, self.seeds("floor" if name == "teacher" else "methods", index))[0].cpu()
+            for name, method in methods.items()
+        }
+
+    def path_length(self, generator: Generator, paths: int, epsilon: float) -> dict[str, dict[str, float]]:
+        """Perceptual path length of the generator, decoded both ways (Table 5)."""
+        backbone = generator.student.backbone
+        index = torch.arange(paths)
+        labels = self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+        shape = (backbone.order.n, backbone.token_mean.shape[0])
+        found = {}
+        for name, nearest in (("generator", False), ("generator_nearest", True)):
+
+            @torch.inference_mode()
+            def features_of(noise: Tensor, labels: Tensor, nearest: bool = nearest) -> Tensor:
+                tokens = generator.student.as_generator(noise, self._cond(labels))
+                return self.network.read(generator.decode(tokens, nearest).float())["pool"]  # not rounded: ε is small
+
+            mean, error = path_length(
+                features_of, shape, labels, self.seeds("path length", index), epsilon=epsilon, batch=max(1, self.batch // 2)
+            )
+            found[name] = {"mean": mean, "standard_error": error, "epsilon": epsilon, "paths": paths}
+        return found
+
+    def seeds(self, family: str, index: Tensor) -> list[int]:
+        """One seed per image; training never uses these streams."""
+        return [seed_of("evaluate", family, self.seed, int(i)) for i in index]
 
     def teacher_images(self, labels: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
         """The KV-cached teacher, as a `Method`."""
@@ -127,65 +187,21 @@ class Scorer:
     def _snapped(self, tokens: Tensor) -> Tensor:
         return nearest_ids(tokens, self.teacher.codebook)
 
-    @torch.inference_mode()
-    def score(self, title: str, sample: Method, seeds_of: str) -> Scored:
-        """Draw and reduce `count` samples of one method; `seeds_of` names the family of seeds."""
-        statistics, nll, sequences, shown = FeatureStatistics(), [], [], []
-        correct, classify = 0, self.network.classify
-        with progress(title, self.count, "img") as bar:
-            for index, labels in self._batches():
-                seeds = [seed_of("evaluate", seeds_of, self.seed, int(i)) for i in index]
-                images, ids = sample(labels, seeds)
-                statistics.add(self.network.features(images))
-                if classify is not None:
-                    correct += int((classify(images) == labels).sum())
-                nll.append(teacher_nll(self.teacher, ids, self._cond(labels)).cpu())
-                sequences.append(ids.to(torch.int32).cpu())
-                if int(index[0]) < SHOWN:
-                    shown.append(images.cpu())
-                bar.update(len(index))
-        distinct = len(torch.unique(torch.cat(sequences), dim=0))
-        accuracy = correct / self.count if classify is not None else None
-        return Scored(statistics.fit(), accuracy, torch.cat(nll), distinct, torch.cat(shown)[:SHOWN])
-
-    @torch.inference_mode()
-    def _speed(self, generator: Generator) -> dict[str, Any]:
-        """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process.
-
-        The ratio falls as the batch grows: at large batches both are bound by arithmetic, of which one pass has hardly
-        less than n cached steps; at small ones the teacher waits n times for the next token.
-        """
-        by_batch = {size: self._seconds(generator, size) for size in SPEED_BATCHES}
-        return {
-            "speedup_vs_teacher": by_batch[SPEED_BATCHES[0]]["teacher"] / by_batch[SPEED_BATCHES[0]]["generator"],
-            "speedup_batch": SPEED_BATCHES[0],
-            "speed": [
-                {"batch": size, "speedup": taken["teacher"] / taken["generator"], "seconds_per_image": taken}
-                for size, taken in by_batch.items()
-            ],
-        }
-
-    def _seconds(self, generator: Generator, size: int) -> dict[str, float]:
-        teacher = self.teacher
-        labels = teacher.backbone.default_labels(torch.arange(size, device=teacher.codebook.device))
-        cond = self._cond(labels)
-        seeds = list(range(size))
-        codes = teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)
-        taken = seconds_per_call(
-            {
-                "teacher": lambda: self.teacher_images(labels, seeds),
-                "generator": lambda: teacher.decode(one_step(generator.student, cond, seeds)),
-                "decoding_alone": lambda: teacher.tokenizer.decode_codes(codes),
-            }
-        )
-        return {name: seconds / size for name, seconds in taken.items()}
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.arange(self.count).split(self.batch):
-            yield index, self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
-
     def _cond(self, labels: Tensor) -> Tensor:
         return self.teacher.backbone.conditions(labels)
+
+    def _identity(self, method: str, seeds_of: str, digest: str | None) -> dict[str, Any]:
+        """Everything that decides the images of a method and their features."""
+        teacher = self.teacher
+        return {
+            "method": method,
+            "weights": digest,
+            "teacher": weights_digest(teacher),
+            "captions": teacher.backbone.captions_digest(),
+            "sampling": asdict(self.sampling),
+            "seeds": [seeds_of, self.seed],
+            "network": self.network.name,
+        }
 
 
 def few_steps(k: int) -> str:
@@ -199,5 +215,14 @@ def few_steps_of(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _standard_error(values: Tensor) -> float:
-    return float(values.double().std() / len(values) ** 0.5)
+def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The headline numbers by metric, the teacher's distance as "floor", and how far the generator got towards it."""
+    frechet = {("floor" if name == "teacher" else name): values["frechet"] for name, values in found.items()}
+    span = frechet["onestep_marginal"] - frechet["floor"]
+    return {
+        "frechet": frechet,
+        "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span,
+        "teacher_nll": {name: values["teacher_nll"] for name, values in found.items()},
+        "teacher_nll_standard_error": {name: values["teacher_nll_se"] for name, values in found.items()},
+        "accuracy": {name: values["accuracy"] for name, values in found.items() if "accuracy" in values},
+    }

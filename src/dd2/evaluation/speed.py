@@ -3,8 +3,50 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from dd2.checkpoints.native import Generator
+from dd2.sampling import one_step
+from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
+
+SPEED_BATCHES = (16, 1, 256)
+"""Batches at which speed is measured; the first one's ratio is speedup_vs_teacher."""
+
+
+@torch.inference_mode()
+def speed_numbers(teacher: Teacher, sampling: Sampling, generator: Generator) -> dict[str, Any]:
+    """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process.
+
+    The ratio falls as the batch grows: at large batches both are bound by arithmetic, of which one pass has hardly
+    less than n cached steps; at small ones the teacher waits n times for the next token.
+    """
+    by_batch = {size: _seconds(teacher, sampling, generator, size) for size in SPEED_BATCHES}
+    return {
+        "speedup_vs_teacher": by_batch[SPEED_BATCHES[0]]["teacher"] / by_batch[SPEED_BATCHES[0]]["generator"],
+        "speedup_batch": SPEED_BATCHES[0],
+        "speed": [
+            {"batch": size, "speedup": taken["teacher"] / taken["generator"], "seconds_per_image": taken}
+            for size, taken in by_batch.items()
+        ],
+    }
+
+
+def _seconds(teacher: Teacher, sampling: Sampling, generator: Generator, size: int) -> dict[str, float]:
+    labels = teacher.backbone.default_labels(torch.arange(size, device=teacher.codebook.device))
+    cond = teacher.backbone.conditions(labels)
+    seeds = list(range(size))
+    codes = teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)
+    taken = seconds_per_call(
+        {
+            "teacher": lambda: teacher.tokenizer.decode(teacher.generate(cond, sampling, seeds)),
+            "generator": lambda: teacher.decode(one_step(generator.student, cond, seeds)),
+            "decoding_alone": lambda: teacher.tokenizer.decode_codes(codes),
+        }
+    )
+    return {name: seconds / size for name, seconds in taken.items()}
 
 
 def seconds_per_call(functions: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:

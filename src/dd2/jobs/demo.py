@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dd2.config import load_config
+from dd2.evaluation.metrics import MetricConfig
 from dd2.jobs.distill import DistillConfig, distill
 from dd2.jobs.evaluate import EvaluateConfig, evaluate
 from dd2.jobs.train_classifier import TrainClassifierConfig, train_classifier
@@ -40,4 +41,4 @@ def demo(config: DemoConfig) -> None:
         run = replace(run, teacher=str(teacher))
     again = f"dd2 demo --out {shlex.quote(str(out))}" + (" --from-scratch" if config.from_scratch else "")
     distill(replace(run, out=out), resume=again)
-    evaluate(EvaluateConfig(run=out, classifier=classifier))
+    evaluate(EvaluateConfig(run=out, classifier=classifier, metrics=MetricConfig(kid_subsets=10)))

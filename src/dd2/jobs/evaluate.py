@@ -1,118 +1,241 @@
-"""dd2 evaluate: honest numbers and pictures of a distilled run, beside its teacher's."""
+"""dd2 evaluate: honest numbers and pictures of a distilled run beside its teacher's, or of anybody's images."""
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dd2.baselines.marginal import MarginalSampler
-from dd2.checkpoints.runs import embedded, open_run
+from dd2.checkpoints.runs import FinishedRun, embedded, open_run
 from dd2.config import flat
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.evaluation.features import digits_features, user_features
+from dd2.evaluation.features import FeatureNetwork, open_features
+from dd2.evaluation.images import ImageSet
+from dd2.evaluation.metrics import MetricConfig, scores, warnings
+from dd2.evaluation.reference import Reference, image_bank, open_reference
 from dd2.evaluation.report import write_report
 from dd2.evaluation.score import Scorer, few_steps
+from dd2.evaluation.speed import speed_numbers
 from dd2.files import writable_folder, write_atomic
+from dd2.images import export_npz
 from dd2.jobs.distill import read_seconds
+from dd2.processes import rank
 from dd2.sampling import first_redrawn_step
-from dd2.training.samples import TeacherSamples
+from dd2.training.samples import TeacherSamples, samples_identity, weights_digest
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a distilled run against its teacher. Writes metrics.json, samples.png, curves.png and report.html into RUN.
+    """Score a distilled run against its teacher, or a set of images, and store beside each number what decides it.
 
-    The Fréchet distance (FD) is to `count` samples of the teacher in the features of a network; "floor" is the FD of as
-    many other teacher samples, "onestep_marginal" that of independent tokens, and gap_closed how far the generator
-    got from the second to the first. The teacher samples as it did in distillation.
+    Writes metrics.json, samples.png, curves.png and report.html into RUN; features are kept in RUN/features, so that an
+    interrupted evaluation goes on where it stopped, and torchrun splits it over processes. The Fréchet distance (FD; FID with
+    --features inception-2015-12-05.pt) is to `reference`; with the teacher as reference its own row, from other seeds, is the
+    floor. gap_closed is how far the generator got from independent tokens (onestep_marginal) to the teacher's row. The teacher
+    samples as it did in distillation.
     """
 
-    run: Path
+    run: Path = Path()
     """Run folder of dd2 distill."""
+    images: Path | None = None
+    """Score these images instead of a run: a folder, a zip, or an .npz with arr_0 (uint8 NHWC). Needs a reference."""
+    reference: str = "teacher"
+    """"teacher"; statistics (ADM's .npz, or made by dd2 reference); or images: a folder, zip or .npz."""
     count: int = 10_000
-    """Images per method."""
+    """Images per method (papers: 50,000), the same number of every class."""
+    steps: tuple[int, ...] = (1,)
+    """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
+    features: str = "digits"
+    """"digits" (classifier trained on real digits only), a path to inception-2015-12-05.pt, or module:function."""
+    classifier: str = "digits"
+    """Folder of a digits classifier, or "digits" for the embedded one."""
+    metrics: MetricConfig = field(default_factory=MetricConfig)
+    """Metrics and their settings."""
+    path_length: int = 0
+    """Paths of the generator's perceptual path length (paper's Table 5); 0 leaves it out."""
+    epsilon: float = 1e-4
+    """Step of the path length."""
+    export: Path | None = None
+    """Also write the generator's images as an .npz for ADM's evaluator: arr_0, uint8 NHWC, shuffled."""
+    allow_unbalanced: bool = False
+    """Score a count that is no multiple of the number of labels."""
+    allow_duplicates: bool = False
+    """Score images that were drawn with the same seed more than once."""
     batch: int = 500
     """Images at a time."""
     seed: int = 0
     """Seed of the evaluation; training never uses its streams."""
-    steps: tuple[int, ...] = (1,)
-    """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
-    features: str = "digits"
-    """"digits" (classifier trained on real digits only), or module:function mapping images in [-1, 1] to (B, F)."""
-    classifier: str = "digits"
-    """Folder of a digits classifier, or "digits" for the embedded one."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        """Refuse counts too small for a covariance."""
-        if self.count < 2 or self.batch < 1:
+        """Refuse counts too small for a covariance, and requests that contradict each other."""
+        if self.count < 2 or self.batch < 1 or self.path_length < 0:
             raise InputError(f"count must be at least 2 and batch at least 1, got {self.count} and {self.batch}")
+        if self.images is not None and self.reference == "teacher":
+            raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
+        if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):
+            raise InputError("export must be an .npz, and goes with a run, not with images")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score the run and write the results into its folder.
+    """Score a run, or images.
 
     Returns:
-        The content of metrics.json.
+        What was stored.
     """
-    start = time.perf_counter()
     device = pick_device(config.device)
+    folder = embedded("classifier") if config.classifier == "digits" else Path(config.classifier)
+    network = open_features(config.features, folder, device)
+    return _evaluate_images(config, network, device) if config.images else _evaluate_run(config, network, device)
+
+
+def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
+    start = time.perf_counter()
     run = open_run(config.run, device)
     writable_folder(config.run, "run folder")
     spent = read_seconds(config.run)
     if "distill" not in spent or not (config.run / "versions.json").is_file():
         raise InputError(f"{config.run} lacks seconds.json or versions.json; run dd2 distill on it again, which writes them")
-    if config.features == "digits":
-        if run.teacher.tokenizer.image_shape != (1, 16, 16):
-            raise InputError(
-                f"features 'digits' reads 1 x 16 x 16 images, this run makes {run.teacher.tokenizer.image_shape}; "
-                "give your own feature function with --features module:function"
-            )
-        folder = embedded("classifier") if config.classifier == "digits" else Path(config.classifier)
-        network = digits_features(folder, device)
-    else:
-        network = user_features(config.features)
     for k in config.steps:
         first_redrawn_step(run.teacher.order, k)  # refuses before anything is drawn
-    samples = TeacherSamples.load(config.run / "teacher_samples")
-    marginal = MarginalSampler(samples.ids, samples.labels)
-    scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed)
-    numbers, images = scorer.run(run.generator, run.ar_diffusion, marginal, sorted({k for k in config.steps if k > 1}))
+    labels = run.teacher.backbone.num_labels
+    if config.count % labels and not config.allow_unbalanced:
+        raise InputError(
+            f"count {config.count} is no multiple of the {labels} labels, so the classes are unbalanced; choose another count, "
+            "or give --allow-unbalanced"
+        )
+    banks = config.run / "features"
+    scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, config.metrics)
+    reference = _reference(config, scorer, network, device, banks)
+    methods, digests = _methods(config, run, scorer)
+    numbers = scorer.run(methods, digests, reference)
+    if config.path_length:
+        numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
+    if rank() != 0:
+        return numbers
+    numbers |= speed_numbers(run.teacher, run.sampling, run.generator)
     seconds = {**spent, "evaluate": time.perf_counter() - start}
     seconds["total"] = sum(seconds.values())
+    decides = {key: value for key, value in flat(config).items() if key not in ("run", "device")}
     numbers |= {
         "seconds": seconds,
         "count": config.count,
         "features": network.name,
-        "evaluation": {key: value for key, value in flat(config).items() if key not in ("run", "device")},
+        "evaluation": {
+            **decides,
+            "reference": reference.described,
+            "images_per_label": config.count / labels,
+            "seeds": f"one per image, derived from {config.seed}",
+            "rounding": "uint8, round(127.5 x + 127.5)",
+            "sampling": {key.rpartition(".")[2]: value for key, value in flat(run.sampling).items()},
+            "decoding": "continuous tokens, and nearest codes in generator_nearest",
+        },
+        "warnings": warnings(config.count, len(reference.fits["pool"].mean), reference.described),
     }
     write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
-    write_report(config.run, numbers, images)
+    write_report(config.run, numbers, scorer.shown(methods))
     print(summary(numbers))
     print(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
+    if config.export is not None:
+        _export(config, scorer, methods["generator"])
     return numbers
 
 
-def summary(numbers: dict[str, Any]) -> str:
-    """The few numbers that matter, as a table for the terminal."""
-    lines = ["", f"{'':22}{'Fréchet':>10}{'teacher NLL':>14}{'accuracy':>10}"]
-    rows = {
-        "teacher (floor)": ("floor", "teacher"),
-        "AR-diffusion": ("ar_diffusion", "ar_diffusion"),
-        "generator": ("generator", "generator"),
-        "generator, nearest": ("generator_nearest", "generator_nearest"),
-        **{f"with the teacher, {k} steps": (few_steps(k), few_steps(k)) for k in numbers["evaluation"]["steps"] if k > 1},
-        "onestep* (independent)": ("onestep_marginal", "onestep_marginal"),
+def _methods(config: EvaluateConfig, run: FinishedRun, scorer: Scorer) -> tuple[dict[str, Any], dict[str, str | None]]:
+    samples = TeacherSamples.load(config.run / "teacher_samples")
+    further = sorted({k for k in config.steps if k > 1})
+    methods = scorer.methods(run.generator, run.ar_diffusion, MarginalSampler(samples.ids, samples.labels), further)
+    generator = weights_digest(run.generator.student)
+    digests: dict[str, str | None] = {name: generator for name in methods if name.startswith("generator")}
+    digests["onestep_marginal"] = f"{samples_identity(config.run / 'teacher_samples')} {len(samples.ids)}"
+    if run.ar_diffusion is not None:
+        digests["ar_diffusion"] = weights_digest(run.ar_diffusion.student)
+    return methods, digests
+
+
+def _reference(config: EvaluateConfig, scorer: Scorer, network: FeatureNetwork, device: torch.device, banks: Path) -> Reference:
+    if config.reference == "teacher":
+        return scorer.teacher_reference()
+    return open_reference(Path(config.reference), network, device, banks, config.batch)
+
+
+def _evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
+    assert config.images is not None
+    images = ImageSet(config.images)
+    if images.seeds is not None and len(set(images.seeds)) < len(images.seeds) and not config.allow_duplicates:
+        twice = len(images.seeds) - len(set(images.seeds))
+        raise InputError(
+            f"images {config.images}: {twice} of {len(images)} were drawn with a seed that another one has, so they may be "
+            "duplicates; draw them with a seed each, or give --allow-duplicates"
+        )
+    out = config.images.with_name(f"{config.images.name}.dd2")
+    writable_folder(out, "folder beside the images")
+    reference = open_reference(Path(config.reference), network, device, out / "features", config.batch)
+    bank = image_bank(images, network, device, out / "features", config.batch, images.digest())
+    found = scores(bank, reference, config.metrics, config.seed)
+    if rank() != 0:
+        return found
+    numbers = {
+        "metrics": {"images": found},
+        "count": len(images),
+        "features": network.name,
+        "evaluation": {"images": str(config.images), "reference": reference.described, "seed": config.seed},
+        "warnings": warnings(len(images), len(reference.fits["pool"].mean), reference.described),
     }
-    for title, (frechet, other) in rows.items():
-        if frechet in numbers["frechet"]:
-            accuracy = numbers["accuracy"].get(other)
-            shown = f"{accuracy:10.3f}" if accuracy is not None else f"{'':>10}"
-            lines.append(f"{title:22}{numbers['frechet'][frechet]:10.2f}{numbers['teacher_nll'][other]:14.1f}{shown}")
+    write_atomic(out / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    print("\n".join(f"{name:22}{value:12.4f}" for name, value in found.items()))
+    print(described(numbers))
+    print(f"wrote {out}/metrics.json")
+    return numbers
+
+
+def _export(config: EvaluateConfig, scorer: Scorer, generator: Any) -> None:
+    assert config.export is not None
+
+    def draw(index: torch.Tensor) -> torch.Tensor:
+        labels = scorer.teacher.backbone.default_labels(index).to(scorer.teacher.codebook.device)
+        return generator(labels, scorer.seeds("methods", index))[0]
+
+    order = torch.randperm(config.count, generator=torch.Generator().manual_seed(config.seed))
+    with torch.inference_mode():
+        export_npz(config.export, order, config.batch, draw)
+    print(f"wrote {config.count} shuffled images to {config.export}")
+
+
+def summary(numbers: dict[str, Any]) -> str:
+    """The few numbers that matter, as a table for the terminal, and what decides them."""
+    lines = ["", f"{'':24}{'Fréchet':>9}{'95 %':>8}{'prec.':>8}{'recall':>8}{'teacher NLL':>13}{'accuracy':>10}"]
+    rows = {
+        "teacher": "teacher (floor)" if numbers["evaluation"]["reference"].get("reference") == "teacher" else "teacher",
+        "ar_diffusion": "AR-diffusion",
+        "generator": "generator",
+        "generator_nearest": "generator, nearest",
+        **{few_steps(k): f"with the teacher, {k} steps" for k in numbers["evaluation"]["steps"] if k > 1},
+        "onestep_marginal": "onestep* (independent)",
+    }
+    for name, title in rows.items():
+        if name in numbers["metrics"]:
+            found = numbers["metrics"][name]
+            cells = [("frechet", 9, 2), ("frechet_95", 8, 2), ("precision", 8, 3), ("recall", 8, 3), ("teacher_nll", 13, 1)]
+            cells.append(("accuracy", 10, 3))
+            shown = "".join(f"{found[key]:{width}.{digits}f}" if key in found else " " * width for key, width, digits in cells)
+            lines.append(f"{title:24}{shown}")
     faster = f"{numbers['speedup_vs_teacher']:.1f} times faster than the teacher (batch {numbers['speedup_batch']})"
     lines.append(f"gap closed {numbers['gap_closed']:.3f}, {faster}")
+    lines.append(described(numbers))
     lines.append("")
     return "\n".join(lines)
+
+
+def described(numbers: dict[str, Any]) -> str:
+    """What decides the numbers, and what to beware of."""
+    reference = numbers["evaluation"]["reference"]
+    digest = f", SHA-256 {reference['sha256'][:12]}" if "sha256" in reference else ""
+    count = f", {reference['count']:,} images" if "count" in reference else ""
+    lines = [f"{numbers['count']:,} images against {reference['reference']}{count}{digest}; features: {numbers['features']}"]
+    return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

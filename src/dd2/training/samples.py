@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.files import write_atomic
@@ -94,10 +94,16 @@ class TeacherSamples:
 
 def fingerprint(teacher: Teacher) -> str:
     """Hash of the weights that decide what a teacher samples."""
+    # The standardisation is set from the samples, not the other way round.
+    return weights_digest(teacher.backbone, teacher.output, without="token_")
+
+
+def weights_digest(*modules: nn.Module, without: str = "\0") -> str:
+    """Hash of the modules' tensors, leaving out those whose names start with `without`."""
     digest = hashlib.sha256()
-    for module in (teacher.backbone, teacher.output):
+    for module in modules:
         for key, value in sorted(module.state_dict().items()):
-            if not key.startswith("token_"):  # the standardisation is set from the samples, not the other way round
+            if not key.startswith(without):
                 digest.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

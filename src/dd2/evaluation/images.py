@@ -1,0 +1,128 @@
+"""Anybody's images: a folder, a zip or an .npz, read one at a time."""
+
+import hashlib
+import io
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dd2.data.source import SUFFIXES
+from dd2.errors import InputError
+
+
+class ImageSet:
+    """Images of one size by index.
+
+    Args:
+        path: a folder or zip of images (in any subfolders), or an .npz with `arr_0`, uint8 NHWC.
+
+    Attributes:
+        seeds: of images that dd2 sample wrote, else None.
+
+    Raises:
+        InputError: there are no images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seeds: list[int] | None = None
+        self._array: np.ndarray | None = None
+        self._zip: zipfile.ZipFile | None = None
+        self._names: list[str] = []
+        if not path.exists():
+            raise InputError(f"images {path} do not exist; give a folder, a zip or an .npz")
+        if path.suffix == ".npz":
+            self._open_npz()
+        else:
+            self._open_names()
+        if not len(self):
+            raise InputError(f"images {path}: there are none in it ({', '.join(SUFFIXES)}, or arr_0 of an .npz)")
+
+    def __len__(self) -> int:
+        return len(self._array) if self._array is not None else len(self._names)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Images (B, channels, H, W) in [-1, 1] of indices (B,).
+
+        Raises:
+            InputError: one cannot be read, or their sizes differ.
+        """
+        if self._array is not None:
+            pixels = [np.array(self._array[int(i)]) for i in index]
+        else:
+            pixels = [self._decode(self._names[int(i)]) for i in index]
+        if len({p.shape for p in pixels}) > 1:
+            raise InputError(f"images {self.path} differ in size: {sorted({p.shape for p in pixels})}; bring them to one size")
+        stacked = torch.from_numpy(np.stack(pixels)).float() / 127.5 - 1
+        return stacked.permute(0, 3, 1, 2)
+
+    def digest(self) -> str:
+        """SHA-256 of the file, or of the names and contents of a folder."""
+        content = hashlib.sha256()
+        files = [self.path] if self.path.is_file() else [self.path / name for name in self._names]
+        for file in files:
+            if self.path.is_dir():
+                content.update(str(file.relative_to(self.path)).encode())
+            with open(file, "rb") as opened:
+                while block := opened.read(1 << 20):
+                    content.update(block)
+        return content.hexdigest()
+
+    def _open_npz(self) -> None:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if "arr_0.npy" not in archive.namelist():
+                    raise InputError(f"images {self.path}: no arr_0 in it, only {archive.namelist()}")
+                entry = archive.getinfo("arr_0.npy")
+                if "seeds.npy" in archive.namelist():
+                    with archive.open("seeds.npy") as file:
+                        self.seeds = [int(s) for s in np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)]
+            stored = entry.compress_type == zipfile.ZIP_STORED
+            array = _mapped(self.path, entry) if stored else np.load(self.path, allow_pickle=False)["arr_0"]
+        except (zipfile.BadZipFile, ValueError, OSError) as error:
+            raise InputError(f"images {self.path} cannot be read ({error}); give an .npz with arr_0, uint8 NHWC") from error
+        shape, kind = array.shape, array.dtype
+        if kind != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+            raise InputError(f"images {self.path}: arr_0 is {kind} {shape}, it must be uint8 (N, H, W, 1 or 3)")
+        self._array = array
+
+    def _open_names(self) -> None:
+        if self.path.is_dir():
+            names = [str(file.relative_to(self.path)) for file in self.path.rglob("*")]
+        else:
+            try:
+                self._zip = zipfile.ZipFile(self.path)
+            except zipfile.BadZipFile as error:
+                raise InputError(f"images {self.path} are neither a folder, a zip nor an .npz") from error
+            names = self._zip.namelist()
+        self._names = sorted(n for n in names if n.lower().endswith(SUFFIXES) and not Path(n).name.startswith("."))
+        seeds = [re.search(r"_seed(\d+)\.png$", name) for name in self._names]
+        if seeds and all(seeds):
+            self.seeds = [int(found[1]) for found in seeds if found]
+
+    def _decode(self, name: str) -> np.ndarray:
+        try:
+            raw = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+            with Image.open(io.BytesIO(raw)) as file:
+                image = file if file.mode in ("L", "RGB") else file.convert("RGB")
+                pixels = np.array(image)
+        except (UnidentifiedImageError, OSError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise InputError(f"images {self.path}: {name} cannot be read as an image; remove or replace it") from error
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:
+    """The array of an uncompressed .npz entry, mapped: 50,000 images of 256 pixels would be 10 GB."""
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+        file.seek(entry.header_offset + 30 + name_length + extra_length)
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, kind = read_header(file)
+        return np.memmap(path, dtype=kind, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")

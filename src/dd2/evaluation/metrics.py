@@ -1,0 +1,125 @@
+"""Every metric of one set of images against a reference, from features on disk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dd2.errors import InputError
+from dd2.evaluation.bank import Bank
+from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_distance
+from dd2.evaluation.inception_score import inception_score
+from dd2.evaluation.kid import kernel_distance
+from dd2.evaluation.neighbours import neighbour_scores
+from dd2.evaluation.reference import Reference, fit
+
+
+@dataclass(frozen=True)
+class MetricConfig:
+    """What is computed, and how."""
+
+    neighbours: int = 3
+    """K of precision, recall, density and coverage."""
+    splits: int = 10
+    """Splits of the inception score."""
+    kid_subsets: int = 100
+    """Pairs of subsets of KID."""
+    kid_size: int = 1000
+    """Images in each."""
+    halves: int = 10
+    """Random halves of the samples whose spread gives the 95 % interval of the Fréchet distance; 0 gives none."""
+    fid_infinity: bool = False
+    """Also extrapolate the Fréchet distance to infinitely many samples."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts without meaning."""
+        if min(self.neighbours, self.splits, self.kid_subsets) < 1 or self.kid_size < 2 or self.halves < 0 or self.halves % 2:
+            raise InputError("metrics: neighbours, splits, kid_subsets from 1, kid_size from 2, halves even and from 0")
+
+
+def scores(bank: Bank, reference: Reference, config: MetricConfig, seed: int = 0) -> dict[str, float]:
+    """The numbers of one set of images.
+
+    Returns:
+        "frechet" (FID for Inception) and, as far as network and reference allow, "frechet_95" (half width of the 95 % interval),
+        "frechet_infinity", "sfid", "inception_score" and its "_sd", "kid" and its "_sd", "precision", "recall", "density",
+        "coverage".
+    """
+    pool = bank.load("pool")
+    _same_size(pool, reference.fits["pool"])
+    found = {"frechet": frechet_distance(fit(bank, "pool"), reference.fits["pool"])}
+    if config.halves and len(pool) >= 8:
+        found["frechet_95"] = 1.96 * spread_of_halves(pool, reference.fits["pool"], config.halves, seed)
+    if config.fid_infinity:
+        found["frechet_infinity"] = frechet_infinity(pool, reference.fits["pool"], seed)
+    if "spatial" in bank.names() and "spatial" in reference.fits:
+        found["sfid"] = frechet_distance(fit(bank, "spatial"), reference.fits["spatial"])
+    if "probabilities" in bank.names():
+        splits = min(config.splits, len(pool))
+        found["inception_score"], found["inception_score_sd"] = inception_score(bank.load("probabilities"), splits, seed)
+    if reference.pool is not None:
+        found["kid"], found["kid_sd"] = kernel_distance(reference.pool, pool, config.kid_subsets, config.kid_size, seed)
+        if min(len(pool), len(reference.pool)) > config.neighbours:
+            near = neighbour_scores(reference.pool, pool, config.neighbours)
+            found |= {"precision": near.precision, "recall": near.recall, "density": near.density, "coverage": near.coverage}
+    return found
+
+
+def spread_of_halves(pool: Tensor, reference: GaussianFit, halves: int, seed: int) -> float:
+    """Standard deviation of the Fréchet distance over random halves of the samples.
+
+    A half drawn without replacement varies about its whole by as much as the whole about the truth, so this estimates the
+    whole's standard error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    distances = []
+    for _ in range(halves // 2):
+        order = torch.randperm(len(pool), generator=generator)
+        distances += [frechet_distance(_fit(pool[rows]), reference) for rows in order.chunk(2)]
+    return float(torch.tensor(distances, dtype=torch.float64).std())
+
+
+def frechet_infinity(pool: Tensor, reference: GaussianFit, seed: int, points: int = 15) -> float:
+    """The Fréchet distance extrapolated to infinitely many samples (Chong & Forsyth 2020, arXiv 1911.07023): at N samples it is
+    biased by about a constant / N, so a line in 1 / N is fitted through random subsets.
+    """
+    if len(pool) < 50:
+        raise InputError(f"extrapolating the Fréchet distance needs at least 50 images, got {len(pool)}")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.linspace(len(pool) / 10, len(pool), points).long()
+    values = [frechet_distance(_fit(pool[torch.randperm(len(pool), generator=generator)[:size]]), reference) for size in sizes]
+    x = torch.stack([torch.ones(points, dtype=torch.float64), 1 / sizes.double()], 1)
+    return float(torch.linalg.lstsq(x, torch.tensor(values, dtype=torch.float64).unsqueeze(1)).solution[0, 0])
+
+
+def within_class_spread(pool: Tensor, labels: Tensor) -> float:
+    """Mean over classes of the total variance of features: how varied the images of one class are."""
+    spreads = [pool[labels == c].double().var(0).sum() for c in labels.unique() if int((labels == c).sum()) > 1]
+    return float(torch.stack(spreads).mean()) if spreads else 0.0
+
+
+def warnings(count: int, features: int, reference: dict[str, Any]) -> list[str]:
+    """What a reader must know before comparing a number with a paper's."""
+    said = []
+    if count < 50_000 and reference.get("reference") != "teacher":
+        said.append(
+            f"{count:,} images: the Fréchet distance is biased upwards against the papers' 50,000 (--metrics.fid-infinity helps)"
+        )
+    if count <= features:
+        said.append(f"{count:,} images for {features:,} features: the covariance is singular, the distance says little")
+    return said
+
+
+def _fit(pool: Tensor) -> GaussianFit:
+    statistics = FeatureStatistics()
+    for part in pool.split(10_000):
+        statistics.add(part)
+    return statistics.fit()
+
+
+def _same_size(pool: Tensor, reference: GaussianFit) -> None:
+    if pool.shape[1] != len(reference.mean):
+        raise InputError(
+            f"the features have {pool.shape[1]} channels, the reference {len(reference.mean)}: it was made with another network"
+        )

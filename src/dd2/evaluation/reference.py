@@ -1,0 +1,119 @@
+"""What images are compared with: a teacher's samples, real images, or published statistics."""
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dd2.errors import InputError
+from dd2.evaluation.bank import Bank
+from dd2.evaluation.features import FeatureNetwork, read_features
+from dd2.evaluation.frechet import FeatureStatistics, GaussianFit
+from dd2.evaluation.images import ImageSet
+
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+"""Keys of ADM's reference files."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics, and features where there are images.
+
+    Attributes:
+        fits: "pool" and, where known, "spatial".
+        pool: (N, F) features for precision, recall and KID, or None where only statistics are known.
+        described: what it is, with its hash and count: printed beside every number.
+    """
+
+    fits: dict[str, GaussianFit]
+    pool: Tensor | None
+    described: dict[str, Any] = field(default_factory=dict)
+
+
+def of_bank(bank: Bank, described: dict[str, Any]) -> Reference:
+    """A reference from features on disk."""
+    fits = {name: fit(bank, name) for name in STATISTICS if name in bank.names()}
+    return Reference(fits, bank.load("pool"), described)
+
+
+def fit(bank: Bank, name: str) -> GaussianFit:
+    """Mean and covariance of a bank's features, file by file."""
+    statistics = FeatureStatistics()
+    for part in bank.stream(name):
+        statistics.add(part)
+    return statistics.fit()
+
+
+def open_reference(path: Path, network: FeatureNetwork, device: torch.device, cache: Path, batch: int) -> Reference:
+    """An .npz of statistics (ADM's keys), or images: folder, zip, .npz.
+
+    Features of images are kept in `cache` under the hash of images and network, and found there the next time.
+
+    Raises:
+        InputError: there is no such reference, or it cannot be read.
+    """
+    if path.suffix == ".npz" and path.is_file() and "mu.npy" in _names(path):
+        return _statistics(path, network, device, batch, cache)
+    images = ImageSet(path)
+    described = {"reference": str(path), "sha256": images.digest(), "count": len(images)}
+    return of_bank(image_bank(images, network, device, cache, batch, described["sha256"]), described)
+
+
+def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, root: Path, batch: int, digest: str) -> Bank:
+    """Features of somebody's images."""
+    identity = {"images": digest, "network": network.name}
+
+    def make(index: Tensor) -> dict[str, Tensor]:
+        return read_features(network, images[index].to(device))
+
+    return Bank.prepare(root, f"features of {images.path.name}", identity, len(images), batch, make)
+
+
+def statistics_file(reference: Reference) -> bytes:
+    """Statistics in ADM's format, as the bytes of an .npz."""
+    arrays: dict[str, Any] = {}
+    for name, keys in STATISTICS.items():
+        if name in reference.fits:
+            values = reference.fits[name].mean.numpy(), reference.fits[name].covariance.numpy()
+            arrays |= dict(zip(keys, values, strict=True))
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, described=np.array(json.dumps(reference.described)))
+    return buffer.getvalue()
+
+
+def _statistics(path: Path, network: FeatureNetwork, device: torch.device, batch: int, cache: Path) -> Reference:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            fits = {
+                name: GaussianFit(torch.from_numpy(content[mean]).double(), torch.from_numpy(content[covariance]).double())
+                for name, (mean, covariance) in STATISTICS.items()
+                if mean in content and covariance in content
+            }
+            made = json.loads(str(content["described"])) if "described" in content else {}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"reference {path} cannot be read ({error}); copy it again") from error
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    described = {**made, "reference": str(path), "sha256": digest}
+    if made.get("features", network.name) != network.name:
+        raise InputError(f"reference {path} was made with features {made['features']!r}, not {network.name!r}; make it again")
+    pool = None
+    if "arr_0.npy" in _names(path):  # ADM's files hold 10,000 images for precision and recall alone
+        images = ImageSet(path)
+        pool = image_bank(images, network, device, cache, batch, digest).load("pool")
+        described["images_for_precision_and_recall"] = len(images)
+    return Reference(fits, pool, described)
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"reference {path} cannot be read ({error}); copy it again") from error

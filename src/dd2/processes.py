@@ -1,0 +1,24 @@
+"""The processes of one job, as torchrun starts them; a plain start is one process."""
+
+import os
+
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() == 1:
+        return
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    dist.barrier()

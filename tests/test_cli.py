@@ -49,6 +49,7 @@ def run(tmp_path_factory, teacher_folder) -> Path:
 
 def refused(capsys, *arguments: object) -> str:
     """Run dd2, demand exit code 2 and one line, and return the line."""
+    capsys.readouterr()
     code = main([str(a) for a in arguments])
     errors = capsys.readouterr().err
     assert code == 2, errors
@@ -315,6 +316,31 @@ def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
     for name in ("samples.png", "curves.png"):
         with Image.open(run / name) as picture:
             assert min(picture.size) > 100
+
+
+def test_evaluate_extras(run, tmp_path, capsys):
+    """Few steps, path length, export; a second evaluation finds the features of the first."""
+    arguments = ["evaluate", str(run), "--count", "60", "--batch", "30", "--steps", "1", "3", "--path-length", "20"]
+    arguments += ["--export", str(tmp_path / "samples.npz"), "--metrics.fid-infinity"]
+    assert main(arguments) == 0
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert {"precision", "kid", "sfid", "frechet_95", "frechet_infinity", "teacher_nll"} <= numbers["metrics"][
+        "generator_3_steps"
+    ].keys()
+    assert numbers["path_length"]["generator"]["mean"] > 0
+    assert numbers["evaluation"]["reference"] == {"reference": "teacher", "count": 60}
+    exported = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert exported.shape == (60, 16, 16, 1)
+    assert exported.dtype == np.uint8
+    assert len(np.unique(exported.reshape(60, -1), axis=0)) > 50
+    banks = {file: file.stat().st_mtime_ns for file in (run / "features").rglob("*.safetensors")}
+    assert main(arguments) == 0
+    assert {file: file.stat().st_mtime_ns for file in (run / "features").rglob("*.safetensors")} == banks
+    assert "no multiple of the 3 labels" in refused(capsys, "evaluate", run, "--count", 61)
+    assert main(["evaluate", str(run), "--count", "61", "--allow-unbalanced"]) == 0
+    assert main(["reference", str(tmp_path / "samples.npz"), "--out", str(tmp_path / "r.npz")]) == 0
+    assert main(["evaluate", str(run), "--count", "60", "--reference", str(tmp_path / "r.npz")]) == 0
+    assert "warning: 60 images" in capsys.readouterr().out
 
 
 def test_users_features(run, tmp_path, monkeypatch):

@@ -87,9 +87,9 @@ def export_npz(path: Path, order: Tensor, batch: int, draw: Callable[[Tensor], T
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as file,
         ):
-            for part in order.split(batch):
+            for index, part in enumerate(order.split(batch)):
                 pixels = to_uint8(draw(part))
-                if file.tell() == 0:
+                if index == 0:
                     shape = (len(order), *pixels.shape[1:])
                     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 file.write(pixels.tobytes())

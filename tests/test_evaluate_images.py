@@ -1,0 +1,176 @@
+"""dd2 evaluate on anybody's images, references in every form, export, and two processes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dd2.checkpoints.runs import embedded
+from dd2.cli import main
+from dd2.data import digits
+from dd2.errors import InputError
+from dd2.evaluation import features as feature_module
+from dd2.evaluation.features import digits_features, inception_features, read_features
+from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
+from dd2.evaluation.images import ImageSet
+from dd2.images import export_npz, save_folder, save_npz, to_uint8
+
+
+def draw(seed: int, count: int = 200) -> Tensor:
+    return digits.batch("train", count, torch.Generator().manual_seed(seed))[0]
+
+
+def write(images: Tensor, path: Path) -> Path:
+    """As a folder, a zip or an .npz, by the ending."""
+    labels = [0] * len(images)
+    if path.suffix == ".npz":
+        save_npz(images, path, labels, list(range(len(images))))
+    elif path.suffix == ".zip":
+        folder = path.with_suffix("")
+        write(images, folder)
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, f"some/where/{file.name}")
+    else:
+        path.mkdir()
+        save_folder(images, path, labels, list(range(len(images))))
+    return path
+
+
+def evaluated(images: Path, reference: Path, *more: object) -> dict[str, float]:
+    arguments = ["evaluate", "--images", images, "--reference", reference, "--batch", 64, *more]
+    assert main([str(a) for a in arguments]) == 0
+    return json.loads((images.with_name(f"{images.name}.dd2") / "metrics.json").read_text())["metrics"]["images"]
+
+
+def test_the_distance_is_the_same_in_every_form(tmp_path, capsys):
+    a, b = draw(1), draw(2)
+    network = digits_features(embedded("classifier"), torch.device("cpu"))
+    fits = []
+    for images in (a, b):
+        statistics = FeatureStatistics()
+        statistics.add(read_features(network, images)["pool"])
+        fits.append(statistics.fit())
+    expected = frechet_distance(*fits)
+    references = [write(b, tmp_path / name) for name in ("ref", "ref2.zip", "ref3.npz")]
+    assert main(["reference", str(references[0]), "--out", str(tmp_path / "stats.npz")]) == 0
+    for name in ("a", "a2.zip", "a3.npz"):
+        images = write(a, tmp_path / name)
+        for reference in (*references, tmp_path / "stats.npz"):
+            assert evaluated(images, reference)["frechet"] == pytest.approx(expected, rel=1e-6)
+    found = evaluated(tmp_path / "a", references[0])
+    assert {"precision", "recall", "kid", "sfid", "inception_score", "frechet_95"} <= found.keys()
+    assert "precision" not in evaluated(tmp_path / "a", tmp_path / "stats.npz")  # statistics alone
+    with np.load(tmp_path / "stats.npz") as stats:
+        assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(stats.files)
+    assert "SHA-256" in capsys.readouterr().out
+
+
+def test_statistics_with_images_for_precision_and_recall(tmp_path):
+    """ADM's VIRTUAL files: statistics of the training set, and images that serve precision and recall alone."""
+    images, others = draw(1), draw(2)
+    write(images, tmp_path / "a")
+    write(others, tmp_path / "b")
+    assert main(["reference", str(tmp_path / "b"), "--out", str(tmp_path / "plain.npz")]) == 0
+    with np.load(tmp_path / "plain.npz") as stats:
+        np.savez(tmp_path / "virtual.npz", **{k: stats[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}, arr_0=to_uint8(others))
+    found, plain = evaluated(tmp_path / "a", tmp_path / "virtual.npz"), evaluated(tmp_path / "a", tmp_path / "b")
+    for name in ("frechet", "sfid", "precision", "recall"):
+        assert found[name] == pytest.approx(plain[name], rel=1e-5)
+
+
+def test_images_are_mapped_not_loaded(tmp_path):
+    images = draw(3, 20)
+    write(images, tmp_path / "a.npz")
+    opened = ImageSet(tmp_path / "a.npz")
+    assert isinstance(opened._array, np.memmap)
+    torch.testing.assert_close(opened[torch.tensor([3, 0])], images[[3, 0]], atol=1 / 127, rtol=0)
+    assert opened.seeds == list(range(20))
+    np.savez_compressed(tmp_path / "b.npz", arr_0=to_uint8(images))
+    assert torch.equal(ImageSet(tmp_path / "b.npz")[torch.arange(20)], opened[torch.arange(20)])
+    order = torch.randperm(20)
+    export_npz(tmp_path / "c.npz", order, 7, lambda index: images[index])
+    with np.load(tmp_path / "c.npz") as content:
+        assert np.array_equal(content["arr_0"], to_uint8(images)[order])
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert sum(line.startswith("dd2: ") for line in lines) == 1
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_bad_images_and_references(tmp_path, capsys):
+    a = write(draw(1, 12), tmp_path / "a.npz")
+    r = write(draw(2, 12), tmp_path / "r")
+    capsys.readouterr()
+    assert "images have no teacher" in refused(capsys, "evaluate", "--images", a)
+    assert "do not exist" in refused(capsys, "evaluate", "--images", tmp_path / "none", "--reference", r)
+    assert "do not exist" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "there are none in it" in refused(capsys, "evaluate", "--images", tmp_path / "empty", "--reference", r)
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((4, 16, 16, 1)))
+    assert "must be uint8" in refused(capsys, "evaluate", "--images", tmp_path / "float.npz", "--reference", r)
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    assert "no arr_0" in refused(capsys, "evaluate", "--images", tmp_path / "other.npz", "--reference", r)
+    (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
+    assert "cannot be read" in refused(capsys, "evaluate", "--images", tmp_path / "broken.npz", "--reference", r)
+    save_npz(draw(1, 12), tmp_path / "twice.npz", [0] * 12, [1] * 12)
+    assert "11 of 12 were drawn with a seed" in refused(capsys, "evaluate", "--images", tmp_path / "twice.npz", "--reference", r)
+    Image.new("L", (8, 8)).save(tmp_path / "r" / "small.png")
+    assert "differ in size" in refused(capsys, "evaluate", "--images", a, "--reference", r)
+    (tmp_path / "r" / "small.png").write_bytes(b"no picture")
+    assert "small.png cannot be read" in refused(capsys, "evaluate", "--images", a, "--reference", r)
+    colours = write(torch.zeros(5, 3, 8, 8), tmp_path / "colour.npz")
+    assert "reads 1 x 16 x 16" in refused(capsys, "evaluate", "--images", colours, "--reference", colours)
+    assert "out must end in .npz" in refused(capsys, "reference", a, "--out", tmp_path / "x.txt")
+
+
+class FakeInception(nn.Module):
+    """NVIDIA's file by its calls: uint8 pixels, features or unbiased probabilities."""
+
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        assert x.dtype == torch.uint8
+        pool = x.float().mean((2, 3)) / 255
+        return pool if return_features else (pool * 4).softmax(1)
+
+
+def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):
+    file = tmp_path / "inception-2015-12-05.pt"
+    with pytest.raises(InputError, match="do not exist"):
+        inception_features(file, torch.device("cpu"))
+    torch.jit.script(FakeInception()).save(str(file))
+    with pytest.raises(InputError, match="SHA-256"):
+        inception_features(file, torch.device("cpu"))
+    monkeypatch.setattr(feature_module, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    found = read_features(inception_features(file, torch.device("cpu")), torch.tensor([-1.0, 0.0, 1.2]).view(3, 1, 1, 1))
+    torch.testing.assert_close(found["pool"], torch.tensor([0.0, 128 / 255, 1.0]).view(3, 1).expand(-1, 3))
+    torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(3))
+
+
+def test_two_processes_make_the_same_numbers(tmp_path, monkeypatch):
+    a, r = write(draw(1, 300), tmp_path / "a.npz"), write(draw(2, 300), tmp_path / "r.npz")
+    script = tmp_path / "job.py"
+    lines = ["import sys", "import dd2.evaluation.bank as bank", "from dd2.cli import main", "bank.SHARD = 40"]
+    script.write_text("\n".join([*lines, "sys.exit(main(sys.argv[1:]))"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619", str(script)]
+    arguments = ["evaluate", "--images", str(a), "--reference", str(r), "--metrics.kid-subsets", "5"]
+    done = subprocess.run([*command, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    result = tmp_path / "a.npz.dd2" / "metrics.json"
+    assert result.exists(), done.stderr
+    two = json.loads(result.read_text())["metrics"]["images"]
+    (tmp_path / "a.npz").rename(tmp_path / "same.npz")
+    monkeypatch.setattr("dd2.evaluation.bank.SHARD", 40)
+    one = evaluated(tmp_path / "same.npz", r, "--metrics.kid-subsets", 5)
+    assert one == pytest.approx(two, rel=1e-6, abs=1e-6)

@@ -24,7 +24,7 @@ from dd2.evaluation.reference import fit
 from dd2.evaluation.score import Scorer
 from dd2.training.checkpoint import steps
 from dd2.training.metrics import MetricsLog
-from dd2.training.samples import TeacherSamples
+from dd2.training.samples import TeacherSamples, weights_digest
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -43,9 +43,11 @@ def main() -> None:
     reference = scorer.teacher_reference()
     methods = scorer.methods(run.generator, None, MarginalSampler(samples.ids, samples.labels))
 
+    student = run.generator.student
+
     def measure(title: str, name: str) -> dict[str, float]:
         seeds_of = "floor" if name == "teacher" else "methods"
-        bank = scorer.bank(title, methods[name], seeds_of, {"benchmark": title, "run": str(arguments.run.resolve())})
+        bank = scorer.bank(title, methods[name], seeds_of, {"title": title, "weights": weights_digest(run.teacher, student)})
         right = bank.load("probabilities").argmax(1) == bank.load("labels")
         return {
             "frechet": frechet_distance(fit(bank, "pool"), reference.fits["pool"]),
@@ -55,7 +57,6 @@ def main() -> None:
 
     teacher = measure("teacher", "teacher")
     floor, worst = teacher["frechet"], measure("onestep*", "onestep_marginal")["frechet"]
-    student = run.generator.student
     folder = arguments.run / "checkpoints" / "distill"
     seconds = {
         row["step"]: row["seconds"] for row in MetricsLog(arguments.run / "metrics.jsonl").rows() if row["stage"] == "distill"

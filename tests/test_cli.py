@@ -321,14 +321,16 @@ def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
 def test_evaluate_extras(run, tmp_path, capsys):
     """Few steps, path length, export; a second evaluation finds the features of the first."""
     arguments = ["evaluate", str(run), "--count", "60", "--batch", "30", "--steps", "1", "3", "--path-length", "20"]
-    arguments += ["--export", str(tmp_path / "samples.npz"), "--metrics.fid-infinity"]
+    arguments += ["--export", str(tmp_path / "samples.npz")]
     assert main(arguments) == 0
     numbers = json.loads((run / "metrics.json").read_text())
-    assert {"precision", "kid", "sfid", "frechet_95", "frechet_infinity", "teacher_nll"} <= numbers["metrics"][
-        "generator_3_steps"
-    ].keys()
+    assert {"precision", "kid", "sfid", "frechet_95", "teacher_nll"} <= numbers["metrics"]["generator_3_steps"].keys()
     assert numbers["path_length"]["generator"]["mean"] > 0
-    assert numbers["evaluation"]["reference"] == {"reference": "teacher", "count": 60}
+    assert numbers["evaluation"]["reference"]["reference"] == "teacher"
+    assert main(["reference", str(tmp_path / "samples.npz"), str(tmp_path / "stats.npz")]) == 0
+    fid_infinity = ["--count", 60, "--metrics.fid-infinity", "--reference", tmp_path / "stats.npz"]
+    assert "needs 256 images, got 60" in refused(capsys, "evaluate", run, *fid_infinity)
+    assert "path_length must be 0" in refused(capsys, "evaluate", run, "--path-length", 2)
     exported = np.load(tmp_path / "samples.npz")["arr_0"]
     assert exported.shape == (60, 16, 16, 1)
     assert exported.dtype == np.uint8
@@ -338,7 +340,7 @@ def test_evaluate_extras(run, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (run / "features").rglob("*.safetensors")} == banks
     assert "no multiple of the 3 labels" in refused(capsys, "evaluate", run, "--count", 61)
     assert main(["evaluate", str(run), "--count", "61", "--allow-unbalanced"]) == 0
-    assert main(["reference", str(tmp_path / "samples.npz"), "--out", str(tmp_path / "r.npz")]) == 0
+    assert main(["reference", str(tmp_path / "samples.npz"), str(tmp_path / "r.npz")]) == 0
     assert main(["evaluate", str(run), "--count", "60", "--reference", str(tmp_path / "r.npz")]) == 0
     assert "warning: 60 images" in capsys.readouterr().out
 

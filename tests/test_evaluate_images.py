@@ -134,16 +134,47 @@ def test_bad_images_and_references(tmp_path, capsys):
     assert "small.png cannot be read" in refused(capsys, "evaluate", "--images", a, "--reference", r)
     colours = write(torch.zeros(5, 3, 8, 8), tmp_path / "colour.npz")
     assert "reads 1 x 16 x 16" in refused(capsys, "evaluate", "--images", colours, "--reference", colours)
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
+    assert "both mu and sigma" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "half.npz")
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
+    assert "must be (F,) and (F, F)" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "odd.npz")
     assert "out must end in .npz" in refused(capsys, "reference", a, "--out", tmp_path / "x.txt")
 
 
 class FakeInception(nn.Module):
-    """NVIDIA's file by its calls: uint8 pixels, features or unbiased probabilities."""
+    """NVIDIA's file by its calls: pixels in 0 to 255, features or unbiased probabilities."""
 
     def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        assert x.dtype == torch.uint8
-        pool = x.float().mean((2, 3)) / 255
+        pool = x.mean((2, 3)) / 255
         return pool if return_features else (pool * 4).softmax(1)
+
+
+def test_grey_pictures_among_colour_ones_and_broken_archives(tmp_path, capsys):
+    (tmp_path / "mixed").mkdir()
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "mixed" / "a.png")
+    Image.new("L", (8, 8), 40).save(tmp_path / "mixed" / "b.png")
+    images = ImageSet(tmp_path / "mixed")
+    assert ((images[torch.tensor([1])] + 1) * 127.5).round().unique().tolist() == [40]
+    assert images[torch.tensor([0, 1])].shape == (2, 3, 8, 8)
+    Image.new("I;16", (8, 8), 4000).save(tmp_path / "mixed" / "0.png")
+    assert "16 bits" in refused(capsys, "evaluate", "--images", tmp_path / "mixed", "--reference", tmp_path / "mixed")
+    whole = write(draw(1, 8), tmp_path / "z.zip").read_bytes()
+    (tmp_path / "z.zip").write_bytes(whole[:200] + b"\0" * 100 + whole[300:])
+    assert "cannot be read" in refused(capsys, "evaluate", "--images", tmp_path / "z.zip", "--reference", tmp_path / "z.zip")
+
+
+def test_other_networks_and_sources_are_other_features(tmp_path, monkeypatch):
+    """Features on disk are not taken for those of an edited function."""
+    images, real = write(draw(1, 40), tmp_path / "a.npz"), write(draw(2, 40), tmp_path / "r")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for scale in (1, 2):
+        (tmp_path / "own.py").write_text(f"def f(images):\n    return {scale} * images.mean(-1).flatten(1)[:, 4:8]\n")
+        sys.modules.pop("own", None)
+        found.append(evaluated(images, real, "--features", "own:f")["frechet"])
+    sys.modules.pop("own", None)
+    assert found[1] == pytest.approx(4 * found[0], rel=1e-4)
 
 
 def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):

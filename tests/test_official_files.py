@@ -1,6 +1,7 @@
 """Official checkpoints as files: every layout loads, every defect is one clear error, dd2 convert and inspect."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ DEFECTS = {
     ),
     "levels": (lambda s: s | {"lvl_embed.weight": torch.zeros(10, 64)}, r"lvl_embed.weight has shape.*patch_nums"),
     "codebook": (lambda s: s | {"head.weight": torch.zeros(4096, 64)}, r"head.weight has shape.*another codebook"),
+    "rank": (lambda s: s | {"pos_1LC": torch.zeros(14, 64)}, r"pos_1LC has shape \(14, 64\), expected 3 dimensions"),
     "something else": (lambda s: {"conv1.weight": torch.zeros(3, 3)}, r"key pos_1LC is missing; is this a VAR transformer"),
     "empty": (lambda s: {}, r"holds no state dict"),
 }
@@ -187,7 +189,7 @@ def test_llamagen_layouts_and_arguments(tmp_path):
     statistics = {"quantize.codebook_used": torch.zeros(65536)}
     for index, (a, b) in enumerate(
         (
-            ({"model": gpt, "steps": 3}, {"model": vq | statistics}),
+            ({"model": gpt, "steps": 3, "args": Namespace(lr=1e-4)}, {"model": vq | statistics}),
             ({"ema": gpt}, {"ema": vq}),
             (gpt | {"freqs_cis": torch.zeros(3)}, vq),
         )

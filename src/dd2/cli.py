@@ -21,6 +21,7 @@ class Command:
     config: str
     function: str
     takes_run: bool = False
+    takes_out: bool = False
 
     def load(self) -> tuple[type, Callable[[Any], object]]:
         """The configuration class and the function."""
@@ -33,7 +34,7 @@ COMMANDS = {
     "distill": Command("distil a teacher into a one-step generator", "distill", "DistillConfig", "distill"),
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
-    "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True),
+    "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True, True),
     "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
     "convert llamagen": Command(
         "official LlamaGen files to a teacher folder", "convert", "ConvertLlamaGenConfig", "convert_llamagen"
@@ -103,6 +104,8 @@ def _dispatch(arguments: list[str]) -> int:
         positional.append(rest.pop(0))
     if command.takes_run and positional:
         rest = ["--run", positional.pop(0), *rest]
+    if command.takes_out and positional:
+        rest = ["--out", positional.pop(0), *rest]
     if len(positional) > 1:
         raise InputError(f"unexpected argument {positional[1]}; usage: {_usage(name)}")
     try:
@@ -127,7 +130,7 @@ def overview() -> str:
 
 
 def _usage(name: str) -> str:
-    run = " RUN" if COMMANDS[name].takes_run else ""
+    run = (" RUN" if COMMANDS[name].takes_run else "") + (" OUT" if COMMANDS[name].takes_out else "")
     return f"dd2 {name}{run} [CONFIG.yaml] [--field value ...]"
 
 

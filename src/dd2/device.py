@@ -1,18 +1,20 @@
 """Choosing the device by name."""
 
+import os
+
 import torch
 
 from dd2.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a configuration names; "auto" is CUDA where there is one.
+    """The device that a configuration names; "auto" is CUDA where there is one, and each process of torchrun its own.
 
     Raises:
         InputError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

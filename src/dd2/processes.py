@@ -1,6 +1,7 @@
 """The processes of one job, as torchrun starts them; a plain start is one process."""
 
 import os
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -20,5 +21,6 @@ def barrier() -> None:
     if world_size() == 1:
         return
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # Processes are as fast as their share of the images: waiting long is no fault.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
     dist.barrier()

@@ -14,6 +14,9 @@ from dd2.errors import InputError
 
 NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS, *llamagen.NESTS)
 
+NOT_PARAMETERS = ("freqs_cis", "token_mean", "token_std", "order.phi_weight", "order.phi_bias")
+"""Buffers that are not counted."""
+
 Reader = Callable[[Mapping[str, Tensor]], dict[str, str]]
 
 
@@ -94,5 +97,6 @@ def _sizes(sizes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _count(state: Mapping[str, Tensor]) -> dict[str, str]:
-    count = parameters(tuple(value.shape) for key, value in state.items() if not var.var_ignored(key))
+    made = (var.var_ignored, var.vqvae_ignored, llamagen.vq_ignored, lambda key: key.endswith(NOT_PARAMETERS))
+    count = parameters(tuple(value.shape) for key, value in state.items() if not any(is_made(key) for is_made in made))
     return {"parameters": f"{count:,} in {len(state)} tensors"}

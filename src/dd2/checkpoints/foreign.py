@@ -1,5 +1,6 @@
 """Reading other projects' checkpoints: files to state dicts, and state dicts to ours with every tensor accounted for."""
 
+import argparse
 import math
 import pickle
 import zipfile
@@ -61,7 +62,9 @@ def _read_file(file: Path, device: str) -> Mapping[str, Any]:
                 if device == "meta":
                     return {k: torch.empty(tensors.get_slice(k).get_shape(), device="meta") for k in tensors.keys()}  # noqa: SIM118
                 return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+        # LlamaGen's trainer keeps its argparse arguments beside the weights: plain data, which cannot run code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} is no checkpoint of plain tensors ({str(error).splitlines()[0]}); it is damaged, or it holds other Python "
@@ -126,12 +129,14 @@ def numbered(state: Iterable[str], before: str, after: str = ".") -> int:
     return len({index for index in seen if index.isdigit()})
 
 
-def need(state: Mapping[str, Tensor], key: str, what: str, cause: str) -> Tensor:
+def need(state: Mapping[str, Tensor], key: str, what: str, cause: str, ndim: int) -> Tensor:
     """A tensor from which sizes are read.
 
     Raises:
-        InputError: it is missing.
+        InputError: it is missing, or has another number of dimensions.
     """
+    if key in state and state[key].ndim != ndim:
+        raise InputError(f"{what}: key {key} has shape {tuple(state[key].shape)}, expected {ndim} dimensions; {cause}")
     if key not in state:
         raise InputError(f"{what}: key {key} is missing; {cause} (its keys are {_some(state)})")
     return state[key]

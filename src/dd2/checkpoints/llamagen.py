@@ -54,10 +54,10 @@ def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, imag
 def vq_config(state: Mapping[str, Tensor], image_size: int) -> VQConfig:
     """Sizes of LlamaGen's VQ model, read off its tensors."""
     cause = "is this a VQ model of LlamaGen, such as vq_ds16_c2i.pt?"
-    codes, code_dim = need(state, "quantize.embedding.weight", VQ, cause).shape
-    channels, image_channels = need(state, "encoder.conv_in.weight", VQ, cause).shape[:2]
+    codes, code_dim = need(state, "quantize.embedding.weight", VQ, cause, 2).shape
+    channels, image_channels = need(state, "encoder.conv_in.weight", VQ, cause, 4).shape[:2]
     levels = numbered(state, "encoder.conv_blocks.")
-    widths = [need(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", VQ, cause).shape[0] for i in range(levels)]
+    widths = [need(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", VQ, cause, 4).shape[0] for i in range(levels)]
     return VQConfig(
         codebook_size=codes,
         code_dim=code_dim,
@@ -66,7 +66,7 @@ def vq_config(state: Mapping[str, Tensor], image_size: int) -> VQConfig:
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         res_blocks=numbered(state, "encoder.conv_blocks.0.res."),
-        z_channels=need(state, "encoder.conv_out.weight", VQ, cause).shape[0],
+        z_channels=need(state, "encoder.conv_out.weight", VQ, cause, 4).shape[0],
     )
 
 
@@ -79,23 +79,23 @@ def gpt_config(state: Mapping[str, Tensor], grid: int, num_heads: int | None = N
         num_heads: see `load_llamagen`.
     """
     cause = "is this a transformer of LlamaGen, such as c2i_L_256.pt?"
-    width = need(state, "tok_embeddings.weight", GPT, cause).shape[1]
+    width = need(state, "tok_embeddings.weight", GPT, cause, 2).shape[1]
     heads = num_heads or HEADS.get(width)
     if not heads or width % heads:
         known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
         raise InputError(f"{GPT}: width {width} with {heads or 'unknown'} heads; give num_heads (released widths: {known})")
-    rows = need(state, "layers.0.attention.wqkv.weight", GPT, cause).shape[0]
+    rows = need(state, "layers.0.attention.wqkv.weight", GPT, cause, 2).shape[0]
     pairs = (rows - width) * heads // width  # keys and values together
     if pairs < 2 or pairs % 2 or rows != width + pairs * (width // heads):
         raise InputError(
             f"{GPT}: layers.0.attention.wqkv.weight has {rows} rows, which {heads} heads of width {width} cannot have"
         )
-    hidden = need(state, "layers.0.feed_forward.w1.weight", GPT, cause).shape[0]
+    hidden = need(state, "layers.0.feed_forward.w1.weight", GPT, cause, 2).shape[0]
     multiple = next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-int(8 * width / 3) // m) * m == hidden), None)
     if multiple is None:
         raise InputError(f"{GPT}: layers.0.feed_forward.w1.weight has {hidden} rows, not 8/3 of the width {width} rounded up")
     captions = state.get("cls_embedding.uncond_embedding")
-    classes = None if captions is not None else need(state, "cls_embedding.embedding_table.weight", GPT, cause)
+    classes = None if captions is not None else need(state, "cls_embedding.embedding_table.weight", GPT, cause, 2)
     return LlamaGenConfig(
         depth=numbered(state, "layers."),
         width=width,

@@ -41,6 +41,8 @@ def load_var(
     Raises:
         InputError: a file is missing or damaged, or a key is missing, extra or mis-shaped.
     """
+    if not patch_nums:
+        raise InputError("patch_nums are empty; give the sides of the token maps, e.g. 1,2,3,4,5,6,8,10,13,16")
     vqvae_state = read_state(vqvae, VQVAE_NESTS)
     state = read_state(transformer, TRANSFORMER_NESTS)
     _refuse_swapped(state, vqvae_state)
@@ -61,10 +63,10 @@ def load_var(
 def vqvae_config(state: Mapping[str, Tensor], patch_nums: Sequence[int]) -> MultiScaleConfig:
     """Sizes of VAR's VQVAE, read off its tensors."""
     what, cause = "VAR's VQVAE", "is this a VQVAE of VAR, such as vae_ch160v4096z32.pth?"
-    codes, code_dim = need(state, "quantize.embedding.weight", what, cause).shape
-    channels, image_channels = need(state, "encoder.conv_in.weight", what, cause).shape[:2]
+    codes, code_dim = need(state, "quantize.embedding.weight", what, cause, 2).shape
+    channels, image_channels = need(state, "encoder.conv_in.weight", what, cause, 4).shape[:2]
     levels = numbered(state, "encoder.down.")
-    widths = [need(state, f"encoder.down.{i}.block.0.conv1.weight", what, cause).shape[0] for i in range(levels)]
+    widths = [need(state, f"encoder.down.{i}.block.0.conv1.weight", what, cause, 4).shape[0] for i in range(levels)]
     convolutions = numbered(state, "quantize.quant_resi.qresi_ls.")
     if not convolutions:
         raise InputError(
@@ -79,7 +81,7 @@ def vqvae_config(state: Mapping[str, Tensor], patch_nums: Sequence[int]) -> Mult
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         res_blocks=numbered(state, "encoder.down.0.block."),
-        z_channels=need(state, "encoder.conv_out.weight", what, cause).shape[0],
+        z_channels=need(state, "encoder.conv_out.weight", what, cause, 4).shape[0],
         patch_nums=tuple(patch_nums),
         phi=convolutions,
     )
@@ -88,7 +90,7 @@ def vqvae_config(state: Mapping[str, Tensor], patch_nums: Sequence[int]) -> Mult
 def var_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> VARConfig:
     """Sizes and flags of a VAR transformer, read off its tensors."""
     what, cause = "VAR's transformer", "is this a VAR transformer, such as var_d16.pth?"
-    width = need(state, "pos_1LC", what, cause).shape[2]
+    width = need(state, "pos_1LC", what, cause, 3).shape[2]
     scale = state.get("blocks.0.attn.scale_mul_1H11")
     if scale is not None and num_heads not in (None, scale.shape[1]):
         raise InputError(f"{what}: num_heads {num_heads} was given, but blocks.0.attn.scale_mul_1H11 has {scale.shape[1]} heads")
@@ -96,13 +98,13 @@ def var_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> VAR
         raise InputError(
             f"{what}: without q/k norm the file does not tell its heads, and width {width} is no multiple of 64; give num_heads"
         )
-    hidden = need(state, "blocks.0.ffn.fc1.weight", what, cause).shape[0]
+    hidden = need(state, "blocks.0.ffn.fc1.weight", what, cause, 2).shape[0]
     return VARConfig(
         depth=numbered(state, "blocks."),
         width=width,
         heads=scale.shape[1] if scale is not None else num_heads or width // 64,
         mlp_ratio=hidden / width,
-        num_classes=need(state, "class_emb.weight", what, cause).shape[0] - 1,
+        num_classes=need(state, "class_emb.weight", what, cause, 2).shape[0] - 1,
         attn_l2_norm=scale is not None,
         shared_aln="shared_ada_lin.1.weight" in state,
     )

@@ -22,6 +22,9 @@ from dd2.progress import progress
 SHARD = 2000
 """Images per file."""
 
+FORMAT = 1
+"""Raise it when drawing or reading images changes, so that features of older code are not taken for the new code's."""
+
 Make = Callable[[Tensor], dict[str, Tensor]]
 """Indices (B,) of images -> what is kept of them, each (B, …) on the CPU."""
 
@@ -29,8 +32,8 @@ Make = Callable[[Tensor], dict[str, Tensor]]
 class Bank:
     """What was kept of `count` images."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    def __init__(self, files: list[Path], count: int) -> None:
+        self.files, self.count = files, count
 
     @classmethod
     def prepare(cls, root: Path, title: str, identity: dict[str, Any], count: int, batch: int, make: Make) -> "Bank":
@@ -44,6 +47,7 @@ class Bank:
             batch: images at a time.
             make: draws and reduces them.
         """
+        identity = {**identity, "format": FORMAT}
         key = json.dumps(identity, sort_keys=True, default=str)
         folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ class Bank:
                     write_atomic(file, save({name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
                 bar.update(stop - start)
         barrier()
-        return cls(files)
+        return cls(files, count)
 
     def names(self) -> set[str]:
         """What is kept."""

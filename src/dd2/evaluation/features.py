@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.evaluation.classifier import load_classifier
+from dd2.training.samples import weights_digest
 
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 """Of inception-2015-12-05.pt as NVIDIA publishes it: ADM's network as TorchScript, resize included."""
@@ -30,11 +31,13 @@ class FeatureNetwork:
 
     Attributes:
         name: printed beside every number made with it.
-        read: images (B, channels, H, W) in [-1, 1], on the uint8 grid, -> features.
+        digest: hash of the weights or of the user's source; features on disk are found again under it.
+        read: images (B, channels, H, W) in [-1, 1] -> features.
         knows_labels: whether the most probable class is a label of the evaluated model, so that accuracy means something.
     """
 
     name: str
+    digest: str
     read: Callable[[Tensor], Features]
     knows_labels: bool = False
 
@@ -72,7 +75,7 @@ def digits_features(folder: Path, device: torch.device) -> FeatureNetwork:
         probabilities = classifier.output(pool).softmax(-1)
         return {"pool": pool, "spatial": maps[:, :SPATIAL_CHANNELS].flatten(1), "probabilities": probabilities}
 
-    return FeatureNetwork("digits classifier, penultimate layer", read, knows_labels=True)
+    return FeatureNetwork("digits classifier, penultimate layer", weights_digest(classifier), read, knows_labels=True)
 
 
 def inception_features(file: Path, device: torch.device) -> FeatureNetwork:
@@ -94,17 +97,19 @@ def inception_features(file: Path, device: torch.device) -> FeatureNetwork:
     network = torch.jit.load(str(file), map_location=device).eval()
 
     def read(images: Tensor) -> Features:
-        pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+        # Floats in [0, 255]: `read_features` has rounded them; a path length must not.
+        pixels = ((images + 1) * 127.5).clamp(0, 255)
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         return {"pool": network(pixels, return_features=True), "probabilities": network(pixels, no_output_bias=True)}
 
-    return FeatureNetwork(f"Inception of ADM (TorchScript, SHA-256 {digest[:12]})", read)
+    return FeatureNetwork("Inception of ADM (inception-2015-12-05.pt)", digest, read)
 
 
 def user_features(spec: str) -> FeatureNetwork:
     """A function `module:function` of the user's, found in the current folder or among installed packages.
 
-    It maps images (B, channels, H, W) in [-1, 1] to (B, F), or to a dictionary of `Features`.
+    It maps images (B, channels, H, W) in [-1, 1] to (B, F), or to a dictionary of `Features`. Features on disk are kept under
+    the hash of the module's file: weights that it loads from elsewhere should be named there.
 
     Raises:
         InputError: there is no such module or function.
@@ -127,7 +132,9 @@ def user_features(spec: str) -> FeatureNetwork:
         found: Any = called(images)
         return dict(found) if isinstance(found, Mapping) else {"pool": found}
 
-    return FeatureNetwork(spec, read)
+    source = getattr(module, "__file__", None)
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else spec
+    return FeatureNetwork(spec, digest, read)
 
 
 def on_uint8_grid(images: Tensor) -> Tensor:
@@ -135,8 +142,9 @@ def on_uint8_grid(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
 
 
+@torch.no_grad()
 def read_features(network: FeatureNetwork, images: Tensor) -> Features:
-    """Features of a batch, checked and on the CPU in float32.
+    """Features of a batch, rounded to bytes first, checked and on the CPU in float32.
 
     Raises:
         InputError: the network gives something else than features, or numbers that are not finite.

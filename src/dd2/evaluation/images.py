@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,19 @@ from torch import Tensor
 from dd2.data.source import SUFFIXES
 from dd2.errors import InputError
 
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
+"""What reading a damaged, encrypted or foreign picture or archive raises."""
+
 
 class ImageSet:
     """Images of one size by index.
@@ -22,6 +36,7 @@ class ImageSet:
         path: a folder or zip of images (in any subfolders), or an .npz with `arr_0`, uint8 NHWC.
 
     Attributes:
+        shape: (H, W, channels) of the first; grey ones among colour images are spread to three channels.
         seeds: of images that dd2 sample wrote, else None.
 
     Raises:
@@ -42,6 +57,8 @@ class ImageSet:
             self._open_names()
         if not len(self):
             raise InputError(f"images {path}: there are none in it ({', '.join(SUFFIXES)}, or arr_0 of an .npz)")
+        first = np.array(self._array[0]) if self._array is not None else self._decode(self._names[0])
+        self.shape: tuple[int, ...] = first.shape
 
     def __len__(self) -> int:
         return len(self._array) if self._array is not None else len(self._names)
@@ -56,21 +73,26 @@ class ImageSet:
             pixels = [np.array(self._array[int(i)]) for i in index]
         else:
             pixels = [self._decode(self._names[int(i)]) for i in index]
-        if len({p.shape for p in pixels}) > 1:
-            raise InputError(f"images {self.path} differ in size: {sorted({p.shape for p in pixels})}; bring them to one size")
+        height, width, channels = self.shape
+        for i, p in zip(index, pixels, strict=True):
+            if p.shape[:2] != (height, width):
+                size, first = f"{p.shape[1]} x {p.shape[0]}", f"{width} x {height}"
+                raise InputError(
+                    f"images {self.path} differ in size: number {int(i)} is {size}, the first {first}; bring them to one"
+                )
+        pixels = [np.broadcast_to(p, (height, width, channels)) if channels == 3 else p for p in pixels]
+        if any(p.shape[2] != channels for p in pixels):
+            raise InputError(f"images {self.path}: the first is grey, others are in colour; make all of them colour")
         stacked = torch.from_numpy(np.stack(pixels)).float() / 127.5 - 1
         return stacked.permute(0, 3, 1, 2)
 
     def digest(self) -> str:
         """SHA-256 of the file, or of the names and contents of a folder."""
+        if self.path.is_file():
+            return file_digest(self.path)
         content = hashlib.sha256()
-        files = [self.path] if self.path.is_file() else [self.path / name for name in self._names]
-        for file in files:
-            if self.path.is_dir():
-                content.update(str(file.relative_to(self.path)).encode())
-            with open(file, "rb") as opened:
-                while block := opened.read(1 << 20):
-                    content.update(block)
+        for name in self._names:
+            content.update(f"{name} {file_digest(self.path / name)}\n".encode())
         return content.hexdigest()
 
     def _open_npz(self) -> None:
@@ -84,7 +106,9 @@ class ImageSet:
                         self.seeds = [int(s) for s in np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)]
             stored = entry.compress_type == zipfile.ZIP_STORED
             array = _mapped(self.path, entry) if stored else np.load(self.path, allow_pickle=False)["arr_0"]
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
+        except InputError:
+            raise
+        except READ_ERRORS as error:
             raise InputError(f"images {self.path} cannot be read ({error}); give an .npz with arr_0, uint8 NHWC") from error
         shape, kind = array.shape, array.dtype
         if kind != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
@@ -109,11 +133,24 @@ class ImageSet:
         try:
             raw = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
             with Image.open(io.BytesIO(raw)) as file:
+                if file.mode.startswith("I"):
+                    raise InputError(f"images {self.path}: {name} has 16 bits a channel; convert it to 8")
                 image = file if file.mode in ("L", "RGB") else file.convert("RGB")
                 pixels = np.array(image)
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except InputError:
+            raise
+        except READ_ERRORS as error:
             raise InputError(f"images {self.path}: {name} cannot be read as an image; remove or replace it") from error
         return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file of any size."""
+    content = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
 
 
 def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:

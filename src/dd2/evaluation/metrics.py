@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from dd2.errors import InputError
@@ -50,7 +51,9 @@ def scores(bank: Bank, reference: Reference, config: MetricConfig, seed: int = 0
     _same_size(pool, reference.fits["pool"])
     found = {"frechet": frechet_distance(fit(bank, "pool"), reference.fits["pool"])}
     if config.halves and len(pool) >= 8:
-        found["frechet_95"] = 1.96 * spread_of_halves(pool, reference.fits["pool"], config.halves, seed)
+        # A half and its complement vary together: as many degrees of freedom as pairs.
+        quantile = float(stats.t.ppf(0.975, config.halves // 2))
+        found["frechet_95"] = quantile * spread_of_halves(pool, reference.fits["pool"], config.halves, seed)
     if config.fid_infinity:
         found["frechet_infinity"] = frechet_infinity(pool, reference.fits["pool"], seed)
     if "spatial" in bank.names() and "spatial" in reference.fits:
@@ -84,13 +87,19 @@ def frechet_infinity(pool: Tensor, reference: GaussianFit, seed: int, points: in
     """The Fréchet distance extrapolated to infinitely many samples (Chong & Forsyth 2020, arXiv 1911.07023): at N samples it is
     biased by about a constant / N, so a line in 1 / N is fitted through random subsets.
     """
-    if len(pool) < 50:
-        raise InputError(f"extrapolating the Fréchet distance needs at least 50 images, got {len(pool)}")
+    check_extrapolation(len(pool), pool.shape[1])
+    smallest = max(len(pool) // 10, 2 * pool.shape[1])  # below, covariances are singular and the bias is no line
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.linspace(len(pool) / 10, len(pool), points).long()
+    sizes = torch.linspace(smallest, len(pool), points).long()
     values = [frechet_distance(_fit(pool[torch.randperm(len(pool), generator=generator)[:size]]), reference) for size in sizes]
     x = torch.stack([torch.ones(points, dtype=torch.float64), 1 / sizes.double()], 1)
     return float(torch.linalg.lstsq(x, torch.tensor(values, dtype=torch.float64).unsqueeze(1)).solution[0, 0])
+
+
+def check_extrapolation(count: int, features: int) -> None:
+    """Refuse `frechet_infinity` of too few images."""
+    if count < 4 * features:
+        raise InputError(f"--metrics.fid-infinity with {features} features needs {4 * features} images, got {count}")
 
 
 def within_class_spread(pool: Tensor, labels: Tensor) -> float:

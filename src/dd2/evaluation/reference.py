@@ -1,6 +1,5 @@
 """What images are compared with: a teacher's samples, real images, or published statistics."""
 
-import hashlib
 import io
 import json
 import zipfile
@@ -16,10 +15,14 @@ from dd2.errors import InputError
 from dd2.evaluation.bank import Bank
 from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.frechet import FeatureStatistics, GaussianFit
-from dd2.evaluation.images import ImageSet
+from dd2.evaluation.images import READ_ERRORS, ImageSet, file_digest
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Keys of ADM's reference files."""
+
+
+LARGEST_POOL = 50_000
+"""Images that nearest neighbours are looked for among; the time grows with its square."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ class Reference:
 
 
 def of_bank(bank: Bank, described: dict[str, Any]) -> Reference:
-    """A reference from features on disk."""
+    """A reference from features on disk; at most `LARGEST_POOL` images, evenly spaced, serve precision, recall and KID."""
     fits = {name: fit(bank, name) for name in STATISTICS if name in bank.names()}
-    return Reference(fits, bank.load("pool"), described)
+    kept = -(-bank.count // LARGEST_POOL)  # every kept-th
+    pool = torch.cat([part[::kept] for part in bank.stream("pool")])
+    return Reference(fits, pool, {**described, "images_for_precision_and_recall": len(pool)})
 
 
 def fit(bank: Bank, name: str) -> GaussianFit:
@@ -68,7 +73,7 @@ def open_reference(path: Path, network: FeatureNetwork, device: torch.device, ca
 
 def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, root: Path, batch: int, digest: str) -> Bank:
     """Features of somebody's images."""
-    identity = {"images": digest, "network": network.name}
+    identity = {"images": digest, "network": [network.name, network.digest]}
 
     def make(index: Tensor) -> dict[str, Tensor]:
         return read_features(network, images[index].to(device))
@@ -97,18 +102,33 @@ def _statistics(path: Path, network: FeatureNetwork, device: torch.device, batch
                 if mean in content and covariance in content
             }
             made = json.loads(str(content["described"])) if "described" in content else {}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*READ_ERRORS, KeyError) as error:
         raise InputError(f"reference {path} cannot be read ({error}); copy it again") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    _check_statistics(path, fits)
+    digest = file_digest(path)
     described = {**made, "reference": str(path), "sha256": digest}
-    if made.get("features", network.name) != network.name:
-        raise InputError(f"reference {path} was made with features {made['features']!r}, not {network.name!r}; make it again")
+    if made.get("features_digest", network.digest) != network.digest:
+        raise InputError(
+            f"reference {path} was made with other features ({made.get('features')}), not {network.name}; make it again"
+        )
     pool = None
     if "arr_0.npy" in _names(path):  # ADM's files hold 10,000 images for precision and recall alone
         images = ImageSet(path)
         pool = image_bank(images, network, device, cache, batch, digest).load("pool")
         described["images_for_precision_and_recall"] = len(images)
     return Reference(fits, pool, described)
+
+
+def _check_statistics(path: Path, fits: dict[str, GaussianFit]) -> None:
+    if "pool" not in fits:
+        raise InputError(f"reference {path} needs both mu and sigma; make it with dd2 reference")
+    for name, (mean, covariance) in STATISTICS.items():
+        if name in fits:
+            shapes = tuple(fits[name].mean.shape), tuple(fits[name].covariance.shape)
+            if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+                raise InputError(f"reference {path}: {mean} {shapes[0]} and {covariance} {shapes[1]} must be (F,) and (F, F)")
+            if not (torch.isfinite(fits[name].mean).all() and torch.isfinite(fits[name].covariance).all()):
+                raise InputError(f"reference {path}: {mean} or {covariance} holds NaN or infinity; make it again")
 
 
 def _names(path: Path) -> list[str]:

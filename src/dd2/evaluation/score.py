@@ -160,7 +160,8 @@ class Scorer:
             @torch.inference_mode()
             def features_of(noise: Tensor, labels: Tensor, nearest: bool = nearest) -> Tensor:
                 tokens = generator.student.as_generator(noise, self._cond(labels))
-                return self.network.read(generator.decode(tokens, nearest).float())["pool"]  # not rounded: ε is small
+                images = generator.decode(tokens, nearest).float().clamp(-1, 1)
+                return self.network.read(images)["pool"]  # not rounded to bytes: ε is small
 
             mean, error = path_length(
                 features_of, shape, labels, self.seeds("path length", index), epsilon=epsilon, batch=max(1, self.batch // 2)
@@ -200,7 +201,7 @@ class Scorer:
             "captions": teacher.backbone.captions_digest(),
             "sampling": asdict(self.sampling),
             "seeds": [seeds_of, self.seed],
-            "network": self.network.name,
+            "network": [self.network.name, self.network.digest],
         }
 
 
@@ -221,7 +222,7 @@ def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     span = frechet["onestep_marginal"] - frechet["floor"]
     return {
         "frechet": frechet,
-        "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span,
+        "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span if span else float("nan"),
         "teacher_nll": {name: values["teacher_nll"] for name, values in found.items()},
         "teacher_nll_standard_error": {name: values["teacher_nll_se"] for name, values in found.items()},
         "accuracy": {name: values["accuracy"] for name, values in found.items() if "accuracy" in values},

@@ -17,16 +17,18 @@ SPEED_BATCHES = (16, 1, 256)
 
 
 @torch.inference_mode()
-def speed_numbers(teacher: Teacher, sampling: Sampling, generator: Generator) -> dict[str, Any]:
+def speed_numbers(teacher: Teacher, sampling: Sampling, generator: Generator, largest: int) -> dict[str, Any]:
     """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process.
 
     The ratio falls as the batch grows: at large batches both are bound by arithmetic, of which one pass has hardly
-    less than n cached steps; at small ones the teacher waits n times for the next token.
+    less than n cached steps; at small ones the teacher waits n times for the next token. Batches above `largest`, the
+    evaluation's own, are left out: they may not fit.
     """
-    by_batch = {size: _seconds(teacher, sampling, generator, size) for size in SPEED_BATCHES}
+    sizes = [size for size in SPEED_BATCHES if size <= max(largest, 1)]
+    by_batch = {size: _seconds(teacher, sampling, generator, size) for size in sizes}
     return {
-        "speedup_vs_teacher": by_batch[SPEED_BATCHES[0]]["teacher"] / by_batch[SPEED_BATCHES[0]]["generator"],
-        "speedup_batch": SPEED_BATCHES[0],
+        "speedup_vs_teacher": by_batch[sizes[0]]["teacher"] / by_batch[sizes[0]]["generator"],
+        "speedup_batch": sizes[0],
         "speed": [
             {"batch": size, "speedup": taken["teacher"] / taken["generator"], "seconds_per_image": taken}
             for size, taken in by_batch.items()

@@ -11,6 +11,7 @@ from dd2.checkpoints.runs import open_teacher
 from dd2.data.source import open_data
 from dd2.data.tokenise import tokenise
 from dd2.device import pick_device
+from dd2.errors import InputError
 from dd2.jobs.run_folder import start_run
 from dd2.stages.adapt import adapt_loss, adapted_copy, compare, fit_loss, input_layer, table_of
 from dd2.stages.recipe import AdaptConfig
@@ -58,10 +59,29 @@ def adapt_job(config: AdaptJobConfig) -> Path:
     """
     device = pick_device(config.device)
     original = open_teacher(config.teacher, device, config.captions)
-    adapted_copy(original)  # refuses teachers that need no adaptation, before a run folder exists
+    check_adaptation(original, config.adapt)
     hint = start_run(config.out, config, "adapt")
     adapt(original, config.adapt, Trainer(config.out, config.seed, config.loop, device, hint))
+    print(f"wrote teacher folder {config.out / 'teacher'}")
     return config.out / "teacher"
+
+
+def check_adaptation(original: Teacher, config: AdaptConfig) -> None:
+    """Refuse what stage 0 cannot use, before a run folder exists.
+
+    Raises:
+        InputError: the teacher needs no adaptation, its captions are missing, or the images do not go with it.
+    """
+    adapted_copy(original)
+    captions = original.backbone.captions_digest()
+    if config.data != "teacher":
+        channels, size, _ = original.tokenizer.image_shape
+        classes, labels = open_data(config.data, size, channels).num_classes, original.backbone.num_labels
+        if captions or classes != labels:
+            what = "captions" if captions else f"{labels} classes"
+            raise InputError(
+                f"adapt.data {config.data} has {classes} classes, the teacher has {what}: they must be the same classes"
+            )
 
 
 def adapt(original: Teacher, config: AdaptConfig, trainer: Trainer) -> tuple[Teacher, float]:

@@ -12,7 +12,7 @@ from dd2.checkpoints.runs import open_teacher
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import write_atomic
-from dd2.jobs.adapt import adapt
+from dd2.jobs.adapt import adapt, check_adaptation
 from dd2.jobs.run_folder import start_run
 from dd2.stages.align import load_average
 from dd2.stages.recipe import AdaptConfig, AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
@@ -81,6 +81,11 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     """
     device = pick_device(config.device)
     teacher = open_teacher(config.teacher, device, config.captions)
+    teacher.backbone.captions_digest()  # refuses missing captions, and the next two lines what else the teacher cannot use,
+    for sampling in (config.tune.sampling, config.distill.sampling):  # before a run folder exists
+        teacher.cfg_weights(sampling)
+    if not teacher.backbone.continuous:
+        check_adaptation(teacher, config.adapt)
     hint = start_run(config.out, config, "distill")
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
     seconds = read_seconds(config.out)

@@ -13,9 +13,9 @@ from dd2.checkpoints.runs import FinishedRun, embedded, open_run
 from dd2.config import flat
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.evaluation.features import FeatureNetwork, open_features
+from dd2.evaluation.features import FeatureNetwork, open_features, read_features
 from dd2.evaluation.images import ImageSet
-from dd2.evaluation.metrics import MetricConfig, scores, warnings
+from dd2.evaluation.metrics import MetricConfig, check_extrapolation, scores, warnings
 from dd2.evaluation.reference import Reference, image_bank, open_reference
 from dd2.evaluation.report import write_report
 from dd2.evaluation.score import Scorer, few_steps
@@ -23,7 +23,7 @@ from dd2.evaluation.speed import speed_numbers
 from dd2.files import writable_folder, write_atomic
 from dd2.images import export_npz
 from dd2.jobs.distill import read_seconds
-from dd2.processes import rank
+from dd2.processes import barrier, rank
 from dd2.sampling import first_redrawn_step
 from dd2.training.samples import TeacherSamples, samples_identity, weights_digest
 
@@ -42,7 +42,7 @@ class EvaluateConfig:
     run: Path = Path()
     """Run folder of dd2 distill."""
     images: Path | None = None
-    """Score these images instead of a run: a folder, a zip, or an .npz with arr_0 (uint8 NHWC). Needs a reference."""
+    """Score all of these images instead of a run: a folder, a zip, or an .npz with arr_0 (uint8 NHWC). Needs a reference."""
     reference: str = "teacher"
     """"teacher"; statistics (ADM's .npz, or made by dd2 reference); or images: a folder, zip or .npz."""
     count: int = 10_000
@@ -74,8 +74,14 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts too small for a covariance, and requests that contradict each other."""
-        if self.count < 2 or self.batch < 1 or self.path_length < 0:
+        if self.count < 2 or self.batch < 1:
             raise InputError(f"count must be at least 2 and batch at least 1, got {self.count} and {self.batch}")
+        if self.path_length < 0 or 0 < self.path_length < 3 or not 0 < self.epsilon < 1:
+            raise InputError(
+                f"path_length must be 0 or at least 3 and epsilon in (0, 1), got {self.path_length} and {self.epsilon}"
+            )
+        if self.images is not None and (self.path_length or self.steps != (1,)):
+            raise InputError("path_length and steps need a run: images alone cannot be drawn again")
         if self.images is not None and self.reference == "teacher":
             raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
         if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):
@@ -112,13 +118,20 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     banks = config.run / "features"
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, config.metrics)
     reference = _reference(config, scorer, network, device, banks)
+    channels = len(reference.fits["pool"].mean)
+    if config.metrics.fid_infinity:
+        check_extrapolation(config.count, channels)
+    found = read_features(network, torch.zeros(2, *run.teacher.tokenizer.image_shape, device=device))["pool"].shape[1]
+    if found != channels:  # before anything is drawn
+        raise InputError(f"the features have {found} channels, the reference {channels}: it was made with another network")
     methods, digests = _methods(config, run, scorer)
     numbers = scorer.run(methods, digests, reference)
     if config.path_length:
         numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
+    barrier()  # speed is measured when the other processes rest
     if rank() != 0:
         return numbers
-    numbers |= speed_numbers(run.teacher, run.sampling, run.generator)
+    numbers |= speed_numbers(run.teacher, run.sampling, run.generator, config.batch)
     seconds = {**spent, "evaluate": time.perf_counter() - start}
     seconds["total"] = sum(seconds.values())
     decides = {key: value for key, value in flat(config).items() if key not in ("run", "device")}
@@ -126,6 +139,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "seconds": seconds,
         "count": config.count,
         "features": network.name,
+        "features_digest": network.digest,
         "evaluation": {
             **decides,
             "reference": reference.described,
@@ -166,17 +180,19 @@ def _reference(config: EvaluateConfig, scorer: Scorer, network: FeatureNetwork, 
 
 def _evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
     assert config.images is not None
-    images = ImageSet(config.images)
+    path = config.images.resolve()
+    images = ImageSet(path)
     if images.seeds is not None and len(set(images.seeds)) < len(images.seeds) and not config.allow_duplicates:
         twice = len(images.seeds) - len(set(images.seeds))
         raise InputError(
             f"images {config.images}: {twice} of {len(images)} were drawn with a seed that another one has, so they may be "
             "duplicates; draw them with a seed each, or give --allow-duplicates"
         )
-    out = config.images.with_name(f"{config.images.name}.dd2")
+    out = path.with_name(f"{path.name}.dd2")
     writable_folder(out, "folder beside the images")
+    digest = images.digest()
     reference = open_reference(Path(config.reference), network, device, out / "features", config.batch)
-    bank = image_bank(images, network, device, out / "features", config.batch, images.digest())
+    bank = image_bank(images, network, device, out / "features", config.batch, digest)
     found = scores(bank, reference, config.metrics, config.seed)
     if rank() != 0:
         return found
@@ -184,7 +200,15 @@ def _evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: to
         "metrics": {"images": found},
         "count": len(images),
         "features": network.name,
-        "evaluation": {"images": str(config.images), "reference": reference.described, "seed": config.seed},
+        "features_digest": network.digest,
+        "evaluation": {
+            **{key: value for key, value in flat(config).items() if key.startswith(("metrics.", "seed", "features"))},
+            "images": str(path),
+            "sha256": digest,
+            "seeds": "unknown" if images.seeds is None else f"{len(set(images.seeds))} different ones",
+            "reference": reference.described,
+            "rounding": "uint8, as stored",
+        },
         "warnings": warnings(len(images), len(reference.fits["pool"].mean), reference.described),
     }
     write_atomic(out / "metrics.json", json.dumps(numbers, indent=2) + "\n")
@@ -237,5 +261,11 @@ def described(numbers: dict[str, Any]) -> str:
     reference = numbers["evaluation"]["reference"]
     digest = f", SHA-256 {reference['sha256'][:12]}" if "sha256" in reference else ""
     count = f", {reference['count']:,} images" if "count" in reference else ""
-    lines = [f"{numbers['count']:,} images against {reference['reference']}{count}{digest}; features: {numbers['features']}"]
+    features = f"{numbers['features']}, hash {numbers['features_digest'][:12]}"
+    lines = [f"{numbers['count']:,} images against {reference['reference']}{count}{digest}; features: {features}"]
+    decides = numbers["evaluation"]
+    if "sampling" in decides:
+        shown = ", ".join(f"{key} {value}" for key, value in decides["sampling"].items())
+        balance = f"{decides['images_per_label']:g} images per label; seeds: {decides['seeds']}"
+        lines.append(f"{balance}; {decides['rounding']}; teacher: {shown}")
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

@@ -9,6 +9,7 @@ from dd2.errors import InputError
 from dd2.evaluation.features import open_features
 from dd2.evaluation.reference import open_reference, statistics_file
 from dd2.files import writable_folder, write_atomic
+from dd2.processes import rank
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def reference(config: ReferenceConfig) -> Path:
     network = open_features(config.features, embedded("classifier"), device)
     writable_folder(config.out.parent, "output folder")
     made = open_reference(config.run, network, device, Path(f"{config.out}.features"), config.batch)
-    made.described["features"] = network.name
+    made.described.update(features=network.name, features_digest=network.digest)
+    if rank() != 0:
+        return config.out
     write_atomic(config.out, statistics_file(made))
     print(f"wrote {', '.join(made.fits)} statistics of {made.described.get('count', 'the given')} images to {config.out}")
     return config.out

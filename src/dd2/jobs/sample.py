@@ -45,7 +45,7 @@ class SampleConfig:
     cfg_scale: float | None = None
     """The teacher's guidance scale (method teacher, or steps > 1); None: as distilled."""
     cfg_interval: int | None = None
-    """Tokens after the first that the teacher guides (LlamaGen); None: as distilled."""
+    """LlamaGen: guide the first cfg_interval + 2 tokens only; None: as distilled."""
     temperature: float | None = None
     """The teacher's temperature; None: as distilled."""
     top_k: int | None = None

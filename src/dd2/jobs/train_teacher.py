@@ -117,6 +117,10 @@ def _resolved(config: TrainTeacherConfig, tokenizer: Tokenizer, num_classes: int
     Raises:
         InputError: sizes are given for the kind of teacher that does not go with the tokenizer.
     """
+    if config.teacher.caption_dim or config.teacher.input_layer != "mlp":
+        raise InputError(
+            "train-teacher trains class-conditional, continuous models: leave teacher.caption_dim and input_layer out"
+        )
     next_scale = isinstance(tokenizer, MultiScaleTokenizer)
     unused, used = ("teacher", "var") if next_scale else ("var", "teacher")
     if getattr(config, unused) != getattr(TrainTeacherConfig(), unused):

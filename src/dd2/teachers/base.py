@@ -160,7 +160,12 @@ class Teacher(nn.Module):
 
     def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """(B, n, C), (B, ...) -> (B, n, V) float32 logits of p(. | tokens of earlier steps, cond)."""
-        return self.output(self.features(tokens, cond)).float()
+        return self.classify(self.features(tokens, cond))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (..., D) to logits (..., V), in float32 whatever the autocast: guidance multiplies their errors."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.output(features.float())
 
     def cfg_weights(self, sampling: Sampling) -> Tensor:
         """Guidance weight s of each step, (S,), in null + s (conditional - null); 1 is no guidance.
@@ -223,7 +228,7 @@ class Teacher(nn.Module):
         ids: list[Tensor] = []
         for index in range(first_step, self.order.num_steps):
             seen = tokens if weights is None else tokens.repeat(2, 1, 1)
-            logits = self.output(self.backbone.next_features(cache, seen, both)).float()
+            logits = self.classify(self.backbone.next_features(cache, seen, both))
             if weights is not None:
                 logits = guided(*logits.chunk(2), float(weights[index]))
             ids.append(draw(filtered_log_p(logits, sampling), uniforms[:, self.order.steps[index]]))

@@ -17,7 +17,7 @@ class Sampling:
     """Classifier-free guidance in the teacher's own convention; None is no guidance and costs one teacher pass instead of
     two. LlamaGen: null + s (cond - null), so 1 is none. VAR: s = 1 + cfg_scale k / (S - 1) at scale k, so 0 is none."""
     cfg_interval: int = -1
-    """LlamaGen: stop guiding once this many tokens after the first were guided; -1 guides all."""
+    """LlamaGen: guide only the first token and the cfg_interval + 1 that follow, as its sampler counts; -1 guides all."""
     temperature: float = 1.0
     """Divides the logits, > 0."""
     top_k: int = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dd2.checkpoints.native import load_teacher, save_teacher
 from dd2.checkpoints.runs import embedded, open_run
@@ -22,6 +23,7 @@ from dd2.teachers.llamagen import LlamaGenBackbone, llamagen_teacher
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.schedule import OptimConfig
 from golden_weights import golden_model
+from models import tiny_text
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,25 @@ def test_a_teacher_that_needs_nothing_is_refused(tmp_path, capsys):
     assert main(["adapt", "--teacher", "digits", "--out", str(tmp_path / "run")]) == 2
     assert "needs no adaptation" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_stage_0_cannot_use_is_refused_before_a_run_exists(original, tmp_path, capsys):
+    save_teacher(tmp_path / "digits", original)
+    save_teacher(tmp_path / "text", tiny_text())
+    for label in ("a", "b"):
+        (tmp_path / "two" / label).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / "two" / label / "1.png")
+    run, images = tmp_path / "run", ["--adapt.data", tmp_path / "two"]
+    raster = embedded("teacher") / "tokenizer"
+    for arguments, message in (
+        (["adapt", "--teacher", tmp_path / "digits", *images], "has 2 classes, the teacher has 10 classes"),
+        (["distill", "--teacher", tmp_path / "digits", *images], "has 2 classes, the teacher has 10 classes"),
+        (["distill", "--teacher", tmp_path / "text"], "give their features with --captions"),
+        (["train-teacher", "--tokenizer", raster, "--teacher.caption-dim", 4], "leave teacher.caption_dim"),
+    ):
+        assert main([str(a) for a in (*arguments, "--out", run)]) == 2
+        assert message in capsys.readouterr().err
+        assert not run.exists()
 
 
 def test_from_official_files_to_a_one_step_generator_with_one_config(tmp_path, monkeypatch, capsys):

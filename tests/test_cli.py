@@ -184,7 +184,7 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     assert "seed must be in 0" in refused(capsys, "sample", run, *out, "--seed", 10**30)
     assert "top_p must be in (0, 1]" in refused(capsys, "sample", run, *out, "--method", "teacher", "--top-p", 2)
     assert "count must be at least 2" in refused(capsys, "evaluate", run, "--count", 1)
-    assert "module:function" in refused(capsys, "evaluate", run, "--features", "inception")
+    assert "module:function" in refused(capsys, "evaluate", run, "--features", "nothing")
     assert "cannot be imported" in refused(capsys, "evaluate", run, "--features", "no_such_module:f")
     assert "has no function" in refused(capsys, "evaluate", run, "--features", "json:no_such")
     assert "module:function" in refused(capsys, "evaluate", run, "--features", ":f")

@@ -19,7 +19,7 @@ from dd2.cli import main
 from dd2.data import digits
 from dd2.errors import InputError
 from dd2.evaluation import features as feature_module
-from dd2.evaluation.features import digits_features, inception_features, read_features
+from dd2.evaluation.features import digits_features, inception_features, open_features, read_features
 from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
 from dd2.evaluation.images import ImageSet
 from dd2.images import export_npz, save_folder, save_npz, to_uint8
@@ -184,10 +184,21 @@ def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):
     torch.jit.script(FakeInception()).save(str(file))
     with pytest.raises(InputError, match="SHA-256"):
         inception_features(file, torch.device("cpu"))
+    monkeypatch.setenv("DD2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(feature_module, "INCEPTION_URL", file.as_uri())
+    with pytest.raises(InputError, match="expected f58cb9b6"):
+        open_features("inception", tmp_path, torch.device("cpu"))
+    assert not list((tmp_path / "cache").iterdir())
     monkeypatch.setattr(feature_module, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     found = read_features(inception_features(file, torch.device("cpu")), torch.tensor([-1.0, 0.0, 1.2]).view(3, 1, 1, 1))
     torch.testing.assert_close(found["pool"], torch.tensor([0.0, 128 / 255, 1.0]).view(3, 1).expand(-1, 3))
     torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(3))
+    assert open_features("inception", tmp_path, torch.device("cpu")).name.startswith("Inception")
+    file.rename(tmp_path / "gone")
+    assert open_features("inception", tmp_path, torch.device("cpu")).name.startswith("Inception")  # from the cache
+    monkeypatch.setenv("DD2_CACHE", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="cannot be fetched"):
+        open_features("inception", tmp_path, torch.device("cpu"))
 
 
 def test_two_processes_make_the_same_numbers(tmp_path, monkeypatch):

@@ -106,6 +106,13 @@ def test_full_size_transformer_tables_match_exactly(table, width, depth):
     assert official_shapes(gpt_origins(shapes), shapes) == {k: tuple(v) for k, v in keys.items()}
 
 
+def test_vq8_has_its_published_size():
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(VQConfig(multipliers=(1, 2, 2, 4)))
+    assert tokenizer.num_positions == 32 * 32
+    assert sum(p.numel() for p in tokenizer.parameters()) == pytest.approx(70.1e6, rel=1e-3)
+
+
 def test_full_size_vq_and_text_tables_match_exactly():
     keys = golden_sizes("keys_llamagen_vq16")
     assert vq_config({k: torch.empty(s, device="meta") for k, s in keys.items()}, 256) == VQConfig()

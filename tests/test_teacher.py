@@ -104,6 +104,22 @@ def test_guidance_conventions(teacher, cond):
     torch.testing.assert_close(teacher.log_p(tokens, cond, Sampling(cfg_scale=none)), logits.log_softmax(-1))
 
 
+def test_guidance_can_end_early():
+    """LlamaGen's cfg_interval: the first token and the cfg_interval + 1 that follow are guided, the rest are not."""
+    teacher = tiny_teacher()
+    for interval, guided_tokens in ((-1, 16), (0, 2), (3, 5), (20, 16)):
+        sampling = Sampling(cfg_scale=3.0, cfg_interval=interval)
+        assert teacher.cfg_weights(sampling).tolist() == [3.0] * guided_tokens + [1.0] * (16 - guided_tokens)
+    sampling = Sampling(cfg_scale=3.0, cfg_interval=3)
+    ids = teacher.generate(LABELS, sampling, range(5))
+    log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
+    plain, whole = (teacher.log_p(teacher.codebook[ids], LABELS, Sampling(cfg_scale=s)) for s in (None, 3.0))
+    torch.testing.assert_close(log_p[:, :5], whole[:, :5])
+    torch.testing.assert_close(log_p[:, 5:], plain[:, 5:])
+    with pytest.raises(InputError, match="cfg_interval belongs to LlamaGen"):
+        tiny_var().generate(LABELS, sampling, range(5))
+
+
 def test_standardisation_changes_no_logit(teacher, cond):
     ids = torch.randint(12, (5, teacher.order.n), generator=torch.Generator().manual_seed(0))
     before = teacher.logits(teacher.codebook[ids], cond)

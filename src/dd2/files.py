@@ -1,8 +1,10 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import hashlib
 import os
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +42,43 @@ def writable_folder(path: Path, what: str) -> Path:
     except OSError as error:
         raise InputError(f"{what} {path} cannot be written to ({error.strerror}); choose another with --out") from error
     return path
+
+
+def fetched(url: str, sha256: str) -> Path:
+    """A file of the internet, downloaded once into ~/.cache/dd2 (or $DD2_CACHE) and verified.
+
+    Raises:
+        InputError: it cannot be fetched, or is not the file with that SHA-256.
+    """
+    folder = Path(os.environ.get("DD2_CACHE", Path.home() / ".cache" / "dd2"))
+    file = folder / f"{sha256[:16]}-{url.rpartition('/')[2]}"
+    if file.is_file() and file_digest(file) == sha256:
+        return file
+    writable_folder(folder, "download folder")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url) as source, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target)
+        found = file_digest(temporary)
+        if found != sha256:
+            raise InputError(f"{url} gave a file with SHA-256 {found}, expected {sha256}; fetch it by hand and give its path")
+        os.replace(temporary, file)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{url} cannot be fetched ({error}); fetch it by hand and give its path") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file of any size."""
+    content = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
 
 
 @contextlib.contextmanager

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.evaluation.classifier import load_classifier
+from dd2.files import fetched, file_digest
 from dd2.training.samples import weights_digest
 
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 """Of inception-2015-12-05.pt as NVIDIA publishes it: ADM's network as TorchScript, resize included."""
+
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 SPATIAL_CHANNELS = 7
 """Channels of a feature map that sFID uses (ADM's evaluator)."""
@@ -46,7 +49,7 @@ def open_features(spec: str, classifier: Path, device: torch.device) -> FeatureN
     """The network that a command line names.
 
     Args:
-        spec: "digits"; a path to inception-2015-12-05.pt; or "module:function".
+        spec: "digits"; "inception" (downloaded once), or a path to inception-2015-12-05.pt; or "module:function".
         classifier: folder of the digits classifier, for "digits".
         device: where it runs.
 
@@ -55,6 +58,8 @@ def open_features(spec: str, classifier: Path, device: torch.device) -> FeatureN
     """
     if spec == "digits":
         return digits_features(classifier, device)
+    if spec == "inception":
+        return inception_features(fetched(INCEPTION_URL, INCEPTION_SHA256), device)
     if spec.endswith((".pt", ".pth")):
         return inception_features(Path(spec), device)
     return user_features(spec)
@@ -87,8 +92,8 @@ def inception_features(file: Path, device: torch.device) -> FeatureNetwork:
         InputError: the file is missing, or is not the published one.
     """
     if not file.is_file():
-        raise InputError(f"features {file} do not exist; fetch inception-2015-12-05.pt (see docs/evaluation.md), give its path")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        raise InputError(f"features {file} do not exist; give the path of inception-2015-12-05.pt, or inception to fetch it")
+    digest = file_digest(file)
     if digest != INCEPTION_SHA256:
         raise InputError(
             f"features {file} have SHA-256 {digest}, not {INCEPTION_SHA256} of inception-2015-12-05.pt: it is damaged or another "
@@ -116,7 +121,7 @@ def user_features(spec: str) -> FeatureNetwork:
     """
     module_name, _, function = spec.partition(":")
     if not (module_name and function):
-        raise InputError(f"features must be 'digits', a path to inception-2015-12-05.pt, or 'module:function', got {spec!r}")
+        raise InputError(f"features must be 'digits', 'inception', its path (.pt) or 'module:function', got {spec!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)

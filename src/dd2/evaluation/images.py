@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dd2.data.source import SUFFIXES
 from dd2.errors import InputError
+from dd2.files import file_digest
 
 READ_ERRORS = (
     OSError,
@@ -142,15 +143,6 @@ class ImageSet:
         except READ_ERRORS as error:
             raise InputError(f"images {self.path}: {name} cannot be read as an image; remove or replace it") from error
         return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file of any size."""
-    content = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
 
 
 def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:

@@ -15,7 +15,8 @@ from dd2.errors import InputError
 from dd2.evaluation.bank import Bank
 from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.frechet import FeatureStatistics, GaussianFit
-from dd2.evaluation.images import READ_ERRORS, ImageSet, file_digest
+from dd2.evaluation.images import READ_ERRORS, ImageSet
+from dd2.files import file_digest
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Keys of ADM's reference files."""

@@ -50,7 +50,8 @@ class EvaluateConfig:
     steps: tuple[int, ...] = (1,)
     """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
     features: str = "digits"
-    """"digits" (classifier trained on real digits only), a path to inception-2015-12-05.pt, or module:function."""
+    """"digits" (classifier trained on real digits only); "inception" (ADM's, fetched once) or a path to inception-2015-12-05.pt;
+    or module:function of your own."""
     classifier: str = "digits"
     """Folder of a digits classifier, or "digits" for the embedded one."""
     metrics: MetricConfig = field(default_factory=MetricConfig)

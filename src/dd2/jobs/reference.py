@@ -25,7 +25,7 @@ class ReferenceConfig:
     out: Path
     """File to write, .npz. Features are kept beside it, in OUT.features."""
     features: str = "digits"
-    """"digits", a path to inception-2015-12-05.pt, or module:function; the same as in dd2 evaluate."""
+    """"digits", "inception", a path to inception-2015-12-05.pt, or module:function; the same as in dd2 evaluate."""
     batch: int = 500
     """Images at a time."""
     device: str = "auto"

@@ -26,9 +26,9 @@ PICTURED = ("teacher", "ar_diffusion", "generator", "onestep_marginal")
 COLUMNS = 20
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
+body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse;margin:1rem 0;font-size:14px}
+td,th{padding:.3rem .55rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
 .best{font-weight:600}pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}.note{color:#555}
 """
 
@@ -117,7 +117,7 @@ def _table(numbers: dict[str, Any]) -> str:
         "frechet": ("Fréchet distance", ".2f"),
         "frechet_95": ("± (95 %)", ".2f"),
         "sfid": ("sFID", ".2f"),
-        "kid": ("KID", ".4f"),
+        "kid": ("KID", ".4g"),
         "inception_score": ("IS", ".2f"),
         "precision": ("precision", ".3f"),
         "recall": ("recall", ".3f"),

@@ -201,6 +201,26 @@ def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):
         open_features("inception", tmp_path, torch.device("cpu"))
 
 
+def test_interrupted_and_resumed_is_the_same_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("dd2.evaluation.bank.SHARD", 50)
+    a, r = write(draw(1), tmp_path / "a.npz"), write(draw(2), tmp_path / "r.npz")
+    whole = evaluated(write(draw(1), tmp_path / "b.npz"), r)
+    calls: list[int] = []
+    real = ImageSet.__getitem__
+
+    def interrupted(self: ImageSet, index: Tensor) -> Tensor:
+        calls.append(len(index))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    monkeypatch.setattr(ImageSet, "__getitem__", interrupted)
+    assert main(["evaluate", "--images", str(a), "--reference", str(r), "--batch", "64"]) == 130
+    assert not (tmp_path / "a.npz.dd2" / "metrics.json").exists()
+    assert evaluated(a, r) == whole
+    assert sum(calls[3:]) == 100  # half was kept
+
+
 def test_two_processes_make_the_same_numbers(tmp_path, monkeypatch):
     a, r = write(draw(1, 300), tmp_path / "a.npz"), write(draw(2, 300), tmp_path / "r.npz")
     script = tmp_path / "job.py"

@@ -1,6 +1,7 @@
 """Fréchet distance between Gaussians fitted to features: the formula of FID, for any feature network."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ class GaussianFit:
 
     mean: Tensor
     covariance: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric root of the covariance, computed once: a reference is compared with many times."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 class FeatureStatistics:
@@ -58,16 +65,14 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
-    """|mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^1/2).
+    """|mu_a - mu_b|^2 + Tr(A + B - 2 (A B)^1/2); symmetric, and cheaper for a `b` that is used again.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of A^1/2 B A^1/2, which is symmetric and
+    The trace of the root is the sum of the square roots of the eigenvalues of B^1/2 A B^1/2, which is symmetric and
     positive semi-definite: singular covariances need no special treatment.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"features of different size: {tuple(a.mean.shape)} against {tuple(b.mean.shape)}")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    product = root @ b.covariance @ root
+    product = b.root @ a.covariance @ b.root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return float(distance.clamp_min(0))

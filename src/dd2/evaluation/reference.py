@@ -16,7 +16,7 @@ from dd2.evaluation.bank import Bank
 from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.frechet import FeatureStatistics, GaussianFit
 from dd2.evaluation.images import READ_ERRORS, ImageSet
-from dd2.files import file_digest
+from dd2.files import file_digest, writable_folder
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Keys of ADM's reference files."""
@@ -60,16 +60,23 @@ def fit(bank: Bank, name: str) -> GaussianFit:
 def open_reference(path: Path, network: FeatureNetwork, device: torch.device, cache: Path, batch: int) -> Reference:
     """An .npz of statistics (ADM's keys), or images: folder, zip, .npz.
 
-    Features of images are kept in `cache` under the hash of images and network, and found there the next time.
+    Features of images are kept under the hash of images and network in a folder beside them, PATH.dd2, or in `cache` where that
+    cannot be written, and found there the next time.
 
     Raises:
         InputError: there is no such reference, or it cannot be read.
     """
+    path = path.resolve()
     if path.suffix == ".npz" and path.is_file() and "mu.npy" in _names(path):
         return _statistics(path, network, device, batch, cache)
     images = ImageSet(path)
     described = {"reference": str(path), "sha256": images.digest(), "count": len(images)}
-    return of_bank(image_bank(images, network, device, cache, batch, described["sha256"]), described)
+    root = path.with_name(f"{path.name}.dd2") / "features"
+    try:
+        writable_folder(root, "folder beside the reference")
+    except InputError:
+        root = cache
+    return of_bank(image_bank(images, network, device, root, batch, described["sha256"]), described)
 
 
 def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, root: Path, batch: int, digest: str) -> Bank:

@@ -23,7 +23,7 @@ class ReferenceConfig:
     run: Path
     """Images: a folder, a zip, or an .npz with arr_0 (uint8 NHWC), all of one size."""
     out: Path
-    """File to write, .npz. Features are kept beside it, in OUT.features."""
+    """File to write, .npz."""
     features: str = "digits"
     """"digits", "inception", a path to inception-2015-12-05.pt, or module:function; the same as in dd2 evaluate."""
     batch: int = 500

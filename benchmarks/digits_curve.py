@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from dd2.baselines.marginal import MarginalSampler
 from dd2.checkpoints.runs import embedded, open_run
 from dd2.evaluation.features import digits_features
-from dd2.evaluation.frechet import frechet_distance
-from dd2.evaluation.reference import fit
+from dd2.evaluation.frechet import fit_gaussian, frechet_distance
 from dd2.evaluation.score import Scorer
 from dd2.training.checkpoint import steps
 from dd2.training.metrics import MetricsLog
@@ -50,7 +49,7 @@ def main() -> None:
         bank = scorer.bank(title, methods[name], seeds_of, {"title": title, "weights": weights_digest(run.teacher, student)})
         right = bank.load("probabilities").argmax(1) == bank.load("labels")
         return {
-            "frechet": frechet_distance(fit(bank, "pool"), reference.fits["pool"]),
+            "frechet": frechet_distance(fit_gaussian(bank.stream("pool")), reference.fits["pool"]),
             "nll": float(bank.load("nll").double().mean()),
             "accuracy": float(right.double().mean()),
         }

@@ -16,8 +16,12 @@ from dd2.files import write_atomic
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (N, channels, H, W) in [-1, 1] to uint8 NHWC, round(127.5 x + 127.5) clamped."""
-    scaled = (images.detach().float().cpu() * 127.5 + 127.5).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return byte_levels(images.detach().cpu()).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def byte_levels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to whole numbers 0 to 255 in float32: the one rounding of files and of metrics."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255)
 
 
 def grid(images: Tensor, columns: int = 0, padding: int = 2, zoom: int = 0) -> Image.Image:

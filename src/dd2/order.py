@@ -122,10 +122,9 @@ class NextScaleOrder(Order):
         return torch.cat(parts, 1)
 
     def phi(self, h: Tensor, scale: int) -> Tensor:
-        """φ of one scale: half its input, half a convolution of it."""
+        """φ of one scale."""
         index = self.phi_of[scale]
-        weight, bias = self.phi_weight[index], self.phi_bias[index]
-        return (h + F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), padding=1)) / 2
+        return phi(h, self.phi_weight[index].to(h.dtype), self.phi_bias[index].to(h.dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         start, stop = k.shape[-2] - q.shape[-2], k.shape[-2]
@@ -141,6 +140,11 @@ class NextScaleOrder(Order):
             for step in asked
         ]
         return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+def phi(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """VAR's φ on features (B, C, H, W): half its input, half a 3x3 convolution of it."""
+    return (h + F.conv2d(h, weight, bias, padding=1)) / 2
 
 
 def to_maps(codes: Tensor, patch_nums: Sequence[int]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd2.errors import InputError
 
@@ -112,6 +112,25 @@ def take(
         key: state[origin.key].chunk(origin.parts)[origin.part].float().reshape(shapes[key]).contiguous()
         for key, origin in origins.items()
     }
+
+
+def fill(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    origins: Callable[[Shapes], Mapping[str, Origin]],
+    ignored: Callable[[str], bool],
+    what: str,
+    cause: Callable[[str], str],
+) -> None:
+    """Load an official state dict into a module of ours, `take`'s way; a teacher's tokenizer has a file of its own.
+
+    Args:
+        module: a tokenizer, or a teacher.
+        origins: our shapes -> where each tensor comes from; what it leaves out keeps its value.
+        state, ignored, what, cause: as in `take`.
+    """
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items() if not key.startswith("tokenizer.")}
+    module.load_state_dict(take(state, origins(shapes), shapes, ignored, what, cause), strict=False)
 
 
 def official_shapes(origins: Mapping[str, Origin], shapes: Shapes) -> Shapes:

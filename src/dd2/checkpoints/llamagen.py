@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dd2.checkpoints.foreign import Origin, Shapes, Source, need, numbered, read_state, take
+from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
 from dd2.errors import InputError
 from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
@@ -42,12 +42,9 @@ def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, imag
     if "quantize.embedding.weight" in state and "tok_embeddings.weight" in vq_state:
         raise InputError("the transformer and the VQ model are swapped: give the transformer (c2i_L_256.pt) first")
     tokenizer = VQTokenizer(vq_config(vq_state, image_size or size_in_name(gpt)))
-    shapes = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
-    tokenizer.load_state_dict(take(vq_state, {key: Origin(key) for key in shapes}, shapes, vq_ignored, VQ, _vq_cause))
+    fill(tokenizer, vq_state, lambda shapes: {key: Origin(key) for key in shapes}, vq_ignored, VQ, _vq_cause)
     teacher = llamagen_teacher(gpt_config(state, tokenizer.config.grid, num_heads), tokenizer)
-    shapes = {key: tuple(v.shape) for key, v in teacher.state_dict().items() if not key.startswith("tokenizer.")}
-    loaded = take(state, gpt_origins(shapes), shapes, lambda key: key == "freqs_cis", GPT, _gpt_cause)
-    teacher.load_state_dict(loaded, strict=False)  # `take` has accounted for every key; only the standardisation stays
+    fill(teacher, state, gpt_origins, lambda key: key == "freqs_cis", GPT, _gpt_cause)
     return teacher.eval().requires_grad_(False)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dd2.checkpoints.foreign import Origin, Shapes, Source, need, numbered, read_state, take
+from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
 from dd2.errors import InputError
 from dd2.teachers.base import Teacher
 from dd2.teachers.var import VARConfig, var_teacher
@@ -47,16 +47,11 @@ def load_var(
     state = read_state(transformer, TRANSFORMER_NESTS)
     _refuse_swapped(state, vqvae_state)
     tokenizer = MultiScaleTokenizer(vqvae_config(vqvae_state, patch_nums))
-    shapes = _shapes(tokenizer)
-    tokenizer.load_state_dict(take(vqvae_state, vqvae_origins(shapes), shapes, vqvae_ignored, "VAR's VQVAE", _vqvae_cause))
+    fill(tokenizer, vqvae_state, vqvae_origins, vqvae_ignored, "VAR's VQVAE", _vqvae_cause)
     config = var_config(state, num_heads)
     _check_positions(state, patch_nums)
     teacher = var_teacher(config, tokenizer)
-    own = {key: value for key, value in teacher.state_dict().items() if not key.startswith("tokenizer.")}
-    shapes = {key: tuple(value.shape) for key, value in own.items()}
-    origins = var_origins(shapes)
-    loaded = take(state, origins, shapes, var_ignored, "VAR's transformer", _var_cause)
-    teacher.load_state_dict(loaded, strict=False)  # `take` has accounted for every key; φ and the standardisation stay
+    fill(teacher, state, var_origins, var_ignored, "VAR's transformer", _var_cause)
     return teacher.eval().requires_grad_(False)
 
 
@@ -159,10 +154,6 @@ def _check_positions(state: Mapping[str, Tensor], patch_nums: Sequence[int]) -> 
             f"VAR's transformer: pos_1LC has {positions} positions, but patch_nums {list(patch_nums)} have {expected}; "
             "give the patch_nums it was trained with (256 px: 680 positions, 512 px: 2240)"
         )
-
-
-def _shapes(module: MultiScaleTokenizer) -> Shapes:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def _refuse_swapped(transformer: Mapping[str, Tensor], vqvae: Mapping[str, Tensor]) -> None:

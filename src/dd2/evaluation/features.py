@@ -1,6 +1,5 @@
 """Feature networks: what images are compared by. Inception, the digits classifier, or the user's own function."""
 
-import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.evaluation.classifier import load_classifier
 from dd2.files import fetched, file_digest
+from dd2.images import byte_levels
 from dd2.training.samples import weights_digest
 
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -138,13 +138,13 @@ def user_features(spec: str) -> FeatureNetwork:
         return dict(found) if isinstance(found, Mapping) else {"pool": found}
 
     source = getattr(module, "__file__", None)
-    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else spec
+    digest = file_digest(Path(source)) if source else spec
     return FeatureNetwork(spec, digest, read)
 
 
 def on_uint8_grid(images: Tensor) -> Tensor:
     """Images in about [-1, 1] as they come back from a PNG: clamped and rounded to 256 levels."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
+    return byte_levels(images) / 127.5 - 1
 
 
 @torch.no_grad()

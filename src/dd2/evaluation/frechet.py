@@ -1,5 +1,6 @@
 """Fréchet distance between Gaussians fitted to features: the formula of FID, for any feature network."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,6 +63,14 @@ class FeatureStatistics:
         mean = self._sum / self.count
         covariance = (self._outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return GaussianFit(self._origin + mean, covariance)
+
+
+def fit_gaussian(parts: Iterable[Tensor]) -> GaussianFit:
+    """Mean and covariance of features that come in parts (N, F)."""
+    statistics = FeatureStatistics()
+    for part in parts:
+        statistics.add(part)
+    return statistics.fit()
 
 
 def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:

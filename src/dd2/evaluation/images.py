@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dd2.data.source import SUFFIXES
@@ -21,10 +21,8 @@ READ_ERRORS = (
     ValueError,
     SyntaxError,
     RuntimeError,
-    NotImplementedError,
     zipfile.BadZipFile,
     zlib.error,
-    UnidentifiedImageError,
     Image.DecompressionBombError,
 )
 """What reading a damaged, encrypted or foreign picture or archive raises."""

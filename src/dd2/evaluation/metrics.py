@@ -8,12 +8,12 @@ from scipy import stats
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.evaluation.bank import Bank
-from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_distance
+from dd2.evaluation.bank import SHARD, Bank
+from dd2.evaluation.frechet import GaussianFit, fit_gaussian, frechet_distance
 from dd2.evaluation.inception_score import inception_score
 from dd2.evaluation.kid import kernel_distance
 from dd2.evaluation.neighbours import neighbour_scores
-from dd2.evaluation.reference import Reference, fit
+from dd2.evaluation.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def scores(bank: Bank, reference: Reference, config: MetricConfig, seed: int = 0
         "coverage".
     """
     pool = bank.load("pool")
-    _same_size(pool, reference.fits["pool"])
-    found = {"frechet": frechet_distance(fit(bank, "pool"), reference.fits["pool"])}
+    check_channels(pool.shape[1], reference)
+    found = {"frechet": frechet_distance(_fit(pool), reference.fits["pool"])}
     if config.halves and len(pool) >= 8:
         # A half and its complement vary together: as many degrees of freedom as pairs.
         quantile = float(stats.t.ppf(0.975, config.halves // 2))
@@ -57,7 +57,7 @@ def scores(bank: Bank, reference: Reference, config: MetricConfig, seed: int = 0
     if config.fid_infinity:
         found["frechet_infinity"] = frechet_infinity(pool, reference.fits["pool"], seed)
     if "spatial" in bank.names() and "spatial" in reference.fits:
-        found["sfid"] = frechet_distance(fit(bank, "spatial"), reference.fits["spatial"])
+        found["sfid"] = frechet_distance(fit_gaussian(bank.stream("spatial")), reference.fits["spatial"])
     if "probabilities" in bank.names():
         splits = min(config.splits, len(pool))
         found["inception_score"], found["inception_score_sd"] = inception_score(bank.load("probabilities"), splits, seed)
@@ -121,14 +121,11 @@ def warnings(count: int, features: int, reference: dict[str, Any]) -> list[str]:
 
 
 def _fit(pool: Tensor) -> GaussianFit:
-    statistics = FeatureStatistics()
-    for part in pool.split(10_000):
-        statistics.add(part)
-    return statistics.fit()
+    return fit_gaussian(pool.split(SHARD))
 
 
-def _same_size(pool: Tensor, reference: GaussianFit) -> None:
-    if pool.shape[1] != len(reference.mean):
-        raise InputError(
-            f"the features have {pool.shape[1]} channels, the reference {len(reference.mean)}: it was made with another network"
-        )
+def check_channels(found: int, reference: Reference) -> None:
+    """Refuse a reference of another network, as far as the number of its features tells."""
+    expected = len(reference.fits["pool"].mean)
+    if found != expected:
+        raise InputError(f"the features have {found} channels, the reference {expected}: it was made with another network")

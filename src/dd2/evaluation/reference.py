@@ -14,7 +14,7 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.evaluation.bank import Bank
 from dd2.evaluation.features import FeatureNetwork, read_features
-from dd2.evaluation.frechet import FeatureStatistics, GaussianFit
+from dd2.evaluation.frechet import GaussianFit, fit_gaussian
 from dd2.evaluation.images import READ_ERRORS, ImageSet
 from dd2.files import file_digest, writable_folder
 
@@ -43,18 +43,10 @@ class Reference:
 
 def of_bank(bank: Bank, described: dict[str, Any]) -> Reference:
     """A reference from features on disk; at most `LARGEST_POOL` images, evenly spaced, serve precision, recall and KID."""
-    fits = {name: fit(bank, name) for name in STATISTICS if name in bank.names()}
+    fits = {name: fit_gaussian(bank.stream(name)) for name in STATISTICS if name in bank.names()}
     kept = -(-bank.count // LARGEST_POOL)  # every kept-th
     pool = torch.cat([part[::kept] for part in bank.stream("pool")])
     return Reference(fits, pool, {**described, "images_for_precision_and_recall": len(pool)})
-
-
-def fit(bank: Bank, name: str) -> GaussianFit:
-    """Mean and covariance of a bank's features, file by file."""
-    statistics = FeatureStatistics()
-    for part in bank.stream(name):
-        statistics.add(part)
-    return statistics.fit()
 
 
 def open_reference(path: Path, network: FeatureNetwork, device: torch.device, cache: Path, batch: int) -> Reference:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class Scorer:
 
         @torch.inference_mode()
         def make(index: Tensor) -> dict[str, Tensor]:
-            labels = self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+            labels = self.labels(index)
             images, ids = sample(labels, self.seeds(seeds_of, index))
             nll = teacher_nll(self.teacher, ids, self._cond(labels))
             return {**read_features(self.network, images), "nll": nll.cpu(), "labels": labels.cpu(), "ids": ids.int().cpu()}
@@ -142,7 +143,7 @@ class Scorer:
     def shown(self, methods: dict[str, Method]) -> dict[str, Tensor]:
         """The first images of every method, at the same labels."""
         index = torch.arange(min(SHOWN, self.count))
-        labels = self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+        labels = self.labels(index)
         return {
             name: method(labels, self.seeds("floor" if name == "teacher" else "methods", index))[0].cpu()
             for name, method in methods.items()
@@ -152,7 +153,7 @@ class Scorer:
         """Perceptual path length of the generator, decoded both ways (Table 5)."""
         backbone = generator.student.backbone
         index = torch.arange(paths)
-        labels = self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
+        labels = self.labels(index)
         shape = (backbone.order.n, backbone.token_mean.shape[0])
         found = {}
         for name, nearest in (("generator", False), ("generator_nearest", True)):
@@ -168,6 +169,10 @@ class Scorer:
             )
             found[name] = {"mean": mean, "standard_error": error, "epsilon": epsilon, "paths": paths}
         return found
+
+    def labels(self, index: Tensor) -> Tensor:
+        """Labels of images by index, in turn, on the teacher's device."""
+        return self.teacher.backbone.default_labels(index).to(self.teacher.codebook.device)
 
     def seeds(self, family: str, index: Tensor) -> list[int]:
         """One seed per image; training never uses these streams."""
@@ -191,14 +196,17 @@ class Scorer:
     def _cond(self, labels: Tensor) -> Tensor:
         return self.teacher.backbone.conditions(labels)
 
+    @cached_property
+    def _teacher_digest(self) -> str:
+        return weights_digest(self.teacher)  # of all its weights: once, not once per method
+
     def _identity(self, method: str, seeds_of: str, digest: str | None) -> dict[str, Any]:
         """Everything that decides the images of a method and their features."""
-        teacher = self.teacher
         return {
             "method": method,
             "weights": digest,
-            "teacher": weights_digest(teacher),
-            "captions": teacher.backbone.captions_digest(),
+            "teacher": self._teacher_digest,
+            "captions": self.teacher.backbone.captions_digest(),
             "sampling": asdict(self.sampling),
             "seeds": [seeds_of, self.seed],
             "network": [self.network.name, self.network.digest],

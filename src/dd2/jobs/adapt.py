@@ -13,7 +13,7 @@ from dd2.data.tokenise import tokenise
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.jobs.run_folder import start_run
-from dd2.stages.adapt import adapt_loss, adapted_copy, compare, fit_loss, input_layer, table_of
+from dd2.stages.adapt import adapt_loss, adapted_copy, compare, fit_loss, input_layer, require_table, table_of
 from dd2.stages.recipe import AdaptConfig
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
@@ -72,7 +72,7 @@ def check_adaptation(original: Teacher, config: AdaptConfig) -> None:
     Raises:
         InputError: the teacher needs no adaptation, its captions are missing, or the images do not go with it.
     """
-    adapted_copy(original)
+    require_table(original)
     captions = original.backbone.captions_digest()
     if config.data != "teacher":
         channels, size, _ = original.tokenizer.image_shape

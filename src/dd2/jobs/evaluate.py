@@ -15,7 +15,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
 from dd2.evaluation.images import ImageSet
-from dd2.evaluation.metrics import MetricConfig, check_extrapolation, scores, warnings
+from dd2.evaluation.metrics import MetricConfig, check_channels, check_extrapolation, scores, warnings
 from dd2.evaluation.reference import Reference, image_bank, open_reference
 from dd2.evaluation.report import write_report
 from dd2.evaluation.score import Scorer, few_steps
@@ -123,8 +123,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.metrics.fid_infinity:
         check_extrapolation(config.count, channels)
     found = read_features(network, torch.zeros(2, *run.teacher.tokenizer.image_shape, device=device))["pool"].shape[1]
-    if found != channels:  # before anything is drawn
-        raise InputError(f"the features have {found} channels, the reference {channels}: it was made with another network")
+    check_channels(found, reference)  # before anything is drawn
     methods, digests = _methods(config, run, scorer)
     numbers = scorer.run(methods, digests, reference)
     if config.path_length:
@@ -150,7 +149,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             "sampling": {key.rpartition(".")[2]: value for key, value in flat(run.sampling).items()},
             "decoding": "continuous tokens, and nearest codes in generator_nearest",
         },
-        "warnings": warnings(config.count, len(reference.fits["pool"].mean), reference.described),
+        "warnings": warnings(config.count, channels, reference.described),
     }
     write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     write_report(config.run, numbers, scorer.shown(methods))
@@ -223,8 +222,7 @@ def _export(config: EvaluateConfig, scorer: Scorer, generator: Any) -> None:
     assert config.export is not None
 
     def draw(index: torch.Tensor) -> torch.Tensor:
-        labels = scorer.teacher.backbone.default_labels(index).to(scorer.teacher.codebook.device)
-        return generator(labels, scorer.seeds("methods", index))[0]
+        return generator(scorer.labels(index), scorer.seeds("methods", index))[0]
 
     order = torch.randperm(config.count, generator=torch.Generator().manual_seed(config.seed))
     with torch.inference_mode():

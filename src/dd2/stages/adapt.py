@@ -24,9 +24,7 @@ def adapted_copy(original: Teacher, hidden: int = 0) -> Teacher:
     Raises:
         InputError: the teacher reads continuous codes already.
     """
-    backbone = original.backbone
-    if not isinstance(backbone, LlamaGenBackbone) or backbone.continuous:
-        raise InputError("this teacher reads continuous codes already: it needs no adaptation")
+    backbone = require_table(original)
     config = replace(backbone.config, input_layer="mlp", code_hidden=hidden)
     adapted = llamagen_teacher(config, original.tokenizer).to(backbone.token_mean.device)
     kept = {key: value for key, value in original.state_dict().items() if ".tok_embeddings." not in key}
@@ -36,6 +34,18 @@ def adapted_copy(original: Teacher, hidden: int = 0) -> Teacher:
         adapted.backbone.captions = backbone.captions
     _standardise_input(input_layer(adapted), original.tokenizer.codebook)
     return adapted.eval()
+
+
+def require_table(original: Teacher) -> LlamaGenBackbone:
+    """The backbone of a teacher that needs stage 0.
+
+    Raises:
+        InputError: the teacher reads continuous codes already.
+    """
+    backbone = original.backbone
+    if not isinstance(backbone, LlamaGenBackbone) or backbone.continuous:
+        raise InputError("this teacher reads continuous codes already: it needs no adaptation")
+    return backbone
 
 
 def input_layer(adapted: Teacher) -> CodeMLP:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.order import NextScaleOrder, accumulate, shared_phi, to_finest, to_maps
+from dd2.order import NextScaleOrder, accumulate, phi, shared_phi, to_finest, to_maps
 from dd2.tokenizers.autoencoder import Decoder, Encoder, VQConfig
 from dd2.tokenizers.base import Quantised, TrainableTokenizer, nearest_ids
 
@@ -41,13 +41,13 @@ class MultiScaleConfig(VQConfig):
 
 
 class Phi(nn.Conv2d):
-    """φ(h): half its input, half a convolution of it."""
+    """The trainable φ of some scales."""
 
     def __init__(self, code_dim: int) -> None:
         super().__init__(code_dim, code_dim, 3, padding=1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return (input + super().forward(input)) / 2
+        return phi(input, self.weight, self.bias)
 
 
 class MultiScaleQuantizer(nn.Module):

@@ -18,6 +18,24 @@ HELD_OUT_EVERY = 20
 """One image in this many is kept from training."""
 
 
+class Pictures:
+    """The picture files of a directory or a zip, by name.
+
+    Raises:
+        zipfile.BadZipFile: the path is a file, but no zip.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip = None if path.is_dir() else zipfile.ZipFile(path)
+        names = self._zip.namelist() if self._zip else [str(file.relative_to(path)) for file in path.rglob("*")]
+        self.names = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+
+
 class ImageData(Protocol):
     """Images with class labels, split into "train" and "test"."""
 
@@ -55,16 +73,11 @@ class ImageFolder:
             raise InputError(f"images from {path} can have 1 or 3 channels, not {channels}; set tokenizer.image_channels")
         if not path.exists():
             raise InputError(f"data {path} does not exist; give a folder or zip of CLASS/IMAGE files, or 'digits'")
-        self._zip: zipfile.ZipFile | None = None
-        if path.is_dir():
-            names = [str(file.relative_to(path)) for file in path.rglob("*")]
-        else:
-            try:
-                self._zip = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as error:
-                raise InputError(f"data {path} is neither a folder nor a zip file") from error
-            names = self._zip.namelist()
-        names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and "/" in name)
+        try:
+            self._pictures = Pictures(path)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"data {path} is neither a folder nor a zip file") from error
+        names = [name for name in self._pictures.names if "/" in name]
         names = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
         classes = sorted({name.split("/")[-2] for name in names})
         if not classes:
@@ -88,8 +101,7 @@ class ImageFolder:
 
     def _image(self, name: str) -> Tensor:
         try:
-            raw = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
-            with Image.open(io.BytesIO(raw)) as file:
+            with Image.open(io.BytesIO(self._pictures.read(name))) as file:
                 image = file.convert(self.mode)
         except (UnidentifiedImageError, OSError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: {name} cannot be read as an image; remove or replace it") from error

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dd2.data.source import SUFFIXES
+from dd2.data.source import SUFFIXES, Pictures
 from dd2.errors import InputError
 from dd2.files import file_digest
 
@@ -46,7 +46,7 @@ class ImageSet:
         self.path = path
         self.seeds: list[int] | None = None
         self._array: np.ndarray | None = None
-        self._zip: zipfile.ZipFile | None = None
+        self._pictures: Pictures | None = None
         self._names: list[str] = []
         if not path.exists():
             raise InputError(f"images {path} do not exist; give a folder, a zip or an .npz")
@@ -115,23 +115,19 @@ class ImageSet:
         self._array = array
 
     def _open_names(self) -> None:
-        if self.path.is_dir():
-            names = [str(file.relative_to(self.path)) for file in self.path.rglob("*")]
-        else:
-            try:
-                self._zip = zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile as error:
-                raise InputError(f"images {self.path} are neither a folder, a zip nor an .npz") from error
-            names = self._zip.namelist()
-        self._names = sorted(n for n in names if n.lower().endswith(SUFFIXES) and not Path(n).name.startswith("."))
+        try:
+            self._pictures = Pictures(self.path)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"images {self.path} are neither a folder, a zip nor an .npz") from error
+        self._names = [name for name in self._pictures.names if not Path(name).name.startswith(".")]
         seeds = [re.search(r"_seed(\d+)\.png$", name) for name in self._names]
         if seeds and all(seeds):
             self.seeds = [int(found[1]) for found in seeds if found]
 
     def _decode(self, name: str) -> np.ndarray:
+        assert self._pictures is not None
         try:
-            raw = self._zip.read(name) if self._zip else (self.path / name).read_bytes()
-            with Image.open(io.BytesIO(raw)) as file:
+            with Image.open(io.BytesIO(self._pictures.read(name))) as file:
                 if file.mode.startswith("I"):
                     raise InputError(f"images {self.path}: {name} has 16 bits a channel; convert it to 8")
                 image = file if file.mode in ("L", "RGB") else file.convert("RGB")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dd2.checkpoints.runs import embedded
 from dd2.cli import main
 from dd2.data import digits
 from dd2.errors import InputError
-from dd2.evaluation import features as feature_module
+from dd2.evaluation import inception
 from dd2.evaluation.features import digits_features, inception_features, open_features, read_features
 from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
 from dd2.evaluation.images import ImageSet
@@ -126,6 +127,8 @@ def test_bad_images_and_references(tmp_path, capsys):
     assert "no arr_0" in refused(capsys, "evaluate", "--images", tmp_path / "other.npz", "--reference", r)
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
     assert "cannot be read" in refused(capsys, "evaluate", "--images", tmp_path / "broken.npz", "--reference", r)
+    save_npz(draw(1, 12), tmp_path / "uneven.npz", [0] * 7 + [1] * 5, list(range(12)))
+    assert "5 to 7 of each of 2 labels" in refused(capsys, "evaluate", "--images", tmp_path / "uneven.npz", "--reference", r)
     save_npz(draw(1, 12), tmp_path / "twice.npz", [0] * 12, [1] * 12)
     assert "11 of 12 were drawn with a seed" in refused(capsys, "evaluate", "--images", tmp_path / "twice.npz", "--reference", r)
     Image.new("L", (8, 8)).save(tmp_path / "r" / "small.png")
@@ -141,12 +144,38 @@ def test_bad_images_and_references(tmp_path, capsys):
     assert "out must end in .npz" in refused(capsys, "reference", a, "--out", tmp_path / "x.txt")
 
 
+class Mixed6(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3), keepdim=True)
+
+
 class FakeInception(nn.Module):
-    """NVIDIA's file by its calls: pixels in 0 to 255, features or unbiased probabilities."""
+    """NVIDIA's file by its calls and the names of its layers: pixels in 0 to 255, features or unbiased probabilities."""
+
+    def __init__(self, names: tuple[str, ...] = inception.BEFORE_MIXED_6) -> None:
+        super().__init__()
+        pooling = {name: nn.AvgPool2d(3, 2, 1) for name in names}
+        self.layers = nn.Sequential(OrderedDict([*pooling.items(), ("mixed_6", Mixed6())]))
+        if names:
+            self.layers.conv = nn.Conv2d(3, 4, 3, 2, 1)
 
     def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        pool = x.mean((2, 3)) / 255
+        # TensorFlow 1's resize, written out: sample points at whole multiples of the ratio.
+        rows, columns = [torch.arange(299) * (float(side) / 299) for side in x.shape[2:]]
+        x = lerp(lerp(x, rows, 2), columns, 3)
+        pool = self.layers((x - 128) / 128).flatten(1)
         return pool if return_features else (pool * 4).softmax(1)
+
+
+def lerp(x: Tensor, at: Tensor, dim: int) -> Tensor:
+    low = at.floor().long()
+    high = (low + 1).clamp(max=x.shape[dim] - 1)
+    share = (at - low).view([-1, 1] if dim == 2 else [-1])
+    return x.index_select(dim, low) * (1 - share) + x.index_select(dim, high) * share
 
 
 def test_grey_pictures_among_colour_ones_and_broken_archives(tmp_path, capsys):
@@ -185,20 +214,32 @@ def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="SHA-256"):
         inception_features(file, torch.device("cpu"))
     monkeypatch.setenv("DD2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(feature_module, "INCEPTION_URL", file.as_uri())
+    monkeypatch.setattr(inception, "URL", file.as_uri())
     with pytest.raises(InputError, match="expected f58cb9b6"):
         open_features("inception", tmp_path, torch.device("cpu"))
     assert not list((tmp_path / "cache").iterdir())
-    monkeypatch.setattr(feature_module, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
-    found = read_features(inception_features(file, torch.device("cpu")), torch.tensor([-1.0, 0.0, 1.2]).view(3, 1, 1, 1))
-    torch.testing.assert_close(found["pool"], torch.tensor([0.0, 128 / 255, 1.0]).view(3, 1).expand(-1, 3))
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    images = torch.rand(3, 1, 20, 31) * 2 - 1
+    found = read_features(inception_features(file, torch.device("cpu")), images)
+    pixels = to_uint8(images).astype("float32")
+    whole = torch.jit.load(str(file))(torch.tensor(pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1), return_features=True)
+    torch.testing.assert_close(found["pool"], whole)
     torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(3))
+    side = round((found["spatial"].shape[1] / 7) ** 0.5)
+    maps = found["spatial"].view(3, side, side, 7)  # as ADM's NHWC graph flattens it
+    torch.testing.assert_close(maps.mean((1, 2)), found["pool"][:, :7], rtol=1e-4, atol=1e-4)
     assert open_features("inception", tmp_path, torch.device("cpu")).name.startswith("Inception")
     file.rename(tmp_path / "gone")
     assert open_features("inception", tmp_path, torch.device("cpu")).name.startswith("Inception")  # from the cache
     monkeypatch.setenv("DD2_CACHE", str(tmp_path / "other"))
     with pytest.raises(InputError, match="cannot be fetched"):
         open_features("inception", tmp_path, torch.device("cpu"))
+
+
+def test_inception_without_the_known_layers_gives_no_spatial_features(tmp_path, monkeypatch):
+    torch.jit.script(FakeInception(())).save(str(tmp_path / "other.pt"))
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256((tmp_path / "other.pt").read_bytes()).hexdigest())
+    assert not inception.Inception(tmp_path / "other.pt", torch.device("cpu")).spatial
 
 
 def test_interrupted_and_resumed_is_the_same_number(tmp_path, monkeypatch):

@@ -11,11 +11,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dd2.data import digits
+from dd2.data.idx import IdxImages
 from dd2.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HELD_OUT_EVERY = 20
-"""One image in this many is kept from training."""
+"""One image in this many is kept from training, where no folders train and test (or val) say which."""
+
+Item = tuple[str, int]
+"""Name and class of an image."""
 
 
 class Pictures:
@@ -84,12 +88,7 @@ class ImageFolder:
             raise InputError(f"data {path} holds no CLASS/IMAGE files ({', '.join(SUFFIXES)})")
         self.num_classes = len(classes)
         items = [(name, classes.index(name.split("/")[-2])) for name in names]
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
-        held_out = max(1, len(items) // HELD_OUT_EVERY)
-        self._items = {
-            "test": [items[index] for index in order[:held_out]],
-            "train": [items[index] for index in order[held_out:]] or items,
-        }
+        self._items = _published_split(items) or _own_split(items)
 
     def batch(self, split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         items = self._items[split]
@@ -113,10 +112,37 @@ class ImageFolder:
         return pixels.view(self.image_size, self.image_size, -1).permute(2, 0, 1)
 
 
+def _published_split(items: list[Item]) -> dict[str, list[Item]]:
+    """TRAIN/CLASS/IMAGE and TEST/CLASS/IMAGE, if all files lie in such folders; else nothing."""
+    names = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
+    splits: dict[str, list[Item]] = {"train": [], "test": []}
+    for name, label in items:
+        parts = name.lower().split("/")
+        split = names.get(parts[-3]) if len(parts) > 2 else None
+        if split is None:
+            return {}
+        splits[split].append((name, label))
+    return splits if splits["train"] and splits["test"] else {}
+
+
+def _own_split(items: list[Item]) -> dict[str, list[Item]]:
+    """One image in `HELD_OUT_EVERY` is for tests."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = max(1, len(items) // HELD_OUT_EVERY)
+    return {
+        "test": [items[index] for index in order[:held_out]],
+        "train": [items[index] for index in order[held_out:]] or items,
+    }
+
+
 def open_data(name: str, image_size: int, channels: int) -> ImageData:
-    """The data that a configuration names: "digits", or the path of a folder or zip."""
+    """The data that a configuration names: "digits", or the path of a folder or zip of pictures or of MNIST's files."""
     if name == "digits":
         if (image_size, channels) != (digits.SIZE, 1):
             raise InputError(f"the digits are 1 x {digits.SIZE} x {digits.SIZE}, not {channels} x {image_size} x {image_size}")
         return Digits()
+    if IdxImages.found_in(Path(name)):
+        if channels != 1:
+            raise InputError(f"data {name} is grey; set tokenizer.image_channels to 1")
+        return IdxImages(Path(name), image_size)
     return ImageFolder(Path(name), image_size, channels)

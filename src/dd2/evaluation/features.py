@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from dd2.errors import InputError
+from dd2.evaluation import inception
 from dd2.evaluation.classifier import load_classifier
+from dd2.evaluation.inception import SPATIAL_CHANNELS, Inception
 from dd2.files import fetched, file_digest
 from dd2.images import byte_levels
 from dd2.training.samples import weights_digest
-
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-"""Of inception-2015-12-05.pt as NVIDIA publishes it: ADM's network as TorchScript, resize included."""
-
-INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-
-SPATIAL_CHANNELS = 7
-"""Channels of a feature map that sFID uses (ADM's evaluator)."""
 
 Features = dict[str, Tensor]
 """Of B images: "pool" (B, F); where the network has them, "spatial" (B, S) for sFID and "probabilities" (B, K)."""
@@ -59,7 +53,7 @@ def open_features(spec: str, classifier: Path, device: torch.device) -> FeatureN
     if spec == "digits":
         return digits_features(classifier, device)
     if spec == "inception":
-        return inception_features(fetched(INCEPTION_URL, INCEPTION_SHA256), device)
+        return inception_features(fetched(inception.URL, inception.SHA256), device)
     if spec.endswith((".pt", ".pth")):
         return inception_features(Path(spec), device)
     return user_features(spec)
@@ -84,30 +78,9 @@ def digits_features(folder: Path, device: torch.device) -> FeatureNetwork:
 
 
 def inception_features(file: Path, device: torch.device) -> FeatureNetwork:
-    """ADM's Inception as NVIDIA's TorchScript file: 2,048 pooled features, and class probabilities without the output bias.
-
-    It resizes to 299 pixels itself, as the reference implementation. It does not give the spatial features of sFID.
-
-    Raises:
-        InputError: the file is missing, or is not the published one.
-    """
-    if not file.is_file():
-        raise InputError(f"features {file} do not exist; give the path of inception-2015-12-05.pt, or inception to fetch it")
-    digest = file_digest(file)
-    if digest != INCEPTION_SHA256:
-        raise InputError(
-            f"features {file} have SHA-256 {digest}, not {INCEPTION_SHA256} of inception-2015-12-05.pt: it is damaged or another "
-            "file; for a network of your own give module:function"
-        )
-    network = torch.jit.load(str(file), map_location=device).eval()
-
-    def read(images: Tensor) -> Features:
-        # Floats in [0, 255]: `read_features` has rounded them; a path length must not.
-        pixels = ((images + 1) * 127.5).clamp(0, 255)
-        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-        return {"pool": network(pixels, return_features=True), "probabilities": network(pixels, no_output_bias=True)}
-
-    return FeatureNetwork("Inception of ADM (inception-2015-12-05.pt)", digest, read)
+    """ADM's Inception from NVIDIA's file. Errors as `Inception`."""
+    network = Inception(file, device)
+    return FeatureNetwork("Inception of ADM (inception-2015-12-05.pt)", network.digest, network.read)
 
 
 def user_features(spec: str) -> FeatureNetwork:

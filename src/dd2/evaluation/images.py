@@ -36,7 +36,7 @@ class ImageSet:
 
     Attributes:
         shape: (H, W, channels) of the first; grey ones among colour images are spread to three channels.
-        seeds: of images that dd2 sample wrote, else None.
+        seeds, labels: of images that dd2 sample wrote, else None.
 
     Raises:
         InputError: there are no images.
@@ -45,6 +45,7 @@ class ImageSet:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seeds: list[int] | None = None
+        self.labels: list[int] | None = None
         self._array: np.ndarray | None = None
         self._pictures: Pictures | None = None
         self._names: list[str] = []
@@ -100,9 +101,7 @@ class ImageSet:
                 if "arr_0.npy" not in archive.namelist():
                     raise InputError(f"images {self.path}: no arr_0 in it, only {archive.namelist()}")
                 entry = archive.getinfo("arr_0.npy")
-                if "seeds.npy" in archive.namelist():
-                    with archive.open("seeds.npy") as file:
-                        self.seeds = [int(s) for s in np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)]
+                self.seeds, self.labels = _integers(archive, "seeds.npy"), _integers(archive, "labels.npy")
             stored = entry.compress_type == zipfile.ZIP_STORED
             array = _mapped(self.path, entry) if stored else np.load(self.path, allow_pickle=False)["arr_0"]
         except InputError:
@@ -120,9 +119,9 @@ class ImageSet:
         except zipfile.BadZipFile as error:
             raise InputError(f"images {self.path} are neither a folder, a zip nor an .npz") from error
         self._names = [name for name in self._pictures.names if not Path(name).name.startswith(".")]
-        seeds = [re.search(r"_seed(\d+)\.png$", name) for name in self._names]
-        if seeds and all(seeds):
-            self.seeds = [int(found[1]) for found in seeds if found]
+        marks = [found for name in self._names if (found := re.search(r"_label(\d+)_seed(\d+)\.png$", name))]
+        if marks and len(marks) == len(self._names):
+            self.labels, self.seeds = [int(mark[1]) for mark in marks], [int(mark[2]) for mark in marks]
 
     def _decode(self, name: str) -> np.ndarray:
         assert self._pictures is not None
@@ -137,6 +136,13 @@ class ImageSet:
         except READ_ERRORS as error:
             raise InputError(f"images {self.path}: {name} cannot be read as an image; remove or replace it") from error
         return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _integers(archive: zipfile.ZipFile, name: str) -> list[int] | None:
+    if name not in archive.namelist():
+        return None
+    with archive.open(name) as file:
+        return [int(value) for value in np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)]
 
 
 def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Every metric of one set of images against a reference, from features on disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ class MetricConfig:
     kid_size: int = 1000
     """Images in each."""
     halves: int = 10
-    """Random halves of the samples whose spread gives the 95 % interval of the Fréchet distance; 0 gives none."""
+    """Random halves of the samples whose spread gives the 95 % intervals of the Fréchet distance, sFID and IS; 0 gives none."""
     fid_infinity: bool = False
     """Also extrapolate the Fréchet distance to infinitely many samples."""
 
@@ -43,44 +45,65 @@ def scores(bank: Bank, reference: Reference, config: MetricConfig, seed: int = 0
     """The numbers of one set of images.
 
     Returns:
-        "frechet" (FID for Inception) and, as far as network and reference allow, "frechet_95" (half width of the 95 % interval),
-        "frechet_infinity", "sfid", "inception_score" and its "_sd", "kid" and its "_sd", "precision", "recall", "density",
-        "coverage".
+        "frechet" (FID for Inception) and, as far as network and reference allow, "frechet_infinity", "sfid", "inception_score",
+        "kid", "precision", "recall", "density", "coverage"; each NAME_95 is the half width of NAME's 95 % interval for other
+        samples of the same generator ("kid_sd" and "inception_score_sd" are the spreads over subsets and splits).
     """
     pool = bank.load("pool")
     check_channels(pool.shape[1], reference)
-    found = {"frechet": frechet_distance(_fit(pool), reference.fits["pool"])}
-    if config.halves and len(pool) >= 8:
-        # A half and its complement vary together: as many degrees of freedom as pairs.
-        quantile = float(stats.t.ppf(0.975, config.halves // 2))
-        found["frechet_95"] = quantile * spread_of_halves(pool, reference.fits["pool"], config.halves, seed)
+    found = _with_interval("frechet", pool, lambda rows: frechet_distance(_fit(rows), reference.fits["pool"]), config, seed)
     if config.fid_infinity:
         found["frechet_infinity"] = frechet_infinity(pool, reference.fits["pool"], seed)
     if "spatial" in bank.names() and "spatial" in reference.fits:
-        found["sfid"] = frechet_distance(fit_gaussian(bank.stream("spatial")), reference.fits["spatial"])
+        spatial = reference.fits["spatial"]
+        found |= _with_interval("sfid", bank.load("spatial"), lambda rows: frechet_distance(_fit(rows), spatial), config, seed)
     if "probabilities" in bank.names():
-        splits = min(config.splits, len(pool))
-        found["inception_score"], found["inception_score_sd"] = inception_score(bank.load("probabilities"), splits, seed)
+        probabilities, splits = bank.load("probabilities"), min(config.splits, len(pool))
+        _, found["inception_score_sd"] = inception_score(probabilities, splits, seed)
+        value = partial(inception_score, splits=splits, seed=seed)
+        found |= _with_interval("inception_score", probabilities, lambda rows: value(rows)[0], config, seed)
     if reference.pool is not None:
         found["kid"], found["kid_sd"] = kernel_distance(reference.pool, pool, config.kid_subsets, config.kid_size, seed)
         if min(len(pool), len(reference.pool)) > config.neighbours:
-            near = neighbour_scores(reference.pool, pool, config.neighbours)
-            found |= {"precision": near.precision, "recall": near.recall, "density": near.density, "coverage": near.coverage}
+            for name, each in neighbour_scores(reference.pool, pool, config.neighbours).items():
+                found |= {name: float(each.mean()), f"{name}_95": interval_of_mean(each)}
     return found
 
 
-def spread_of_halves(pool: Tensor, reference: GaussianFit, halves: int, seed: int) -> float:
-    """Standard deviation of the Fréchet distance over random halves of the samples.
+def _with_interval(
+    name: str, values: Tensor, metric: Callable[[Tensor], float], config: MetricConfig, seed: int
+) -> dict[str, float]:
+    found = {name: metric(values)}
+    if config.halves and len(values) >= 8:
+        # A half and its complement vary together: as many degrees of freedom as pairs.
+        quantile = float(stats.t.ppf(0.975, config.halves // 2))
+        found[f"{name}_95"] = quantile * spread_of_halves(values, metric, config.halves, seed)
+    return found
+
+
+def spread_of_halves(values: Tensor, metric: Callable[[Tensor], float], halves: int, seed: int) -> float:
+    """Standard deviation of a metric over random halves of the samples.
 
     A half drawn without replacement varies about its whole by as much as the whole about the truth, so this estimates the
     whole's standard error.
+
+    Args:
+        values: (N, …) what was kept of the samples.
+        metric: some rows of it -> the number.
+        halves: even.
+        seed: of the halves.
     """
     generator = torch.Generator().manual_seed(seed)
-    distances = []
+    found = []
     for _ in range(halves // 2):
-        order = torch.randperm(len(pool), generator=generator)
-        distances += [frechet_distance(_fit(pool[rows]), reference) for rows in order.chunk(2)]
-    return float(torch.tensor(distances, dtype=torch.float64).std())
+        order = torch.randperm(len(values), generator=generator)
+        found += [metric(values[rows]) for rows in order.chunk(2)]
+    return float(torch.tensor(found, dtype=torch.float64).std())
+
+
+def interval_of_mean(each: Tensor) -> float:
+    """Half width of the 95 % interval of the mean of (N,) independent values, N > 1."""
+    return 1.96 * float(each.double().std()) / len(each) ** 0.5
 
 
 def frechet_infinity(pool: Tensor, reference: GaussianFit, seed: int, points: int = 15) -> float:

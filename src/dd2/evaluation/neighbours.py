@@ -1,7 +1,5 @@
 """Precision, recall, density and coverage: metrics by nearest neighbours, in blocks so that no N x N matrix is held."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,27 +9,19 @@ BLOCK = 2048
 """Rows of a distance block."""
 
 
-@dataclass(frozen=True)
-class NeighbourScores:
-    """Each in [0, 1], density above 1 possible.
-
-    precision, recall: Kynkäänniemi et al. 2019 (arXiv 1904.06991). density, coverage: Naeem et al. 2020 (arXiv 2002.09797).
-    """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-
-
-def neighbour_scores(real: Tensor, fake: Tensor, k: int = 3) -> NeighbourScores:
+def neighbour_scores(real: Tensor, fake: Tensor, k: int = 3) -> dict[str, Tensor]:
     """All four, from features real (N, F) and fake (M, F).
 
     A point is inside another's ball if it is nearer than that one's k-th neighbour within its own set (itself not counted).
+    Precision and recall: Kynkäänniemi et al. 2019 (arXiv 1904.06991); density and coverage: Naeem et al. 2020 (2002.09797).
 
     Args:
         real, fake: features of the same network.
         k: neighbours; the papers of VAR, LlamaGen and ADM use 3.
+
+    Returns:
+        The values whose means are "precision" and "density" (M,) and "recall" and "coverage" (N,), float32; in [0, 1], density's
+        mean possibly above 1.
 
     Raises:
         InputError: a set has no k-th neighbour, or the features differ in size.
@@ -55,12 +45,12 @@ def neighbour_scores(real: Tensor, fake: Tensor, k: int = 3) -> NeighbourScores:
             inside_real[rows] += inside.sum(1)
             covered[columns] |= inside.any(0)
             recalled[columns] |= (distance < fake_radius[rows].unsqueeze(1)).any(0)
-    return NeighbourScores(
-        precision=float((inside_real > 0).double().mean()),
-        recall=float(recalled.double().mean()),
-        density=float(inside_real.double().mean() / k),
-        coverage=float(covered.double().mean()),
-    )
+    return {
+        "precision": (inside_real > 0).float(),
+        "recall": recalled.float(),
+        "density": inside_real / k,
+        "coverage": covered.float(),
+    }
 
 
 def kth_distance(features: Tensor, k: int) -> Tensor:

@@ -99,8 +99,8 @@ included.</p>
 of {numbers["count"]:,} samples of each method and of the reference
 ({html.escape(str(numbers["evaluation"]["reference"]["reference"]))}); with the teacher as reference, its own row is the floor:
 {numbers["count"]:,} other samples of its own. Teacher NLL: nats per image that the teacher assigns to the (nearest-code)
-sequences. Lower than the teacher's own means less varied, higher means less plausible. Distinct: different token sequences
-among them.</p>{_decides(numbers)}
+sequences: lower than the teacher's own means less varied, higher means less plausible. Distinct: different token sequences
+among them. ±: half the width of the 95 % interval for other samples of the same method.</p>{_decides(numbers)}
 <h2>Speed</h2><table><tr><th>batch</th><th>teacher, ms/image</th><th>generator, ms/image</th><th>of which decoding</th>
 <th>ratio</th></tr>{speeds}</table>
 <p class="note">Whole images, both in turns in one process; medians. At large batches arithmetic decides, of which one pass has
@@ -115,7 +115,6 @@ hardly less than all cached steps; at small ones the teacher waits for every tok
 def _table(numbers: dict[str, Any]) -> str:
     columns = {
         "frechet": ("Fréchet distance", ".2f"),
-        "frechet_95": ("± (95 %)", ".2f"),
         "sfid": ("sFID", ".2f"),
         "kid": ("KID", ".4g"),
         "inception_score": ("IS", ".2f"),
@@ -133,11 +132,17 @@ def _table(numbers: dict[str, Any]) -> str:
     body = ""
     for name in (*TITLES, *few):
         if name in found:
-            cells = (format(found[name][key], kind) if key in found[name] else "–" for key, (_, kind) in used.items())
-            row = "".join(f"<td>{cell}</td>" for cell in cells)
+            row = "".join(f"<td>{_with_interval(found[name], key, kind)}</td>" for key, (_, kind) in used.items())
             distinct = numbers["distinct_sequences"][name]
             body += f"<tr{' class=best' if name == 'generator' else ''}><td>{title(name)}</td>{row}<td>{distinct:,}</td></tr>"
     return f"<table><tr><th>method</th>{head}<th>distinct</th></tr>{body}</table>"
+
+
+def _with_interval(values: dict[str, float], key: str, kind: str) -> str:
+    if key not in values:
+        return "–"
+    half_width = values.get(f"{key}_95")
+    return format(values[key], kind) + (f"<small> ±{format(half_width, kind)}</small>" if half_width is not None else "")
 
 
 def _decides(numbers: dict[str, Any]) -> str:

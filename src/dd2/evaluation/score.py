@@ -16,7 +16,7 @@ from dd2.evaluation import reference as references
 from dd2.evaluation.bank import Bank
 from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.likelihood import teacher_nll
-from dd2.evaluation.metrics import MetricConfig, scores, within_class_spread
+from dd2.evaluation.metrics import MetricConfig, interval_of_mean, scores, within_class_spread
 from dd2.evaluation.neighbours import nearest_distance
 from dd2.evaluation.path_length import path_length
 from dd2.evaluation.reference import Reference
@@ -112,10 +112,10 @@ class Scorer:
             bank = self.bank(name, method, seeds_of, self._identity(name, seeds_of, digests.get(name)))
             found[name] = scores(bank, reference, self.metrics, self.seed)
             nll, labels = bank.load("nll").double(), bank.load("labels")
-            found[name] |= {"teacher_nll": float(nll.mean()), "teacher_nll_se": float(nll.std() / len(nll) ** 0.5)}
+            found[name] |= {"teacher_nll": float(nll.mean()), "teacher_nll_95": interval_of_mean(nll)}
             if self.network.knows_labels:
-                predicted = bank.load("probabilities").argmax(1)
-                found[name]["accuracy"] = float((predicted == labels).double().mean())
+                right = (bank.load("probabilities").argmax(1) == labels).double()
+                found[name] |= {"accuracy": float(right.mean()), "accuracy_95": interval_of_mean(right)}
             pool = bank.load("pool")
             found[name]["within_class_spread"] = within_class_spread(pool, labels)
             if reference.pool is not None and reference.described.get("reference") != "teacher":
@@ -232,6 +232,6 @@ def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
         "frechet": frechet,
         "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span if span else float("nan"),
         "teacher_nll": {name: values["teacher_nll"] for name, values in found.items()},
-        "teacher_nll_standard_error": {name: values["teacher_nll_se"] for name, values in found.items()},
+        "teacher_nll_95": {name: values["teacher_nll_95"] for name, values in found.items()},
         "accuracy": {name: values["accuracy"] for name, values in found.items() if "accuracy" in values},
     }

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class EvaluateConfig:
     export: Path | None = None
     """Also write the generator's images as an .npz for ADM's evaluator: arr_0, uint8 NHWC, shuffled."""
     allow_unbalanced: bool = False
-    """Score a count that is no multiple of the number of labels."""
+    """Score a count that is no multiple of the number of labels, or images with more of one label than of another."""
     allow_duplicates: bool = False
     """Score images that were drawn with the same seed more than once."""
     batch: int = 500
@@ -182,12 +183,7 @@ def _evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: to
     assert config.images is not None
     path = config.images.resolve()
     images = ImageSet(path)
-    if images.seeds is not None and len(set(images.seeds)) < len(images.seeds) and not config.allow_duplicates:
-        twice = len(images.seeds) - len(set(images.seeds))
-        raise InputError(
-            f"images {config.images}: {twice} of {len(images)} were drawn with a seed that another one has, so they may be "
-            "duplicates; draw them with a seed each, or give --allow-duplicates"
-        )
+    balance = _checked_draws(config, images)
     out = path.with_name(f"{path.name}.dd2")
     writable_folder(out, "folder beside the images")
     digest = images.digest()
@@ -206,6 +202,7 @@ def _evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: to
             "images": str(path),
             "sha256": digest,
             "seeds": "unknown" if images.seeds is None else f"{len(set(images.seeds))} different ones",
+            "images_per_label": balance,
             "reference": reference.described,
             "rounding": "uint8, as stored",
         },
@@ -216,6 +213,26 @@ def _evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: to
     print(described(numbers))
     print(f"wrote {out}/metrics.json")
     return numbers
+
+
+def _checked_draws(config: EvaluateConfig, images: ImageSet) -> str:
+    """Refuse repeated seeds and unbalanced labels, as far as the images tell; how many there are of each label."""
+    if images.seeds is not None and len(set(images.seeds)) < len(images.seeds) and not config.allow_duplicates:
+        twice = len(images.seeds) - len(set(images.seeds))
+        raise InputError(
+            f"images {config.images}: {twice} of {len(images)} were drawn with a seed that another one has, so they may be "
+            "duplicates; draw them with a seed each, or give --allow-duplicates"
+        )
+    if images.labels is None:
+        return "unknown"
+    counts = Counter(images.labels)
+    fewest, most = min(counts.values()), max(counts.values())
+    if fewest < most and not config.allow_unbalanced:
+        raise InputError(
+            f"images {config.images} are unbalanced: {fewest} to {most} of each of {len(counts)} labels; draw as many of every "
+            "label, or give --allow-unbalanced"
+        )
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
 def _export(config: EvaluateConfig, scorer: Scorer, generator: Any) -> None:

@@ -1,0 +1,77 @@
+"""MNIST's file format: all images of a split in one gzipped array, as MNIST and Fashion-MNIST are published."""
+
+import gzip
+import struct
+import zipfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dd2.errors import InputError
+
+FILES = {"train": "train", "test": "t10k"}
+"""Split -> how its two files begin."""
+
+IMAGES, LABELS = "-images-idx3-ubyte.gz", "-labels-idx1-ubyte.gz"
+
+
+class IdxImages:
+    """Grey images of the four files of MNIST, in a directory or a zip; never mirrored.
+
+    Args:
+        path: directory or .zip.
+        image_size: height and width to give.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path, self.image_size = path, image_size
+        self.num_classes = int(self._splits["train"][1].max()) + 1
+
+    @staticmethod
+    def found_in(path: Path) -> bool:
+        """Whether a directory or zip holds such files."""
+        name = FILES["train"] + IMAGES
+        if path.is_dir():
+            return (path / name).is_file()
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return name in archive.namelist()
+
+    def batch(self, split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random images (size, 1, image_size, image_size) in [-1, 1] and labels (size,)."""
+        images, labels = self._splits[split]
+        rows = torch.randint(len(images), (size,), generator=generator)
+        chosen = images[rows].unsqueeze(1).float() / 127.5 - 1
+        if chosen.shape[-1] != self.image_size:
+            sides = (self.image_size, self.image_size)
+            chosen = F.interpolate(chosen, size=sides, mode="bicubic", antialias=True).clamp(-1, 1)
+        return chosen, labels[rows]
+
+    @cached_property
+    def _splits(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {split: (self._array(start + IMAGES), self._array(start + LABELS).long()) for split, start in FILES.items()}
+
+    def _array(self, name: str) -> Tensor:
+        """An idx file: zeros, type 8 (bytes), number of axes, their lengths as big-endian integers, the values."""
+        try:
+            if self.path.is_dir():
+                packed = (self.path / name).read_bytes()
+            else:
+                with zipfile.ZipFile(self.path) as archive:
+                    packed = archive.read(name)
+            content = gzip.decompress(packed)
+            axes = content[3]
+            shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
+            return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
+        except (OSError, EOFError, KeyError, IndexError, ValueError, struct.error, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"data {self.path}: {name} is missing or damaged ({error}); copy MNIST's four files again"
+            ) from error

@@ -6,13 +6,14 @@ import scipy.linalg
 import torch
 
 from dd2.baselines.marginal import MarginalSampler
+from dd2.baselines.skip import skipped
 from dd2.errors import InputError
 from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.evaluation.plots import curves
 from dd2.evaluation.speed import seconds_per_call
 from dd2.teachers.filtering import Sampling
-from models import tiny_teacher
+from models import tiny_teacher, tiny_var
 
 
 def fit(features: torch.Tensor, batch: int = 10**9) -> GaussianFit:
@@ -89,6 +90,24 @@ def test_marginal_sampler_draws_the_frequencies_of_class_and_position():
     torch.testing.assert_close(odd[:, 1].bincount(minlength=5) / 10_000, expected, atol=0.02, rtol=0)
     together = (odd[:, 1] == odd[:, 2]).float().mean()
     assert together == pytest.approx(float(expected.square().sum()), abs=0.02)
+
+
+@pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
+def test_skip_m_is_the_start_of_the_teachers_own_sequence(build):
+    teacher, cond = build(), torch.tensor([0, 1, 2])
+    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    ids = teacher.generate(cond, Sampling(), range(3))
+    kept = teacher.order.steps[-2].start
+    codes = teacher.tokenizer.codebook[ids[:, :kept]]
+    if build is tiny_var:  # scales that are missing add nothing
+        expected = teacher.tokenizer.decode_codes(codes)
+    else:
+        rest = teacher.backbone.token_mean.expand(3, teacher.order.n - kept, -1)
+        expected = teacher.tokenizer.decode_codes(torch.cat([codes, rest], 1))
+    assert torch.equal(skipped(teacher, cond, Sampling(), range(3), 2), expected)
+    for m in (0, teacher.order.num_steps):
+        with pytest.raises(InputError, match="skip must be 1"):
+            skipped(teacher, cond, Sampling(), range(3), m)
 
 
 def test_speed_takes_turns_and_the_median():

@@ -11,7 +11,7 @@ from dd2 import OneStepPipeline
 from dd2.cli import main
 from dd2.config import load_config
 from dd2.errors import InputError
-from dd2.jobs.evaluate import EvaluateConfig
+from dd2.evaluation.config import EvaluateConfig
 from dd2.jobs.train_classifier import TrainClassifierConfig
 from dd2.training.metrics import MetricsLog
 

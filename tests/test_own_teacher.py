@@ -81,4 +81,4 @@ def test_a_foreign_backbone_goes_all_the_way(tmp_path, monkeypatch):
     loaded = load_generator(tmp_path / "generator")
     labels = torch.tensor([0, 1, 1])
     assert torch.equal(one_step(loaded.student, labels, range(3)), one_step(networks.ema, labels, range(3)))
-    assert ar_diffusion(loaded.student, labels, range(3)).shape == (3, 16, 4)
+    assert ar_diffusion(loaded.ar_student, labels, range(3)).shape == (3, 16, 4)

@@ -164,10 +164,16 @@ def test_teacher_samples_are_reproducible_and_resumable(tmp_path, monkeypatch):
     shards[1].write_bytes(shards[1].read_bytes()[:30])  # torn
     shards[2].unlink()  # never written
     kept = shards[0].stat().st_mtime_ns
+    with pytest.raises(InputError, match="is damaged"):
+        TeacherSamples.load(tmp_path / "b")
     again = TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1)
     assert torch.equal(again.ids, whole.ids)
     assert shards[0].stat().st_mtime_ns == kept
     assert torch.equal(TeacherSamples.load(tmp_path / "b").ids, whole.ids)
+    content = bytearray(shards[1].read_bytes())
+    content[-3] ^= 1  # one bit of one id
+    shards[1].write_bytes(content)
+    assert torch.equal(TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1).ids, whole.ids)
     for change in ({"seed": 2}, {"sampling": Sampling(top_k=3)}, {"teacher": tiny_teacher(seed=1)}):
         arguments = {"teacher": teacher, "sampling": Sampling(), "seed": 1, **change}
         with pytest.raises(InputError, match=f"another {next(iter(change))}"):

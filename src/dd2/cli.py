@@ -22,6 +22,7 @@ class Command:
     function: str
     takes_run: bool = False
     takes_out: bool = False
+    takes_runs: bool = False
 
     def load(self) -> tuple[type, Callable[[Any], object]]:
         """The configuration class and the function."""
@@ -32,8 +33,10 @@ class Command:
 COMMANDS = {
     "demo": Command("the whole method on the embedded digits, in minutes", "demo", "DemoConfig", "demo"),
     "distill": Command("distil a teacher into a one-step generator", "distill", "DistillConfig", "distill"),
+    "dd1": Command("the baseline: distil a teacher by Distilled Decoding 1", "dd1", "DD1JobConfig", "distil_dd1"),
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
+    "report": Command("one page about evaluated runs", "report", "ReportConfig", "report", takes_runs=True),
     "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True, True),
     "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
     "convert llamagen": Command(
@@ -102,6 +105,8 @@ def _dispatch(arguments: list[str]) -> int:
     positional = []
     while rest and not rest[0].startswith("-"):
         positional.append(rest.pop(0))
+    if command.takes_runs and positional:
+        rest, positional = ["--runs", *positional, *rest], []
     if command.takes_run and positional:
         rest = ["--run", positional.pop(0), *rest]
     if command.takes_out and positional:
@@ -130,7 +135,9 @@ def overview() -> str:
 
 
 def _usage(name: str) -> str:
-    run = (" RUN" if COMMANDS[name].takes_run else "") + (" OUT" if COMMANDS[name].takes_out else "")
+    run = (" RUN ..." if COMMANDS[name].takes_runs else " RUN" if COMMANDS[name].takes_run else "") + (
+        " OUT" if COMMANDS[name].takes_out else ""
+    )
     return f"dd2 {name}{run} [CONFIG.yaml] [--field value ...]"
 
 

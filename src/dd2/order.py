@@ -16,6 +16,10 @@ DENSE_BELOW = 128
 """Positions up to which one masked attention call beats one call per scale."""
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values, each (B, heads, positions, head_dim), to the mixed values."""
+
+
 class Order(nn.Module, ABC):
     """n positions in S steps; positions of one step are independent given all earlier steps.
 
@@ -69,6 +73,21 @@ class Order(nn.Module, ABC):
             q: (B, heads, L, head_dim) queries, of the last L of the T positions.
             k, v: (B, heads, T, head_dim).
         """
+
+    def own_token_mask(self, given: int) -> Tensor:
+        """Which positions a student sees that reads every token at its own position (DD1), (given + n, given + n) booleans.
+
+        The `given` positions of the condition come first and are seen by all; a token sees those of earlier steps and itself.
+        """
+        level = torch.cat([self.step_of.new_full((given,), -1), self.step_of])
+        earlier = level[:, None] > level
+        earlier[:given, :given] = True
+        return earlier | torch.eye(len(level), dtype=torch.bool, device=level.device)
+
+
+def masked_attention(mask: Tensor) -> Attend:
+    """Attention under a mask (L, T) of booleans."""
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class RasterOrder(Order):

@@ -12,13 +12,13 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.order import Order
 from dd2.seeding import image_noise
-from dd2.student import Student
+from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import nearest_ids
 
 
-def token_noise(student: Student, cond: Tensor, seeds: Sequence[int]) -> Tensor:
+def token_noise(student: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     """The noise of all tokens, (B, n, C), image i's from seeds[i] alone."""
     if len(seeds) != len(cond):
         raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
@@ -27,13 +27,21 @@ def token_noise(student: Student, cond: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def one_step(generator: Student, cond: Tensor, seeds: Sequence[int]) -> Tensor:
+def one_step(generator: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     """The whole image in one forward pass: G(eps) (B, n, C)."""
     return generator.as_generator(token_noise(generator, cond, seeds), cond)
 
 
 @torch.inference_mode()
-def refine(generator: Student, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int) -> Tensor:
+def two_passes(generator: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The whole image in two forward passes of the generator itself, for methods that have them (DD1): (B, n, C)."""
+    return generator.two_passes(token_noise(generator, cond, seeds), cond)
+
+
+@torch.inference_mode()
+def refine(
+    generator: OneStepNetwork, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int
+) -> Tensor:
     """Few steps with the teacher (Alg. 4): one generator pass, then the teacher redraws the last steps - 1 AR steps.
 
     The teacher reads the kept prefix snapped to the nearest codes, which is what it was trained on; the result holds it

@@ -6,6 +6,7 @@ given the earlier ones; as generator it reads noise and gives all clean tokens i
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -99,24 +100,51 @@ class VelocityHead(nn.Module):
         return self.output(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
-class Student(nn.Module):
+class OneStepNetwork(nn.Module, ABC):
+    """What draws all tokens in one forward pass: DD2's generator, or a baseline's.
+
+    Attributes:
+        backbone: the transformer, with its AR order and standardisation.
+    """
+
+    backbone: Backbone
+
+    @abstractmethod
+    def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
+        """One pass: noise (B, n, C), cond (B, ...) -> clean standardised tokens (B, n, C)."""
+
+    @property
+    def has_two_passes(self) -> bool:
+        """Whether `two_passes` can be called."""
+        return False
+
+    def two_passes(self, noise: Tensor, cond: Tensor) -> Tensor:
+        """A method's own way to spend a second pass (not Alg. 4, which is the teacher's): shapes as `as_generator`.
+
+        Raises:
+            InputError: the method has none, or was not trained for it.
+        """
+        raise InputError(f"a {type(self).__name__} draws in one pass; --steps k lets the teacher draw the last steps again")
+
+
+class Student(OneStepNetwork):
     """Backbone and head; generator or guidance network, the same class in both roles.
 
     Args:
         backbone: features of an AR order, usually copied from a teacher.
-        head_config: size of the head.
+        config: size of the head.
     """
 
-    def __init__(self, backbone: Backbone, head_config: HeadConfig) -> None:
+    def __init__(self, backbone: Backbone, config: HeadConfig) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head_config = head_config
-        self.head = VelocityHead(backbone.token_mean.shape[0], backbone.width, head_config)
+        self.config = config
+        self.head = VelocityHead(backbone.token_mean.shape[0], backbone.width, config)
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, head_config: HeadConfig) -> "Student":
+    def from_teacher(cls, teacher: Teacher, config: HeadConfig) -> "Student":
         """A student whose backbone is a copy of the teacher's, and whose head is fresh (its velocity is 0)."""
-        student = cls(copy.deepcopy(teacher.backbone), head_config)
+        student = cls(copy.deepcopy(teacher.backbone), config)
         return student.requires_grad_(True)
 
     def features(self, tokens: Tensor, cond: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dd2.baselines.dd1.student import DD1Config, DD1Student
 from dd2.errors import InputError
 from dd2.files import atomic_folder
-from dd2.student import HeadConfig, Student
+from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
 from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
@@ -33,13 +34,36 @@ TEACHERS = {
 }
 """Family -> (configuration, builder, backbone class). A new family is one line here."""
 
+NETWORKS = {
+    "dd2": (HeadConfig, lambda teacher, config: Student(teacher.backbone, config), Student),
+    "dd1": (
+        DD1Config,
+        lambda teacher, config: DD1Student(teacher.backbone, teacher.output, teacher.tokenizer.codebook, config),
+        DD1Student,
+    ),
+}
+"""Method -> (configuration, builder from a teacher whose modules it may take, class)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """A distilled generator as it is shipped: one network and the tokenizer that turns its tokens into images."""
 
-    student: Student
+    student: OneStepNetwork
     tokenizer: Tokenizer
+
+    @property
+    def ar_student(self) -> Student:
+        """The network as an AR-diffusion model.
+
+        Raises:
+            InputError: it is another method's, which cannot be sampled step by step.
+        """
+        if not isinstance(self.student, Student):
+            raise InputError(
+                f"a {type(self.student).__name__} is no AR-diffusion model; ar_diffusion/ of a run of dd2 distill is"
+            )
+        return self.student
 
     def decode(self, tokens: torch.Tensor, nearest: bool = False) -> torch.Tensor:
         """Standardised tokens (B, n, C) to images, as they are or snapped to their nearest codes."""
@@ -77,7 +101,8 @@ def save_generator(folder: Path, generator: Generator) -> None:
         "kind": "generator",
         "family": _backbone_family(student.backbone),
         "config": _config_of(student.backbone),
-        "head": dataclasses.asdict(student.head_config),
+        "method": _family_of(student, {name: entry[2] for name, entry in NETWORKS.items()}),
+        "head": _config_of(student),
     }
     with atomic_folder(folder) as partial:
         write_model(partial, student, config, torch.float32)
@@ -110,9 +135,13 @@ def load_generator(folder: Path) -> Generator:
     """Read a generator folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
     config = read_config(folder, "generator")
     config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
+    method = config.get("method", "dd2")
+    if method not in NETWORKS:
+        raise InputError(f"{folder / 'config.json'}: unknown method {method!r}; this dd2 knows {', '.join(NETWORKS)}")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    backbone = build(_construct(config_class, config.get("config"), folder), tokenizer).backbone
-    student = Student(backbone, _construct(HeadConfig, config.get("head"), folder))
+    teacher = build(_construct(config_class, config.get("config"), folder), tokenizer)
+    head_class, network, _ = NETWORKS[method]
+    student = network(teacher, _construct(head_class, config.get("head"), folder))
     load_weights(folder, student)
     return Generator(student.eval().requires_grad_(False), tokenizer)
 

@@ -85,7 +85,7 @@ def open_run(path: Path, device: torch.device, captions: str = "") -> FinishedRu
     backbone.token_mean.copy_(student.token_mean)
     backbone.token_std.copy_(student.token_std)
     tuned = open_generator(path / "ar_diffusion", device, captions) if (path / "ar_diffusion").is_dir() else None
-    prefix = "distill.sampling."
+    prefix = "distill.sampling." if "distill.sampling.top_k" in config else "sampling."  # the latter: dd2 dd1
     sampling = Sampling(**{k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)})
     return FinishedRun(generator, tuned, teacher, sampling)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 PANELS = (
     ("tune", "student/loss", "Stage 1: velocity regression (GTS)"),
+    ("dd1", "student/cross_entropy", "DD1: cross-entropy of the first head"),
+    ("dd1", "student/squared_error", "DD1: squared error of the second head"),
     ("distill", "guidance/loss", "Stage 2: guidance network (FCS)"),
     ("distill", "generator/loss", "Stage 2: generator (CSD)"),
     ("distill", "generator/to_nearest_code", "Stage 2: distance to the nearest code"),
@@ -17,6 +19,8 @@ EXPLAINED = {
     "Stage 1: velocity regression (GTS)": (
         "Falls steeply, then slowly. It cannot be judged by its height alone: the AR-diffusion row of the table tells."
     ),
+    "DD1: cross-entropy of the first head": "Falls like any regression; what is left at the end is what one pass cannot tell.",
+    "DD1: squared error of the second head": "The same, in standard deviations of tokens.",
     "Stage 2: guidance network (FCS)": (
         "Starts high, drops within tens of iterations, then falls slowly as the generator's tokens become codes. Its level is "
         "the variance of eps - x_0 given x_t. A slow rise means the guidance network falls behind: raise K or its rate."
@@ -32,6 +36,11 @@ EXPLAINED = {
     "Stage 2: generator's learning rate": "The raw weights only become good as this decays; until then the EMA is better.",
 }
 """How to read each panel, by title."""
+
+
+def explained(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """How to read the panels that have data, by title."""
+    return {title: EXPLAINED[title] for stage, number, title in PANELS if len(_series(rows, stage, number)) > 1}
 
 
 def curves(rows: list[dict[str, Any]]) -> bytes:

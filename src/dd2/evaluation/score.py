@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dd2.baselines.marginal import MarginalSampler
+from dd2.baselines.skip import skipped
 from dd2.checkpoints.native import Generator
 from dd2.evaluation import reference as references
 from dd2.evaluation.bank import Bank
@@ -20,18 +21,18 @@ from dd2.evaluation.metrics import MetricConfig, interval_of_mean, scores, withi
 from dd2.evaluation.neighbours import nearest_distance
 from dd2.evaluation.path_length import path_length
 from dd2.evaluation.reference import Reference
-from dd2.sampling import ar_diffusion, one_step, refine
+from dd2.sampling import ar_diffusion, one_step, refine, two_passes
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import nearest_ids
-from dd2.training.samples import weights_digest
+from dd2.training.samples import fingerprint, weights_digest
 
 SHOWN = 40
 """Images of each method that are kept for the pictures."""
 
-Method = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
-"""Labels (B,) and B seeds -> images (B, channels, H, W) and their (nearest-code) ids (B, n)."""
+Method = Callable[[Tensor, list[int]], tuple[Tensor, Tensor | None]]
+"""Labels (B,) and B seeds -> images (B, channels, H, W) and their (nearest-code) ids (B, n); None for incomplete sequences."""
 
 
 @dataclass
@@ -59,7 +60,12 @@ class Scorer:
     metrics: MetricConfig = field(default_factory=MetricConfig)
 
     def methods(
-        self, generator: Generator, tuned: Generator | None, marginal: MarginalSampler, steps: Sequence[int] = ()
+        self,
+        generator: Generator,
+        tuned: Generator | None,
+        marginal: MarginalSampler,
+        steps: Sequence[int] = (),
+        skips: Sequence[int] = (),
     ) -> dict[str, Method]:
         """What is compared, by name.
 
@@ -68,6 +74,7 @@ class Scorer:
             tuned: the stage-1 model, if there is one.
             marginal: onestep*.
             steps: also the generator with the teacher redrawing its last k - 1 AR steps, for each k > 1 (Alg. 4).
+            skips: also the teacher without its last m AR steps, for each m.
         """
 
         def generated(labels: Tensor, seeds: list[int]) -> Tensor:
@@ -79,12 +86,21 @@ class Scorer:
             "generator": lambda labels, seeds: self.continuous(generated(labels, seeds)),
             "generator_nearest": lambda labels, seeds: self.decoded(self._snapped(generated(labels, seeds))),
         }
+        if generator.student.has_two_passes:
+            methods["generator_two_passes"] = lambda labels, seeds: self.continuous(
+                two_passes(generator.student, self._cond(labels), seeds)
+            )
+        for m in skips:
+            methods[f"teacher_skip_{m}"] = lambda labels, seeds, m=m: (
+                skipped(self.teacher, self._cond(labels), self.sampling, seeds, m),
+                None,
+            )
         for k in steps:
             methods[few_steps(k)] = lambda labels, seeds, k=k: self.continuous(
                 refine(generator.student, self.teacher, self._cond(labels), self.sampling, seeds, k)
             )
         if tuned is not None:
-            student = tuned.student
+            student = tuned.ar_student
             methods["ar_diffusion"] = lambda labels, seeds: self.continuous(ar_diffusion(student, self._cond(labels), seeds))
         return methods
 
@@ -111,8 +127,11 @@ class Scorer:
             seeds_of = "floor" if name == "teacher" else "methods"
             bank = self.bank(name, method, seeds_of, self._identity(name, seeds_of, digests.get(name)))
             found[name] = scores(bank, reference, self.metrics, self.seed)
-            nll, labels = bank.load("nll").double(), bank.load("labels")
-            found[name] |= {"teacher_nll": float(nll.mean()), "teacher_nll_95": interval_of_mean(nll)}
+            labels = bank.load("labels")
+            if "nll" in bank.names():
+                nll = bank.load("nll").double()
+                found[name] |= {"teacher_nll": float(nll.mean()), "teacher_nll_95": interval_of_mean(nll)}
+                distinct[name] = len(torch.unique(bank.load("ids"), dim=0))
             if self.network.knows_labels:
                 right = (bank.load("probabilities").argmax(1) == labels).double()
                 found[name] |= {"accuracy": float(right.mean()), "accuracy_95": interval_of_mean(right)}
@@ -120,7 +139,6 @@ class Scorer:
             found[name]["within_class_spread"] = within_class_spread(pool, labels)
             if reference.pool is not None and reference.described.get("reference") != "teacher":
                 found[name]["nearest_reference_image"] = float(nearest_distance(pool, reference.pool).mean())
-            distinct[name] = len(torch.unique(bank.load("ids"), dim=0))
         return _by_metric(found) | {
             "metrics": found,
             "ar_steps": self.teacher.order.num_steps,
@@ -134,8 +152,10 @@ class Scorer:
         def make(index: Tensor) -> dict[str, Tensor]:
             labels = self.labels(index)
             images, ids = sample(labels, self.seeds(seeds_of, index))
-            nll = teacher_nll(self.teacher, ids, self._cond(labels))
-            return {**read_features(self.network, images), "nll": nll.cpu(), "labels": labels.cpu(), "ids": ids.int().cpu()}
+            found = {**read_features(self.network, images), "labels": labels.cpu()}
+            if ids is not None:
+                found |= {"nll": teacher_nll(self.teacher, ids, self._cond(labels)).cpu(), "ids": ids.int().cpu()}
+            return found
 
         return Bank.prepare(self.banks, title, identity, self.count, self.batch, make)
 
@@ -198,7 +218,8 @@ class Scorer:
 
     @cached_property
     def _teacher_digest(self) -> str:
-        return weights_digest(self.teacher)  # of all its weights: once, not once per method
+        """Of what its samples depend on: once, not once per method."""
+        return fingerprint(self.teacher) + weights_digest(self.teacher.tokenizer)
 
     def _identity(self, method: str, seeds_of: str, digest: str | None) -> dict[str, Any]:
         """Everything that decides the images of a method and their features."""
@@ -224,6 +245,12 @@ def few_steps_of(name: str) -> int:
     return int(found[1]) if found else 0
 
 
+def skip_of(name: str) -> int:
+    """The m of "teacher_skip_m", 0 for other methods."""
+    found = re.fullmatch(r"teacher_skip_(\d+)", name)
+    return int(found[1]) if found else 0
+
+
 def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The headline numbers by metric, the teacher's distance as "floor", and how far the generator got towards it."""
     frechet = {("floor" if name == "teacher" else name): values["frechet"] for name, values in found.items()}
@@ -231,7 +258,8 @@ def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {
         "frechet": frechet,
         "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span if span else float("nan"),
-        "teacher_nll": {name: values["teacher_nll"] for name, values in found.items()},
-        "teacher_nll_95": {name: values["teacher_nll_95"] for name, values in found.items()},
-        "accuracy": {name: values["accuracy"] for name, values in found.items() if "accuracy" in values},
+        **{
+            key: {name: values[key] for name, values in found.items() if key in values}
+            for key in ("teacher_nll", "teacher_nll_95", "accuracy")
+        },
     }

@@ -37,8 +37,7 @@ def speed_numbers(teacher: Teacher, sampling: Sampling, generator: Generator, la
 
 
 def _seconds(teacher: Teacher, sampling: Sampling, generator: Generator, size: int) -> dict[str, float]:
-    labels = teacher.backbone.default_labels(torch.arange(size, device=teacher.codebook.device))
-    cond = teacher.backbone.conditions(labels)
+    cond = teacher.backbone.default_conditions(size)
     seeds = list(range(size))
     codes = teacher.tokenizer.codebook[:1].expand(size, teacher.order.n, -1)
     taken = seconds_per_call(

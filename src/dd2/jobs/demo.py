@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dd2.config import load_config
+from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
 from dd2.jobs.distill import DistillConfig, distill
-from dd2.jobs.evaluate import EvaluateConfig, evaluate
+from dd2.jobs.evaluate import evaluate
 from dd2.jobs.train_classifier import TrainClassifierConfig, train_classifier
 from dd2.jobs.train_teacher import TrainTeacherConfig, train_teacher
 from dd2.jobs.train_tokenizer import TrainTokenizerConfig, train_tokenizer

@@ -1,26 +1,27 @@
 """dd2 distill: from a teacher to a one-step generator (Sec. 5, Alg. 1-3)."""
 
-import json
+import copy
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from dd2.checkpoints.native import Generator, save_generator
+from dd2.checkpoints.native import Generator, load_generator, save_generator
 from dd2.checkpoints.runs import open_teacher
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.files import write_atomic
+from dd2.files import atomic_folder
 from dd2.jobs.adapt import adapt, check_adaptation
-from dd2.jobs.run_folder import start_run
+from dd2.jobs.run_folder import read_seconds, start_run, write_seconds
 from dd2.stages.align import load_average
 from dd2.stages.recipe import AdaptConfig, AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import steps
 from dd2.training.loop import LoopConfig, Trainer
-from dd2.training.samples import TeacherSamples
+from dd2.training.samples import TeacherSamples, fingerprint, samples_identity
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class DistillConfig:
     """Caption features of a text-conditional teacher, from dd2 text-features; its labels are their row numbers."""
     out: Path = Path("runs/distill")
     """Run folder; an interrupted run in it is resumed."""
+    stage1: str = ""
+    """Run folder of another dd2 distill of the same teacher, whose teacher samples and stage-1 model this run starts from."""
     seed: int = 0
     """Seed of the weights, of the teacher's samples and of every step."""
     device: str = "auto"
@@ -92,32 +95,60 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     if not teacher.backbone.continuous:
         teacher, spent = adapt(teacher, config.adapt, trainer)
         seconds["adapt"] = spent
-    start = time.perf_counter()
-    samples = TeacherSamples.prepare(
-        config.out / "teacher_samples",
-        teacher,
-        config.tune.sampling,
-        config.teacher_samples,
-        config.seed,
-        config.sample_batch,
-    )
-    seconds |= {"samples": seconds.get("samples", 0.0) + time.perf_counter() - start, "tune": 0.0, "distill": 0.0}
-    _write_seconds(config.out, seconds)
+    if config.stage1:
+        samples, seconds = _copied(Path(config.stage1), config.out, teacher)
+    else:
+        start = time.perf_counter()
+        samples = TeacherSamples.prepare(
+            config.out / "teacher_samples",
+            teacher,
+            config.tune.sampling,
+            config.teacher_samples,
+            config.seed,
+            config.sample_batch,
+        )
+        seconds |= {"samples": seconds.get("samples", 0.0) + time.perf_counter() - start, "tune": 0.0}
+    seconds["distill"] = 0.0
+    write_seconds(config.out, seconds)
     teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
     torch.manual_seed(config.seed)
-    student = Student.from_teacher(teacher, config.head).to(device)
+    fresh = Student.from_teacher(teacher, config.head).to(device)
+    if config.stage1:
+        student = _stage1_model(Path(config.stage1), fresh, device)
+    else:
+        student = copy.deepcopy(fresh)
+        for stage in tune_stages(student, teacher, samples, config.tune):
+            seconds["tune"] += trainer.run(stage)
+        save_generator(config.out / "ar_diffusion", Generator(student, teacher.tokenizer))
 
-    for stage in tune_stages(student, teacher, samples, config.tune):
-        seconds["tune"] += trainer.run(stage)
-    save_generator(config.out / "ar_diffusion", Generator(student, teacher.tokenizer))
-
-    networks = Networks.from_tuned(student)
+    networks = Networks.starting_from(student, fresh, config.distill.initialised)
     seconds["distill"] += trainer.run(distill_stage(networks, teacher, samples, config.distill))
     if config.align.iterations:
         seconds["distill"] += _align(config, trainer, networks, teacher, samples)
-    _write_seconds(config.out, seconds)
+    write_seconds(config.out, seconds)
     save_generator(config.out / "generator", Generator(networks.ema, teacher.tokenizer))
     return seconds
+
+
+def _copied(stage1: Path, out: Path, teacher: Teacher) -> tuple[TeacherSamples, dict[str, float]]:
+    """The samples and the stage-1 model of another run, copied so that this run is whole by itself, and their seconds."""
+    if not (stage1 / "ar_diffusion").is_dir():
+        raise InputError(f"stage1 {stage1} has no ar_diffusion/ folder; give a run of dd2 distill whose stage 1 has ended")
+    if samples_identity(stage1 / "teacher_samples").get("teacher") != fingerprint(teacher):
+        raise InputError(f"stage1 {stage1} was made from another teacher; give a run of the same one")
+    for name in ("teacher_samples", "ar_diffusion"):
+        if not (out / name).is_dir():
+            with atomic_folder(out / name) as partial:
+                shutil.copytree(stage1 / name, partial, dirs_exist_ok=True)
+    spent = read_seconds(stage1)
+    return TeacherSamples.load(out / "teacher_samples"), {name: spent.get(name, 0.0) for name in ("samples", "tune")}
+
+
+def _stage1_model(stage1: Path, like: Student, device: torch.device) -> Student:
+    student = load_generator(stage1 / "ar_diffusion").ar_student.to(device)
+    if student.config != like.config:
+        raise InputError(f"stage1 {stage1} has the head {student.config}, the configuration {like.config}; give the same head.*")
+    return student.requires_grad_(True)
 
 
 def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples) -> float:
@@ -129,13 +160,3 @@ def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher:
     further, seen = config.align.second_half(config.distill), config.distill.iterations
     stage = distill_stage(networks, teacher, samples, further, name="distill_aligned", averaged=seen)
     return seconds + trainer.run(stage)
-
-
-def read_seconds(run: Path) -> dict[str, float]:
-    """Seconds per part of a run so far; empty for a new one."""
-    file = run / "seconds.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _write_seconds(run: Path, seconds: dict[str, float]) -> None:
-    write_atomic(run / "seconds.json", json.dumps(seconds, indent=2) + "\n")

@@ -57,6 +57,17 @@ def start_run(out: Path, config: Any, command: str) -> str:
     return f"dd2 {command} {shlex.quote(str(file))}"
 
 
+def read_seconds(run: Path) -> dict[str, float]:
+    """Seconds per part of a run so far; empty for a new one."""
+    file = run / "seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_seconds(run: Path, seconds: dict[str, float]) -> None:
+    """Keep what `read_seconds` reads."""
+    write_atomic(run / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+
+
 def _may_change(field: str) -> bool:
     """Fields that do not change what is computed may differ when a run is resumed."""
     return field in ("out", "sample_batch") or (field.startswith("loop.") and field != "loop.precision")

@@ -13,7 +13,7 @@ from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.images import save_folder, save_grid, save_npz
 from dd2.progress import progress
-from dd2.sampling import ar_diffusion, first_redrawn_step, one_step, refine
+from dd2.sampling import ar_diffusion, first_redrawn_step, one_step, refine, two_passes
 from dd2.teachers.filtering import Sampling
 
 
@@ -38,8 +38,9 @@ class SampleConfig:
     """Seed of the first image."""
     steps: int = 1
     """1: the generator alone. k: the teacher redraws the last k - 1 AR steps (Alg. 4)."""
-    method: Literal["generator", "ar_diffusion", "teacher"] = "generator"
-    """generator: one or few steps. ar_diffusion: the stage-1 model, step by step. teacher: KV-cached AR sampling."""
+    method: Literal["generator", "two_passes", "ar_diffusion", "teacher"] = "generator"
+    """generator: one or few steps. two_passes: a DD1 student's second pass. ar_diffusion: the stage-1 model, step by step.
+    teacher: KV-cached AR sampling."""
     decoding: Literal["continuous", "nearest"] = "continuous"
     """Decode tokens as they are, or snapped to their nearest codes."""
     cfg_scale: float | None = None
@@ -77,7 +78,7 @@ def sample(config: SampleConfig) -> Tensor:
         Images (count, channels, H, W) in about [-1, 1].
     """
     device = pick_device(config.device)
-    alone = config.method == "generator" and config.steps == 1
+    alone = config.method in ("generator", "two_passes") and config.steps == 1
     run = None if alone else open_run(config.run, device, config.captions)
     generator = run.generator if run else open_generator(config.run, device, config.captions)
     if config.method == "ar_diffusion":
@@ -104,7 +105,9 @@ def sample(config: SampleConfig) -> Tensor:
                     codebook = run.teacher.codebook
                     tokens = codebook[run.teacher.generate(cond, sampling, own)]
                 elif config.method == "ar_diffusion":
-                    tokens = ar_diffusion(generator.student, cond, own)
+                    tokens = ar_diffusion(generator.ar_student, cond, own)
+                elif config.method == "two_passes":
+                    tokens = two_passes(generator.student, cond, own)
                 elif run:
                     tokens = refine(generator.student, run.teacher, cond, sampling, own, config.steps)
                 else:

@@ -90,7 +90,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     @torch.no_grad()
     def preview() -> Tensor:
         teacher.eval()
-        cond = teacher.backbone.conditions(teacher.backbone.default_labels(torch.arange(40, device=device)))
+        cond = teacher.backbone.default_conditions(40)
         images = teacher.tokenizer.decode(teacher.generate(cond, Sampling(), range(40)))
         teacher.train()
         return images

@@ -111,6 +111,9 @@ class CSDConfig:
     """Condition the teacher on the nearest codes of the generated q_<i, which are all it was trained on."""
     snap_guidance: bool = False
     """Condition the guidance network on the nearest codes of the generated q_<i."""
+    initialised: Literal["both", "guidance", "generator"] = "both"
+    """Which networks start from the stage-1 model; the other starts as stage 1 did, the teacher's layers under a fresh head
+    (Table 4)."""
     ema: float = 0.9999
     """Limit of the generator's progressive EMA rate."""
     sampling: Sampling = field(default_factory=lambda: Sampling(cfg_scale=2.0, top_k=900))
@@ -172,9 +175,15 @@ class Networks:
 
     @classmethod
     def from_tuned(cls, student: Student) -> "Networks":
-        """Generator and guidance both start from the stage-1 model (Table 4)."""
-        networks = [ema_copy(student).requires_grad_(True) for _ in range(2)]
-        return cls(networks[0], networks[1], ema_copy(student))
+        """Generator and guidance both start from the stage-1 model."""
+        return cls.starting_from(student, student, "both")
+
+    @classmethod
+    def starting_from(cls, tuned: Student, fresh: Student, initialised: str) -> "Networks":
+        """Either from the stage-1 model or fresh: "both", "guidance" or "generator" names those from stage 1 (Table 4)."""
+        generator = tuned if initialised in ("both", "generator") else fresh
+        guidance = tuned if initialised in ("both", "guidance") else fresh
+        return cls(ema_copy(generator).requires_grad_(True), ema_copy(guidance).requires_grad_(True), ema_copy(generator))
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """By checkpoint file name."""
@@ -201,7 +210,7 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples, con
         )
 
     def preview() -> Tensor:
-        cond = _preview_conditions(teacher)
+        cond = teacher.backbone.default_conditions(PREVIEW_IMAGES)
         return teacher.decode(ar_diffusion(student, cond, range(len(cond))))
 
     stages = []
@@ -262,7 +271,7 @@ def distill_stage(
         ema_update(networks.ema, generator, ema_rate(averaged + step, config.ema))
 
     def preview() -> Tensor:
-        cond = _preview_conditions(teacher)
+        cond = teacher.backbone.default_conditions(PREVIEW_IMAGES)
         return teacher.decode(one_step(networks.ema, cond, range(len(cond))))
 
     accumulate = config.accumulate
@@ -273,11 +282,6 @@ def distill_stage(
         updates.append(Update("generator", trained, config.generator, train_generator, accumulate=accumulate))
     # Alignment has given a frozen generator the average's own weights, so averaging it changes no bit.
     return Stage(name, config.iterations, updates, networks.modules(), after=average, preview=preview)
-
-
-def _preview_conditions(teacher: Teacher) -> Tensor:
-    index = torch.arange(PREVIEW_IMAGES, device=teacher.codebook.device)
-    return teacher.backbone.conditions(teacher.backbone.default_labels(index))
 
 
 def _counts(section: str, config: object, positive: tuple[str, ...], non_negative: tuple[str, ...]) -> None:

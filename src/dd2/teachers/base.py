@@ -6,7 +6,7 @@ channel, so that the data lie on the scale of the noise; the backbone itself rea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from dd2.order import Order
 from dd2.seeding import image_uniforms
 from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
 from dd2.tokenizers.base import Tokenizer
+
+Inject = Callable[[int, Tensor], Tensor]
+"""(index of a layer, the residual stream (B, L, D) before it) -> the stream that the layer reads."""
 
 
 class Backbone(nn.Module, ABC):
@@ -70,6 +73,24 @@ class Backbone(nn.Module, ABC):
         Position i sees the condition and the tokens of earlier steps only.
         """
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that `own_features` runs."""
+        raise InputError(f"{type(self).__name__} has no own_features, which DD1's student needs")
+
+    def own_features(self, tokens: Tensor, cond: Tensor, inject: Inject) -> Tensor:
+        """Features of the same layers when every position also reads its own token: DD1's student (arXiv 2412.17153).
+
+        Args:
+            tokens: (B, n, C), each embedded as it is, at its own position behind the condition; no sums over scales.
+            cond: (B, ...) conditions.
+            inject: adds to the stream before each of the `num_layers` layers.
+
+        Returns:
+            (B, n, D). Position i sees the condition, the tokens of earlier steps, and token i.
+        """
+        raise InputError(f"{type(self).__name__} has no own_features, which DD1's student needs")
+
     @abstractmethod
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition of the unconditional model, shaped like `cond`."""
@@ -103,6 +124,10 @@ class Backbone(nn.Module, ABC):
     def default_labels(self, indices: Tensor) -> Tensor:
         """Labels of images of the given indices (N,) when the user names none: balanced, in turn."""
         return indices % self.num_labels
+
+    def default_conditions(self, count: int) -> Tensor:
+        """Conditions of the first `count` images when the user names no labels, on the backbone's device."""
+        return self.conditions(self.default_labels(torch.arange(count, device=self.token_mean.device)))
 
     @abstractmethod
     def new_cache(self) -> Any:
@@ -189,7 +214,6 @@ class Teacher(nn.Module):
         weights = self.cfg_weights(sampling)
         return None if bool((weights == 1).all()) else weights
 
-    @torch.no_grad()
     def generate(
         self,
         cond: Tensor,
@@ -205,8 +229,7 @@ class Teacher(nn.Module):
             sampling: the sampling distribution.
             seeds: B seeds. A position's draw depends on its image's seed alone, so the same prefix and seed give
                 the same continuation wherever generation starts (up to rounding in the logits).
-            prefix: (B, p, C) standardised tokens of the steps before `first_step`.
-            first_step: first step to sample.
+            prefix, first_step: as `walk`.
 
         Returns:
             (B, n - p) ids of the sampled positions.
@@ -216,24 +239,52 @@ class Teacher(nn.Module):
         """
         if len(seeds) != len(cond):
             raise ValueError(f"generate needs one seed per condition: {len(cond)} conditions, {len(seeds)} seeds")
-        start = self.order.steps[first_step].start if first_step < self.order.num_steps else self.order.n
+        uniforms = image_uniforms(seeds, (self.order.n,)).to(self.codebook.device)
+        return self.walk(cond, sampling, lambda step, log_p: draw(log_p, uniforms[:, step]), prefix, first_step)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        choose: Callable[[slice, Tensor], Tensor],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+        last_step: int | None = None,
+    ) -> Tensor:
+        """Go through the AR steps with the key/value cache, choosing each step's codes from their distribution.
+
+        Args:
+            cond: (B, ...) conditions.
+            sampling: the sampling distribution.
+            choose: (positions of the step, log p (B, positions, V)) -> ids (B, positions).
+            prefix: (B, p, C) standardised tokens of the steps before `first_step`.
+            first_step, last_step: steps to choose; `last_step` itself is not, None means to the end.
+
+        Returns:
+            (B, m) ids of the chosen positions.
+
+        Raises:
+            ValueError: the prefix does not fit.
+        """
+        steps = self.order.steps
+        start = steps[first_step].start if first_step < len(steps) else self.order.n
         codebook = self.codebook
         tokens = codebook.new_zeros(len(cond), 0, codebook.shape[-1]) if prefix is None else prefix
         if tokens.shape[1] != start:
             raise ValueError(f"first_step {first_step} needs a prefix of {start} tokens, got {tokens.shape[1]}")
-        uniforms = image_uniforms(seeds, (self.order.n,)).to(codebook.device)
         weights = self._guidance(sampling)
         both = cond if weights is None else torch.cat([cond, self.null_condition(cond)])
         cache = self.backbone.new_cache()
-        ids: list[Tensor] = []
-        for index in range(first_step, self.order.num_steps):
+        ids = [torch.zeros(len(cond), 0, dtype=torch.long, device=cond.device)]
+        for index, step in list(enumerate(steps))[first_step:last_step]:
             seen = tokens if weights is None else tokens.repeat(2, 1, 1)
             logits = self.classify(self.backbone.next_features(cache, seen, both))
             if weights is not None:
                 logits = guided(*logits.chunk(2), float(weights[index]))
-            ids.append(draw(filtered_log_p(logits, sampling), uniforms[:, self.order.steps[index]]))
+            ids.append(choose(step, filtered_log_p(logits, sampling)))
             tokens = torch.cat([tokens, codebook[ids[-1]]], 1)
-        return torch.cat(ids, 1) if ids else torch.zeros(len(cond), 0, dtype=torch.long, device=cond.device)
+        return torch.cat(ids, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Standardised continuous tokens (B, n, C) to images (B, channels, H, W) in about [-1, 1]."""

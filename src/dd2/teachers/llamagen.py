@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.order import Order, RasterOrder
-from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.base import Backbone, Inject, Teacher
 from dd2.teachers.cache import KVCache
 from dd2.teachers.captions import CaptionEmbedding, Captions, attention_mask
 from dd2.teachers.filtering import Sampling
@@ -241,20 +241,26 @@ class LlamaGenBackbone(Backbone):
             )
         return self.captions
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        return self._run(tokens, cond, None)[:, self.config.condition_positions - 1 :]
+        return self._run(self.order.inputs(tokens), cond, None)[:, self.config.condition_positions - 1 :]
+
+    def own_features(self, tokens: Tensor, cond: Tensor, inject: Inject) -> Tensor:
+        return self._run(tokens, cond, None, inject)[:, self.config.condition_positions :]
 
     def new_cache(self) -> KVCache:
         return KVCache([], [])
 
     def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
-        return self._run(tokens, cond, cache)[:, -1:]
+        return self._run(self.order.inputs(tokens), cond, cache)[:, -1:]
 
-    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None) -> Tensor:
-        """Features of the positions that the cache has not read, those of the condition included."""
+    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None, inject: Inject | None = None) -> Tensor:
+        """Features of the condition's positions and the tokens behind them, less those that the cache has read."""
         read, given = cache.length if cache else 0, self.config.condition_positions
-        # The condition comes first, token i - 1 at position i of the rest: only what the cache lacks is embedded.
-        codes = self.to_codes(self.order.inputs(tokens)[:, max(read - given, 0) :])
+        codes = self.to_codes(tokens[:, max(read - given, 0) :])
         x = self.tok_embeddings(codes).float()  # the residual stream stays float32 under autocast
         if read == 0:
             x = torch.cat([self.cls_embedding(cond).view(len(cond), given, -1), x], 1)
@@ -263,6 +269,7 @@ class LlamaGenBackbone(Backbone):
         words = self.cls_embedding.words(cond) if isinstance(self.cls_embedding, CaptionEmbedding) else None
         mask = None if words is None else attention_mask(words, held.start, held.stop)
         for index, layer in enumerate(self.layers):
+            x = inject(index, x) if inject else x
             x = layer(x, self.rope[held], mask, self.order, cache, index)
         return self.norm(x)
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.order import NextScaleOrder, Order
-from dd2.teachers.base import Backbone, Teacher
+from dd2.order import Attend, NextScaleOrder, masked_attention
+from dd2.teachers.base import Backbone, Inject, Teacher
 from dd2.teachers.cache import KVCache
 from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import Tokenizer
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         if config.attn_l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4)))
 
-    def forward(self, x: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, cache: KVCache | None, layer: int) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         k = k.to(v.dtype)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        return self.proj(order.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -111,11 +111,11 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
-    def forward(self, x: Tensor, cond: Tensor, order: Order, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor, attend: Attend, cache: KVCache | None, layer: int) -> Tensor:
         """X (B, L, D); cond (B, D), or the shared projection (B, 1, 6, D)."""
         modulation = self.ada_gss + cond if hasattr(self, "ada_gss") else self.ada_lin(cond).view(-1, 1, 6, self.width)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        x = x + self._drop(self.attn(_norm(x) * (scale1 + 1) + shift1, order, cache, layer) * gate1)
+        x = x + self._drop(self.attn(_norm(x) * (scale1 + 1) + shift1, attend, cache, layer) * gate1)
         return x + self._drop(self.ffn(_norm(x) * (scale2 + 1) + shift2) * gate2)
 
     def _drop(self, branch: Tensor) -> Tensor:
@@ -169,8 +169,21 @@ class VARBackbone(Backbone):
     def num_labels(self) -> int:
         return self.config.num_classes
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(tokens, cond, None)
+
+    def own_features(self, tokens: Tensor, cond: Tensor, inject: Inject) -> Tensor:
+        # The condition has the places of the teacher's first scale, and so their embeddings; every token has its own.
+        first = self.order.steps[0]
+        x = torch.cat(
+            [self._first(cond), self._placed(self.word_embed(self.to_codes(tokens.float())), slice(0, self.order.n))], 1
+        )
+        attend = masked_attention(self.order.own_token_mask(first.stop))
+        return self._layers(x, cond, attend, None, inject)[:, first.stop :]
 
     def new_cache(self) -> KVCache:
         return KVCache([], [])
@@ -184,16 +197,26 @@ class VARBackbone(Backbone):
         first = self.order.steps[0].stop
         with torch.autocast(tokens.device.type, enabled=False):  # sums over many scales
             inputs = self.order.inputs(self.to_codes(tokens.float()))
-        x = self.word_embed(inputs[:, max(read - first, 0) :]).float()  # the residual stream stays float32 under autocast
+        start = max(read, first)
+        x = self._placed(self.word_embed(inputs[:, start - first :]), slice(start, first + inputs.shape[1]))
+        x = torch.cat([self._first(cond), x], 1) if read == 0 else x
+        return self._layers(x, cond, self.order.attend, cache)
+
+    def _first(self, cond: Tensor) -> Tensor:
+        """What stands at the positions of the first scale."""
+        return self._placed(self.class_emb(cond).unsqueeze(1) + self.pos_start, self.order.steps[0])
+
+    def _placed(self, x: Tensor, positions: slice) -> Tensor:
+        """With the embeddings of scale and position; the residual stream stays float32 under autocast."""
+        return x.float() + self.lvl_embed(self.order.step_of[positions]) + self.pos_1LC[:, positions]
+
+    def _layers(self, x: Tensor, cond: Tensor, attend: Attend, cache: KVCache | None, inject: Inject | None = None) -> Tensor:
         class_embedding = self.class_emb(cond)
-        if read == 0:
-            x = torch.cat([class_embedding.unsqueeze(1) + self.pos_start, x], 1)
-        held = slice(read, read + x.shape[1])
-        x = x + self.lvl_embed(self.order.step_of[held]) + self.pos_1LC[:, held]
         shared = self.config.shared_aln
         modulation = self.shared_ada_lin(class_embedding).view(-1, 1, 6, self.width) if shared else class_embedding
         for index, block in enumerate(self.blocks):
-            x = block(x, modulation, self.order, cache, index)
+            x = inject(index, x) if inject else x
+            x = block(x, modulation, attend, cache, index)
         return self.head_nm(x, class_embedding)
 
     @torch.no_grad()

@@ -57,6 +57,16 @@ class Tokenizer(nn.Module, ABC):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Continuous tokens (B, n, C) in the tokenizer's space to images (B, channels, H, W)."""
 
+    def decode_first(self, codes: Tensor, missing: Tensor) -> Tensor:
+        """Images of sequences that end early.
+
+        Args:
+            codes: (B, p, C) the first tokens, whole AR steps.
+            missing: (C,) the code that stands for each missing token, where tokens are places of the image.
+        """
+        rest = missing.expand(len(codes), self.num_positions - codes.shape[1], -1)
+        return self.decode_codes(torch.cat([codes, rest], 1))
+
     def decode(self, ids: Tensor) -> Tensor:
         """Ids (B, n) to images (B, channels, H, W)."""
         return self.decode_codes(self.codebook[ids])

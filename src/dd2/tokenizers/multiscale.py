@@ -102,12 +102,15 @@ class MultiScaleTokenizer(TrainableTokenizer):
         return self._quantise_features(self.quant_conv(self.encoder(images)))[0]
 
     def f_hat(self, codes: Tensor) -> Tensor:
-        """Tokens (B, n, C) to the features that are decoded, (B, C, side, side)."""
+        """Tokens (B, n, C), or those of the first scales, to the features that are decoded, (B, C, side, side)."""
         sides = self.config.patch_nums
         return list(accumulate(to_maps(codes, sides), sides, self.quantize.apply_phi))[-1]
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(self.f_hat(codes))).clamp(-1, 1)
+
+    def decode_first(self, codes: Tensor, missing: Tensor) -> Tensor:
+        return self.decode_codes(codes)  # a sum over scales: those that are missing add nothing
 
     def quantise(self, images: Tensor) -> Quantised:
         f = self.quant_conv(self.encoder(images))

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.files import write_atomic
+from dd2.processes import barrier, rank, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
@@ -19,6 +21,9 @@ from dd2.teachers.filtering import Sampling
 
 SHARD = 4096
 """Sequences per file; an interruption loses less than one file's work."""
+
+Draw = Callable[[Tensor, list[int]], Tensor]
+"""Conditions (B, ...) and B seeds -> ids (B, n)."""
 
 
 class TeacherSamples:
@@ -34,11 +39,21 @@ class TeacherSamples:
 
     @classmethod
     def prepare(
-        cls, folder: Path, teacher: Teacher, sampling: Sampling, count: int, seed: int, batch: int = 64
+        cls,
+        folder: Path,
+        teacher: Teacher,
+        sampling: Sampling,
+        count: int,
+        seed: int,
+        batch: int = 64,
+        draw: Draw | None = None,
+        how: dict[str, object] | None = None,
+        title: str = "teacher samples",
     ) -> "TeacherSamples":
-        """Sample what is missing in `folder` and load all of it.
+        """Sample what is missing in `folder` and load all of it. Called by all processes of a job: each makes its share.
 
-        Sequence i has a seed of its own, so the result does not depend on batches or interruptions.
+        Sequence i has a seed of its own (`sample_seed`), so the result does not depend on batches, processes or interruptions.
+        Files carry a checksum: a torn or altered one is made again.
 
         Args:
             folder: where the shards are.
@@ -47,28 +62,36 @@ class TeacherSamples:
             count: N, number of sequences.
             seed: the run's seed.
             batch: sequences sampled at a time.
+            draw: another way to draw than the teacher's own sampling.
+            how: what that way is, as it decides the sequences.
+            title: shown beside the progress bar.
 
         Raises:
-            InputError: the folder holds samples of another teacher, sampling or seed.
+            InputError: the folder holds samples of another teacher, sampling, seed or way.
         """
         if count < 1:
             raise InputError(f"the number of teacher samples must be at least 1, got {count}")
         folder.mkdir(parents=True, exist_ok=True)
-        identity = {"teacher": fingerprint(teacher), "sampling": asdict(sampling), "seed": seed}
+        identity = {"teacher": fingerprint(teacher), "sampling": asdict(sampling), "seed": seed, **(how or {})}
         if captions := teacher.backbone.captions_digest():
             identity["captions"] = captions
-        _same_or_new(folder / "samples.json", identity)
-        shards: list[dict[str, Tensor]] = []
-        with progress("teacher samples", count, "seq") as bar:
-            for start in range(0, count, SHARD):
-                size = min(SHARD, count - start)
-                file = folder / f"{start:09d}-{start + size:09d}.safetensors"
-                shard = _read(file, size, teacher.order.n)
-                if shard is None:
-                    shard = _sample(teacher, sampling, start, size, seed, batch)
-                    write_atomic(file, save(shard))
-                shards.append(shard)
+        if rank() == 0:
+            _same_or_new(folder / "samples.json", identity)
+        barrier()
+        draw = draw or (lambda cond, seeds: teacher.generate(cond, sampling, seeds))
+        spans = [(start, min(SHARD, count - start)) for start in range(0, count, SHARD)]
+        own = spans[rank() :: world_size()]
+        with progress(title, sum(size for _, size in own), "seq") as bar:
+            for start, size in own:
+                file = _file(folder, start, size)
+                if _read(file, size, teacher.order.n) is None:
+                    write_atomic(file, _sealed(_sample(teacher, draw, start, size, seed, batch)))
                 bar.update(size)
+        barrier()
+        return cls._joined([_whole(_file(folder, start, size)) for start, size in spans])
+
+    @classmethod
+    def _joined(cls, shards: list[dict[str, Tensor]]) -> "TeacherSamples":
         return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["labels"] for s in shards]))
 
     @classmethod
@@ -78,18 +101,27 @@ class TeacherSamples:
         Raises:
             InputError: there is nothing, or a file is damaged.
         """
-        try:
-            shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-        except SafetensorError as error:
-            raise InputError(f"{folder} holds a damaged file ({error}); run dd2 distill again to redo it") from error
+        shards = [_whole(file) for file in sorted(folder.glob("*.safetensors"))]
         if not shards:
             raise InputError(f"{folder} holds no teacher samples; it is written by dd2 distill")
-        return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["labels"] for s in shards]))
+        return cls._joined(shards)
 
     def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Random sequences: ids (size, n) int64 and labels (size,), on `device`."""
-        rows = torch.randint(len(self.ids), (size,), generator=generator, device=generator.device).cpu()
+        return self.take(self.random_rows(size, generator), device)
+
+    def random_rows(self, size: int, generator: torch.Generator) -> Tensor:
+        """Numbers (size,) of random sequences."""
+        return torch.randint(len(self.ids), (size,), generator=generator, device=generator.device).cpu()
+
+    def take(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids (B, n) int64 and labels (B,) of the sequences of given numbers (B,), on `device`."""
         return self.ids[rows].long().to(device), self.labels[rows].to(device)
+
+
+def sample_seed(seed: int, row: int) -> int:
+    """Seed of the sequence of one number in a run of one seed."""
+    return seed_of("teacher samples", seed, row)
 
 
 def fingerprint(teacher: Teacher) -> str:
@@ -116,27 +148,58 @@ def samples_identity(folder: Path) -> dict[str, object]:
         return {}
 
 
-def _sample(teacher: Teacher, sampling: Sampling, start: int, size: int, seed: int, batch: int) -> dict[str, Tensor]:
+def _sample(teacher: Teacher, draw: Draw, start: int, size: int, seed: int, batch: int) -> dict[str, Tensor]:
     device = teacher.codebook.device
     index = torch.arange(start, start + size)
     labels = teacher.backbone.default_labels(index)
     parts = []
     for rows in index.split(batch):
-        seeds = [seed_of("teacher samples", seed, int(row)) for row in rows]
+        seeds = [sample_seed(seed, int(row)) for row in rows]
         cond = teacher.backbone.conditions(labels[rows - start].to(device))
-        parts.append(teacher.generate(cond, sampling, seeds).cpu())
+        parts.append(draw(cond, seeds).cpu())
     dtype = torch.uint16 if len(teacher.codebook) <= 2**16 else torch.int32
     return {"ids": torch.cat(parts).to(dtype), "labels": labels}
 
 
-def _read(file: Path, size: int, positions: int) -> dict[str, Tensor] | None:
-    """A whole shard, or None if it has to be made (again)."""
+def _file(folder: Path, start: int, size: int) -> Path:
+    return folder / f"{start:09d}-{start + size:09d}.safetensors"
+
+
+def _sealed(shard: dict[str, Tensor]) -> bytes:
+    return save(shard, metadata={"sha256": _digest(shard)})
+
+
+def _digest(shard: dict[str, Tensor]) -> str:
+    content = hashlib.sha256()
+    for name in sorted(shard):
+        content.update(name.encode() + shard[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+def _open(file: Path) -> dict[str, Tensor] | None:
+    """A shard whose checksum is right, or None."""
     try:
-        shard = load_file(file)
+        with safe_open(file, "pt") as opened:
+            shard = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+            sealed = (opened.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
-    whole = {"ids", "labels"} <= shard.keys() and tuple(shard["ids"].shape) == (size, positions)
-    return shard if whole and len(shard["labels"]) == size else None
+    return shard if sealed == _digest(shard) else None
+
+
+def _whole(file: Path) -> dict[str, Tensor]:
+    shard = _open(file)
+    if shard is None:
+        raise InputError(f"{file} is damaged, or of an older dd2; run the command that wrote it again to redo it")
+    return shard
+
+
+def _read(file: Path, size: int, positions: int) -> dict[str, Tensor] | None:
+    """A whole shard of the right size, or None if it has to be made (again)."""
+    shard = _open(file)
+    if shard is None or not {"ids", "labels"} <= shard.keys():
+        return None
+    return shard if tuple(shard["ids"].shape) == (size, positions) and len(shard["labels"]) == size else None
 
 
 def _same_or_new(file: Path, identity: dict[str, object]) -> None:

@@ -1,0 +1,74 @@
+"""What an evaluation does: the fields of dd2 evaluate."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dd2.errors import InputError
+from dd2.evaluation.metrics import MetricConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a distilled run against its teacher, or a set of images, and store beside each number what decides it.
+
+    Writes metrics.json, samples.png, curves.png and report.html into RUN; features are kept in RUN/features, so that an
+    interrupted evaluation goes on where it stopped, and torchrun splits it over processes. The Fréchet distance (FD; FID with
+    --features inception-2015-12-05.pt) is to `reference`; with the teacher as reference its own row, from other seeds, is the
+    floor. gap_closed is how far the generator got from independent tokens (onestep_marginal) to the teacher's row. The teacher
+    samples as it did in distillation.
+    """
+
+    run: Path = Path()
+    """Run folder of dd2 distill."""
+    images: Path | None = None
+    """Score all of these images instead of a run: a folder, a zip, or an .npz with arr_0 (uint8 NHWC). Needs a reference."""
+    reference: str = "teacher"
+    """"teacher"; statistics (ADM's .npz, or made by dd2 reference); or images: a folder, zip or .npz."""
+    count: int = 10_000
+    """Images per method (papers: 50,000), the same number of every class."""
+    steps: tuple[int, ...] = (1,)
+    """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
+    skip: tuple[int, ...] = ()
+    """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
+    features: str = "digits"
+    """"digits" (classifier trained on real digits only); "inception" (ADM's, fetched once) or a path to inception-2015-12-05.pt;
+    or module:function of your own."""
+    classifier: str = "digits"
+    """Folder of a digits classifier, or "digits" for the embedded one."""
+    metrics: MetricConfig = field(default_factory=MetricConfig)
+    """Metrics and their settings."""
+    path_length: int = 0
+    """Paths of the generator's perceptual path length (paper's Table 5); 0 leaves it out."""
+    epsilon: float = 1e-4
+    """Step of the path length."""
+    export: Path | None = None
+    """Also write the generator's images as an .npz for ADM's evaluator: arr_0, uint8 NHWC, shuffled."""
+    allow_unbalanced: bool = False
+    """Score a count that is no multiple of the number of labels, or images with more of one label than of another."""
+    allow_duplicates: bool = False
+    """Score images that were drawn with the same seed more than once."""
+    speed: bool = True
+    """Also measure seconds per image beside the teacher's."""
+    cache: Path | None = None
+    """Folder of features on disk, RUN/features by default: runs of one teacher that share it draw the teacher once."""
+    batch: int = 500
+    """Images at a time."""
+    seed: int = 0
+    """Seed of the evaluation; training never uses its streams."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts too small for a covariance, and requests that contradict each other."""
+        if self.count < 2 or self.batch < 1:
+            raise InputError(f"count must be at least 2 and batch at least 1, got {self.count} and {self.batch}")
+        if self.path_length < 0 or 0 < self.path_length < 3 or not 0 < self.epsilon < 1:
+            raise InputError(
+                f"path_length must be 0 or at least 3 and epsilon in (0, 1), got {self.path_length} and {self.epsilon}"
+            )
+        if self.images is not None and (self.path_length or self.steps != (1,) or self.skip):
+            raise InputError("path_length, steps and skip need a run: images alone cannot be drawn again")
+        if self.images is not None and self.reference == "teacher":
+            raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
+        if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):
+            raise InputError("export must be an .npz, and goes with a run, not with images")

@@ -1,0 +1,107 @@
+"""dd2 report: several evaluated runs on one page."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dd2.checkpoints.runs import FinishedRun, open_run
+from dd2.config import read_yaml
+from dd2.data.source import open_data
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.evaluation.features import FeatureNetwork
+from dd2.evaluation.gallery import interpolations, nearest_training, titled
+from dd2.evaluation.report import Section, page
+from dd2.files import write_atomic
+from dd2.images import png
+from dd2.jobs.evaluate import comparison, evaluation_of, network_of
+from dd2.sampling import one_step
+from dd2.seeding import seed_of, stream
+from dd2.training.samples import TeacherSamples
+
+TRAINING_IMAGES = 5000
+"""Training images among which the nearest is looked for."""
+
+SAMPLES = 500
+"""Samples whose distance to training images is measured."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One self-contained page about evaluated runs: samples of all methods at the same labels, numbers, curves, speed, nearest
+    training images, walks through the noise. Opens without a network.
+    """
+
+    runs: tuple[Path, ...] = ()
+    """Run folders after dd2 evaluate."""
+    out: Path = Path("report.html")
+    """The page."""
+    data: str = ""
+    """Images that the teacher was trained on ("digits", a folder or a zip), for the nearest ones; by default those of the
+    embedded teacher, and none for others."""
+    seed: int = 0
+    """Seed of the samples that are compared with training images, and of the walks."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse a page about nothing, or under another ending."""
+        if not self.runs:
+            raise InputError("name at least one run: dd2 report RUN [RUN ...] --out report.html")
+        if self.out.suffix != ".html":
+            raise InputError(f"out must end in .html, got {self.out}")
+
+
+def report(config: ReportConfig) -> None:
+    """Write the page.
+
+    Raises:
+        InputError: a run has not been evaluated.
+    """
+    sections = [_section(config, run.resolve()) for run in config.runs]
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(config.out, page(sections))
+    print(f"wrote {config.out}")
+
+
+def _section(config: ReportConfig, folder: Path) -> Section:
+    device = pick_device(config.device)
+    try:
+        numbers = json.loads((folder / "metrics.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder} has no metrics.json that can be read; run dd2 evaluate on it first") from error
+    run = open_run(folder, device)
+    evaluation = evaluation_of(folder, numbers)
+    network = network_of(evaluation, device)
+    scorer, methods = comparison(evaluation, run, network, TeacherSamples.load(folder / "teacher_samples"))
+    images = scorer.shown(methods)
+    pictures = []
+    data = config.data or ("digits" if read_yaml(folder / "config.yaml").get("teacher") == "digits" else "")
+    if data:
+        pictures.append(_nearest(config, run, network, data))
+    walk = titled([("from one noise to another, the label of each row kept", interpolations(run.generator, seed=config.seed))])
+    text = "Noise along the great circle between two draws, its length kept. Jumps are where a token changes its code."
+    pictures.append(("a walk through the noise", text, png(walk)))
+    return Section(folder, numbers, images, pictures)
+
+
+def _nearest(config: ReportConfig, run: FinishedRun, network: FeatureNetwork, name: str) -> tuple[str, str, bytes]:
+    """Random samples above the training images nearest to them."""
+    channels, size, _ = run.teacher.tokenizer.image_shape
+    data = open_data(name, size, channels)
+    training, _ = data.batch("train", TRAINING_IMAGES, stream("report", "train", config.seed))
+    held_out, _ = data.batch("test", SAMPLES, stream("report", "test", config.seed))
+    device = run.teacher.codebook.device
+    cond = run.teacher.backbone.default_conditions(SAMPLES)
+    with torch.inference_mode():
+        tokens = one_step(run.generator.student, cond, [seed_of("report", config.seed, i) for i in range(SAMPLES)])
+        samples = run.generator.decode(tokens)
+    found = nearest_training(network, samples, training.to(device), held_out.to(device))
+    text = (
+        f"Each sample above the nearest of {TRAINING_IMAGES:,} training images (augmented as in training), in the features of "
+        f"the metrics. Mean distance of {SAMPLES} samples {found.distance:.2f}; of real images that nobody trained on "
+        f"{found.held_out:.2f}. Copies would be much nearer than those."
+    )
+    return "nearest training images", text, png(titled([("samples, and under them their nearest", found.images)]))

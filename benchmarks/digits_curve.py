@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dd2.baselines.marginal import MarginalSampler
 from dd2.checkpoints.runs import embedded, open_run
-from dd2.evaluation.features import digits_features
+from dd2.evaluation.features import classifier_features
 from dd2.evaluation.frechet import fit_gaussian, frechet_distance
 from dd2.evaluation.score import Scorer
 from dd2.training.checkpoint import steps
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cpu = torch.device("cpu")
     run = open_run(arguments.run, cpu)
-    network = digits_features(embedded("classifier"), cpu)
+    network = classifier_features(embedded("classifier"), cpu)
     scorer = Scorer(run.teacher, network, run.sampling, arguments.count, 500, 0, arguments.run / "features")
     samples = TeacherSamples.load(arguments.run / "teacher_samples")
     reference = scorer.teacher_reference()

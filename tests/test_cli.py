@@ -191,7 +191,7 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     damaged = tmp_path / "classifier"
     shutil.copytree(embedded("classifier"), damaged)
     (damaged / "model.safetensors").write_bytes(b"short")
-    assert "missing or damaged" in refused(capsys, "evaluate", run, "--classifier", damaged)
+    assert "missing or damaged" in refused(capsys, "evaluate", run, "--features", damaged)
     (other / "config.yaml").write_text((run / "config.yaml").read_text())
     (other / "seconds.json").unlink()
     assert "lacks seconds.json" in refused(capsys, "evaluate", other)

@@ -20,7 +20,7 @@ from dd2.cli import main
 from dd2.data import digits
 from dd2.errors import InputError
 from dd2.evaluation import inception
-from dd2.evaluation.features import digits_features, inception_features, open_features, read_features
+from dd2.evaluation.features import classifier_features, inception_features, open_features, read_features
 from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
 from dd2.evaluation.images import ImageSet
 from dd2.images import export_npz, save_folder, save_npz, to_uint8
@@ -55,7 +55,7 @@ def evaluated(images: Path, reference: Path, *more: object) -> dict[str, float]:
 
 def test_the_distance_is_the_same_in_every_form(tmp_path, capsys):
     a, b = draw(1), draw(2)
-    network = digits_features(embedded("classifier"), torch.device("cpu"))
+    network = classifier_features(embedded("classifier"), torch.device("cpu"))
     fits = []
     for images in (a, b):
         statistics = FeatureStatistics()
@@ -216,7 +216,7 @@ def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("DD2_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(inception, "URL", file.as_uri())
     with pytest.raises(InputError, match="expected f58cb9b6"):
-        open_features("inception", tmp_path, torch.device("cpu"))
+        open_features("inception", torch.device("cpu"))
     assert not list((tmp_path / "cache").iterdir())
     monkeypatch.setattr(inception, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     images = torch.rand(3, 1, 20, 31) * 2 - 1
@@ -228,12 +228,12 @@ def test_inception_is_verified_and_gets_bytes(tmp_path, monkeypatch):
     side = round((found["spatial"].shape[1] / 7) ** 0.5)
     maps = found["spatial"].view(3, side, side, 7)  # as ADM's NHWC graph flattens it
     torch.testing.assert_close(maps.mean((1, 2)), found["pool"][:, :7], rtol=1e-4, atol=1e-4)
-    assert open_features("inception", tmp_path, torch.device("cpu")).name.startswith("Inception")
+    assert open_features("inception", torch.device("cpu")).name.startswith("Inception")
     file.rename(tmp_path / "gone")
-    assert open_features("inception", tmp_path, torch.device("cpu")).name.startswith("Inception")  # from the cache
+    assert open_features("inception", torch.device("cpu")).name.startswith("Inception")  # from the cache
     monkeypatch.setenv("DD2_CACHE", str(tmp_path / "other"))
     with pytest.raises(InputError, match="cannot be fetched"):
-        open_features("inception", tmp_path, torch.device("cpu"))
+        open_features("inception", torch.device("cpu"))
 
 
 def test_inception_without_the_known_layers_gives_no_spatial_features(tmp_path, monkeypatch):

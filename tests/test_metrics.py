@@ -17,7 +17,7 @@ from dd2.data import digits
 from dd2.data.idx import IdxImages
 from dd2.errors import InputError
 from dd2.evaluation.bank import Bank
-from dd2.evaluation.features import digits_features
+from dd2.evaluation.features import classifier_features
 from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
 from dd2.evaluation.inception_score import inception_score
 from dd2.evaluation.kid import kernel_distance
@@ -54,7 +54,7 @@ def random_features(seed: int, count: int) -> Tensor:
 
 
 def digit_features(seed: int, count: int) -> Tensor:
-    network = digits_features(embedded("classifier"), torch.device("cpu"))
+    network = classifier_features(embedded("classifier"), torch.device("cpu"))
     images, _ = digits.batch("train", count, torch.Generator().manual_seed(seed))
     return network.read(images)["pool"]
 
@@ -64,7 +64,7 @@ def real_features(seed: int, count: int) -> Tensor:
     file = Path(os.environ.get("DD2_DATA", "../shared/data")) / "fashion-mnist.zip"
     g = torch.Generator().manual_seed(seed)
     images, _ = IdxImages(file, 16).batch("test", count, g) if file.exists() else digits.batch("test", count, g)
-    return digits_features(embedded("classifier"), torch.device("cpu")).read(images)["pool"]
+    return classifier_features(embedded("classifier"), torch.device("cpu")).read(images)["pool"]
 
 
 @pytest.fixture(params=[random_features, digit_features, real_features], ids=["random", "digits", "real"])

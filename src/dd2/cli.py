@@ -50,7 +50,7 @@ COMMANDS = {
     "train-tokenizer": Command("train a tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"),
     "train-teacher": Command("train an AR teacher on their tokens", "train_teacher", "TrainTeacherConfig", "train_teacher"),
     "train-classifier": Command(
-        "train the digits classifier that the demo's metric uses",
+        "train a classifier of one's own images, a feature network for dd2 evaluate",
         "train_classifier",
         "TrainClassifierConfig",
         "train_classifier",

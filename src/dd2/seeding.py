@@ -22,6 +22,11 @@ def stream(*parts: object, device: torch.device | str = "cpu") -> torch.Generato
     return torch.Generator(device=device).manual_seed(seed_of(*parts))
 
 
+def on_cpu(generator: torch.Generator) -> torch.Generator:
+    """A CPU generator for data loading, seeded from a step's own."""
+    return torch.Generator().manual_seed(generator.initial_seed()) if generator.device.type != "cpu" else generator
+
+
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise, (len(seeds), *shape) float32 on the CPU; row i depends on seeds[i] alone."""
     return _per_image(seeds, "noise", lambda g: torch.randn(shape, generator=g))

@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     config = read_config(folder, "tokenizer")
     config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
-    tokenizer = build(_construct(config_class, config.get("config"), folder))
+    tokenizer = build(construct(config_class, config.get("config"), folder))
     load_weights(folder, tokenizer)
     return tokenizer.eval().requires_grad_(False)
 
@@ -126,7 +126,7 @@ def load_teacher(folder: Path) -> Teacher:
     """Read a teacher folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
     config = read_config(folder, "teacher")
     config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
-    teacher = build(_construct(config_class, config.get("config"), folder), load_tokenizer(folder / "tokenizer"))
+    teacher = build(construct(config_class, config.get("config"), folder), load_tokenizer(folder / "tokenizer"))
     load_weights(folder, nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output}))
     return teacher.eval().requires_grad_(False)
 
@@ -139,9 +139,9 @@ def load_generator(folder: Path) -> Generator:
     if method not in NETWORKS:
         raise InputError(f"{folder / 'config.json'}: unknown method {method!r}; this dd2 knows {', '.join(NETWORKS)}")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    teacher = build(_construct(config_class, config.get("config"), folder), tokenizer)
+    teacher = build(construct(config_class, config.get("config"), folder), tokenizer)
     head_class, network, _ = NETWORKS[method]
-    student = network(teacher, _construct(head_class, config.get("head"), folder))
+    student = network(teacher, construct(head_class, config.get("head"), folder))
     load_weights(folder, student)
     return Generator(student.eval().requires_grad_(False), tokenizer)
 
@@ -219,7 +219,12 @@ def _known(config: dict[str, Any], families: dict[str, Any], folder: Path) -> st
     return family
 
 
-def _construct(config_class: type, values: Any, folder: Path) -> Any:
+def construct(config_class: type, values: Any, folder: Path) -> Any:
+    """A configuration from a folder's config.json.
+
+    Raises:
+        InputError: the values do not make one.
+    """
     try:
         config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()})
         for field in dataclasses.fields(config_class):

@@ -1,62 +1,95 @@
-"""The digits classifier: labels for accuracy, and its penultimate layer as the feature network of the demo's metric."""
+"""A small image classifier: labels for accuracy, and its penultimate layer as a feature network where Inception does not fit."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd2.checkpoints.native import load_weights, read_config, write_model
+from dd2.checkpoints.native import construct, load_weights, read_config, write_model
+from dd2.errors import InputError
 from dd2.files import atomic_folder
 from dd2.training.stage import Losses
 
-FEATURES = 64
-"""Channels of the penultimate layer."""
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Sizes of a classifier; the defaults are the digits'."""
+
+    image_size: int = 16
+    """Height and width of the images: 4 times a power of two."""
+    image_channels: int = 1
+    """1 (grey) or 3 (RGB)."""
+    num_classes: int = 10
+    """Classes."""
+    width: int = 16
+    """Channels of the first convolution; the others have twice as many."""
+    features: int = 64
+    """Channels of the penultimate layer."""
+    trained_on: str = "digits"
+    """What it was trained on; printed beside every number made with it."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no such network has."""
+        halved = self.image_size // 4
+        if self.image_size % 4 or halved < 2 or halved & (halved - 1):
+            raise InputError(f"classifier image_size must be 8, 16, 32, 64 or another 4 * 2^k, got {self.image_size}")
+        if self.image_channels not in (1, 3) or min(self.num_classes, self.width, self.features) < 1:
+            raise InputError("classifier image_channels must be 1 or 3, and num_classes, width and features at least 1")
 
 
-class DigitsClassifier(nn.Module):
-    """A small convolutional network over (B, 1, 16, 16) digits, trained on real digits only."""
+class Classifier(nn.Module):
+    """Convolutions that halve the image down to 4 x 4, and two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
-        width = 16
-        self.conv1 = nn.Conv2d(1, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1)
-        self.hidden = nn.Linear(2 * width * 16, FEATURES)
-        self.output = nn.Linear(FEATURES, 10)
+        self.config = config
+        width, halvings = config.width, (config.image_size // 4).bit_length() - 1
+        self.conv1 = nn.Conv2d(config.image_channels, width, 3, padding=1)
+        for index in range(halvings):
+            convolution = nn.Conv2d(width if index == 0 else 2 * width, 2 * width, 3, stride=2, padding=1)
+            self.add_module(f"conv{index + 2}", convolution)
+        self.halvings = halvings
+        self.hidden = nn.Linear(2 * width * 16, config.features)
+        self.output = nn.Linear(config.features, config.num_classes)
 
     def maps(self, images: Tensor) -> Tensor:
-        """(B, 1, 16, 16) in [-1, 1] -> (B, 32, 4, 4) activations of the last convolution."""
-        x = F.silu(self.conv1(images))
-        x = F.silu(self.conv2(x))
-        return F.silu(self.conv3(x))
+        """(B, channels, H, W) in [-1, 1] -> (B, 2 width, 4, 4) activations of the last convolution."""
+        x = images
+        for index in range(self.halvings + 1):
+            x = F.silu(self.get_submodule(f"conv{index + 1}")(x))
+        return x
 
     def pool(self, maps: Tensor) -> Tensor:
-        """(B, 32, 4, 4) -> (B, 64) activations of the penultimate layer."""
+        """(B, 2 width, 4, 4) -> (B, features) activations of the penultimate layer."""
         return F.silu(self.hidden(maps.flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 1, 16, 16) -> (B, 10) logits."""
+        """(B, channels, H, W) -> (B, num_classes) logits."""
         return self.output(self.pool(self.maps(images)))
 
 
-def classifier_loss(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> Losses:
+def classifier_loss(classifier: Classifier, images: Tensor, labels: Tensor) -> Losses:
     """Cross-entropy and accuracy of one batch."""
     logits = classifier(images)
     accuracy = (logits.argmax(-1) == labels).float().mean()
     return F.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}
 
 
-def save_classifier(folder: Path, classifier: DigitsClassifier, dtype: torch.dtype = torch.float32) -> None:
+def save_classifier(folder: Path, classifier: Classifier, dtype: torch.dtype = torch.float32) -> None:
     """Write a classifier folder."""
     with atomic_folder(folder) as partial:
-        write_model(partial, classifier, {"kind": "classifier"}, dtype)
+        write_model(partial, classifier, {"kind": "classifier", "config": asdict(classifier.config)}, dtype)
 
 
-def load_classifier(folder: Path) -> DigitsClassifier:
-    """Read a classifier folder, in evaluation mode and float32."""
-    read_config(folder, "classifier")
-    classifier = DigitsClassifier()
+def load_classifier(folder: Path) -> Classifier:
+    """Read a classifier folder, in evaluation mode and float32.
+
+    Raises:
+        InputError: it is missing, damaged or something else.
+    """
+    config = read_config(folder, "classifier")
+    classifier = Classifier(construct(ClassifierConfig, config.get("config"), folder))
     load_weights(folder, classifier)
     return classifier.eval().requires_grad_(False)

@@ -31,10 +31,8 @@ class EvaluateConfig:
     skip: tuple[int, ...] = ()
     """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
     features: str = "digits"
-    """"digits" (classifier trained on real digits only); "inception" (ADM's, fetched once) or a path to inception-2015-12-05.pt;
-    or module:function of your own."""
-    classifier: str = "digits"
-    """Folder of a digits classifier, or "digits" for the embedded one."""
+    """"digits" (embedded classifier), or the folder of another (dd2 train-classifier); "inception" (ADM's, fetched once) or a
+    path to inception-2015-12-05.pt; or module:function of your own."""
     metrics: MetricConfig = field(default_factory=MetricConfig)
     """Metrics and their settings."""
     path_length: int = 0

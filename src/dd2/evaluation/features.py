@@ -1,4 +1,4 @@
-"""Feature networks: what images are compared by. Inception, the digits classifier, or the user's own function."""
+"""Feature networks: what images are compared by. Inception, a classifier, or the user's own function."""
 
 import importlib
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dd2.checkpoints.runs import embedded
 from dd2.errors import InputError
 from dd2.evaluation import inception
 from dd2.evaluation.classifier import load_classifier
@@ -39,19 +40,19 @@ class FeatureNetwork:
     knows_labels: bool = False
 
 
-def open_features(spec: str, classifier: Path, device: torch.device) -> FeatureNetwork:
+def open_features(spec: str, device: torch.device) -> FeatureNetwork:
     """The network that a command line names.
 
     Args:
-        spec: "digits"; "inception" (downloaded once), or a path to inception-2015-12-05.pt; or "module:function".
-        classifier: folder of the digits classifier, for "digits".
+        spec: "digits" (embedded), or a folder of dd2 train-classifier; "inception" (downloaded once), or a path to
+            inception-2015-12-05.pt; or "module:function".
         device: where it runs.
 
     Raises:
         InputError: there is no such network.
     """
-    if spec == "digits":
-        return digits_features(classifier, device)
+    if spec == "digits" or Path(spec).is_dir():
+        return classifier_features(embedded("classifier") if spec == "digits" else Path(spec), device)
     if spec == "inception":
         return inception_features(fetched(inception.URL, inception.SHA256), device)
     if spec.endswith((".pt", ".pth")):
@@ -59,22 +60,26 @@ def open_features(spec: str, classifier: Path, device: torch.device) -> FeatureN
     return user_features(spec)
 
 
-def digits_features(folder: Path, device: torch.device) -> FeatureNetwork:
-    """The penultimate layer of a digits classifier that was trained on real digits only."""
+def classifier_features(folder: Path, device: torch.device) -> FeatureNetwork:
+    """The penultimate layer of a classifier that was trained on real images only."""
     classifier = load_classifier(folder).to(device)
+    sizes = classifier.config
 
     def read(images: Tensor) -> Features:
-        if tuple(images.shape[1:]) != (1, 16, 16):
+        expected = (sizes.image_channels, sizes.image_size, sizes.image_size)
+        if tuple(images.shape[1:]) != expected:
+            shapes = [" x ".join(map(str, shape)) for shape in (expected, images.shape[1:])]
             raise InputError(
-                f"features 'digits' reads 1 x 16 x 16 images, these are {tuple(images.shape[1:])}; give --features "
-                "module:function of your own, or the path of inception-2015-12-05.pt"
+                f"the classifier of {sizes.trained_on} reads {shapes[0]} images, these are {shapes[1]}; give --features "
+                "CLASSIFIER of your data (dd2 train-classifier), module:function, or inception"
             )
         maps = classifier.maps(images)
         pool = classifier.pool(maps)
         probabilities = classifier.output(pool).softmax(-1)
         return {"pool": pool, "spatial": maps[:, :SPATIAL_CHANNELS].flatten(1), "probabilities": probabilities}
 
-    return FeatureNetwork("digits classifier, penultimate layer", weights_digest(classifier), read, knows_labels=True)
+    name = f"{sizes.trained_on} classifier, penultimate layer"
+    return FeatureNetwork(name, weights_digest(classifier), read, knows_labels=True)
 
 
 def inception_features(file: Path, device: torch.device) -> FeatureNetwork:
@@ -94,7 +99,9 @@ def user_features(spec: str) -> FeatureNetwork:
     """
     module_name, _, function = spec.partition(":")
     if not (module_name and function):
-        raise InputError(f"features must be 'digits', 'inception', its path (.pt) or 'module:function', got {spec!r}")
+        raise InputError(
+            f"features must be 'digits', a classifier's folder, 'inception', its path (.pt) or 'module:function', got {spec!r}"
+        )
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)

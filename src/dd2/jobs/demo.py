@@ -31,15 +31,15 @@ def demo(config: DemoConfig) -> None:
     """Run the demo, or what is left of it."""
     out = config.out or Path("runs/demo_from_scratch" if config.from_scratch else "runs/demo")
     run = load_config(DistillConfig, "digits")
-    classifier = "digits"
+    features = "digits"
     if config.from_scratch:
         parts = out / "parts"
         tokenizer = train_tokenizer(replace(load_config(TrainTokenizerConfig, "digits_tokenizer"), out=parts / "tokenizer"))
         teacher = train_teacher(
             replace(load_config(TrainTeacherConfig, "digits_teacher"), tokenizer=tokenizer, out=parts / "teacher")
         )
-        classifier = str(train_classifier(TrainClassifierConfig(out=parts / "classifier")))
+        features = str(train_classifier(TrainClassifierConfig(out=parts / "classifier")))
         run = replace(run, teacher=str(teacher))
     again = f"dd2 demo --out {shlex.quote(str(out))}" + (" --from-scratch" if config.from_scratch else "")
     distill(replace(run, out=out), resume=again)
-    evaluate(EvaluateConfig(run=out, classifier=classifier, metrics=MetricConfig(kid_subsets=10)))
+    evaluate(EvaluateConfig(run=out, features=features, metrics=MetricConfig(kid_subsets=10)))

@@ -9,7 +9,7 @@ import torch
 
 from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import kept_steps
-from dd2.checkpoints.runs import FinishedRun, embedded, open_run
+from dd2.checkpoints.runs import FinishedRun, open_run
 from dd2.config import flat
 from dd2.device import pick_device
 from dd2.errors import InputError
@@ -37,14 +37,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         What was stored.
     """
     device = pick_device(config.device)
-    network = network_of(config, device)
+    network = open_features(config.features, device)
     return evaluate_images(config, network, device) if config.images else _evaluate_run(config, network, device)
-
-
-def network_of(config: EvaluateConfig, device: torch.device) -> FeatureNetwork:
-    """The feature network of an evaluation."""
-    folder = embedded("classifier") if config.classifier == "digits" else Path(config.classifier)
-    return open_features(config.features, folder, device)
 
 
 def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
@@ -111,7 +105,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
 def evaluation_of(run: Path, numbers: dict[str, Any]) -> EvaluateConfig:
     """The evaluation that gave a run's metrics.json, as far as it decides what is drawn."""
     made = numbers["evaluation"]
-    same = {name: made[name] for name in ("count", "features", "classifier", "batch", "seed")}
+    same = {name: made[name] for name in ("count", "features", "batch", "seed")}
     return EvaluateConfig(run=run, steps=tuple(made["steps"]), skip=tuple(made["skip"]), **same)
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dd2.checkpoints.runs import embedded
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import open_features
@@ -40,7 +39,7 @@ class ReferenceConfig:
 def reference(config: ReferenceConfig) -> Path:
     """Write the statistics."""
     device = pick_device(config.device)
-    network = open_features(config.features, embedded("classifier"), device)
+    network = open_features(config.features, device)
     writable_folder(config.out.parent, "output folder")
     made = open_reference(config.run, network, device, Path(f"{config.out}.features"), config.batch)
     made.described.update(features=network.name, features_digest=network.digest)

@@ -11,12 +11,12 @@ from dd2.config import read_yaml
 from dd2.data.source import open_data
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.evaluation.features import FeatureNetwork
+from dd2.evaluation.features import FeatureNetwork, open_features
 from dd2.evaluation.gallery import interpolations, nearest_training, titled
 from dd2.evaluation.report import Section, page
 from dd2.files import write_atomic
 from dd2.images import png
-from dd2.jobs.evaluate import comparison, evaluation_of, network_of
+from dd2.jobs.evaluate import comparison, evaluation_of
 from dd2.sampling import one_step
 from dd2.seeding import seed_of, stream
 from dd2.training.samples import TeacherSamples
@@ -74,7 +74,7 @@ def _section(config: ReportConfig, folder: Path) -> Section:
         raise InputError(f"{folder} has no metrics.json that can be read; run dd2 evaluate on it first") from error
     run = open_run(folder, device)
     evaluation = evaluation_of(folder, numbers)
-    network = network_of(evaluation, device)
+    network = open_features(evaluation.features, device)
     scorer, methods = comparison(evaluation, run, network, TeacherSamples.load(folder / "teacher_samples"))
     images = scorer.shown(methods)
     pictures = []

@@ -11,6 +11,7 @@ from dd2.data.source import open_data
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.jobs.run_folder import start_run
+from dd2.seeding import on_cpu
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.train import CodeUsage, VQLossConfig, vq_loss
@@ -76,7 +77,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     usage = CodeUsage(config.tokenizer.codebook_size).to(device)
 
     def loss(random: torch.Generator) -> Losses:
-        images, _ = data.batch("train", config.batch, _on_cpu(random))
+        images, _ = data.batch("train", config.batch, on_cpu(random))
         return vq_loss(tokenizer, usage, images.to(device), config.vq_loss, random)
 
     held_out, _ = data.batch("test", 24, torch.Generator().manual_seed(config.seed))
@@ -93,8 +94,3 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     folder = config.out / "tokenizer"
     save_tokenizer(folder, tokenizer)
     return folder
-
-
-def _on_cpu(random: torch.Generator) -> torch.Generator:
-    """A CPU generator for data loading, seeded from the step's own."""
-    return torch.Generator().manual_seed(random.initial_seed()) if random.device.type != "cpu" else random

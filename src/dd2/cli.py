@@ -37,6 +37,7 @@ COMMANDS = {
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
     "report": Command("one page about evaluated runs", "report", "ReportConfig", "report", takes_runs=True),
+    "reproduce": Command("the paper's tables at sizes that one machine can run", "reproduce", "ReproduceConfig", "reproduce"),
     "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True, True),
     "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
     "convert llamagen": Command(

@@ -82,6 +82,20 @@ def flat(config: Any) -> dict[str, Any]:
     return dict(_flatten(_plain(dataclasses.asdict(config))))
 
 
+def with_fields(config: C, values: dict[str, Any]) -> C:
+    """A configuration with some fields changed, by dotted name."""
+    nested: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    own |= {head: with_fields(getattr(config, head), inner) for head, inner in nested.items()}
+    return dataclasses.replace(config, **own)  # pyright: ignore[reportArgumentType]
+
+
 def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,0 +1,170 @@
+"""Where the paper's tables are reproduced: teachers small enough, with the configurations of both methods."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dd2.config import load_config
+from dd2.errors import InputError
+from dd2.evaluation.classifier import ClassifierConfig
+from dd2.jobs.dd1 import DD1JobConfig
+from dd2.jobs.distill import DistillConfig
+from dd2.jobs.train_classifier import TrainClassifierConfig
+from dd2.jobs.train_teacher import TrainTeacherConfig
+from dd2.jobs.train_tokenizer import TrainTokenizerConfig
+from dd2.teachers.llamagen import LlamaGenConfig
+from dd2.teachers.var import VARConfig
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.training.schedule import OptimConfig
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A teacher, and how it is distilled and evaluated.
+
+    Attributes:
+        distill, dd1: both methods at the full budget.
+        ar_steps: the teacher's passes per image.
+        minutes: of one DD2 distillation (samples and both stages) at the full budget, on the machine it is meant for.
+        steps: Table 2's passes, the generator's own included.
+        skips: AR steps that skip-m leaves out.
+        tokenizer, teacher, classifier: what is trained first; None where it is embedded.
+    """
+
+    distill: DistillConfig
+    dd1: DD1JobConfig
+    ar_steps: int
+    minutes: float
+    steps: tuple[int, ...]
+    skips: tuple[int, ...]
+    tokenizer: TrainTokenizerConfig | None = None
+    teacher: TrainTeacherConfig | None = None
+    classifier: TrainClassifierConfig | None = None
+
+    def scaled(self, budget: float) -> "Bench":
+        """The same with the iterations of both methods that `budget` minutes per DD2 distillation allow."""
+        share = budget / self.minutes if budget else 1.0
+
+        def part(iterations: int) -> int:
+            return max(1, round(iterations * share))
+
+        tune = replace(self.distill.tune, iterations=part(self.distill.tune.iterations))
+        csd = replace(self.distill.distill, iterations=part(self.distill.distill.iterations))
+        train = replace(self.dd1.train, iterations=part(self.dd1.train.iterations))
+        return replace(self, distill=replace(self.distill, tune=tune, distill=csd), dd1=replace(self.dd1, train=train))
+
+
+def open_bench(name: str, images: str = "", teacher: str = "") -> Bench:
+    """A bench by name.
+
+    Args:
+        name: see `BENCHES`.
+        images: the data of benches of real images, a folder or zip.
+        teacher: a trained teacher's folder, instead of training one.
+
+    Raises:
+        InputError: there is no such bench, or its images are missing.
+    """
+    if name not in BENCHES:
+        raise InputError(f"there is no bench {name}; the benches are {', '.join(BENCHES)}")
+    bench = BENCHES[name](images)
+    if teacher:
+        bench = replace(bench, tokenizer=None, teacher=None)
+        bench = replace(bench, distill=replace(bench.distill, teacher=teacher), dd1=replace(bench.dd1, teacher=teacher))
+    return bench
+
+
+def _digits(images: str) -> Bench:
+    return Bench(load_config(DistillConfig, "digits"), load_config(DD1JobConfig, "digits_dd1"), 16, 4.2, (1, 3, 5, 9), (2,))
+
+
+def _digits_var(images: str) -> Bench:
+    return Bench(
+        load_config(DistillConfig, "digits_var"),
+        load_config(DD1JobConfig, "digits_var_dd1"),
+        4,
+        10.3,
+        (1, 2, 3, 4),
+        (1, 2),
+        load_config(TrainTokenizerConfig, "digits_var_tokenizer"),
+        load_config(TrainTeacherConfig, "digits_var_teacher"),
+    )
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What differs between the benches of real images."""
+
+    size: int
+    channels: int
+    codes: int
+    multipliers: tuple[int, ...]
+    patch_nums: tuple[int, ...]
+    width: int
+    depth: int
+    minutes: float
+
+
+REAL = {
+    "fashion": _Images(32, 1, 256, (1, 2, 2), (1, 2, 3, 4, 6, 8), 192, 8, 8.0),
+    "cifar10": _Images(32, 3, 512, (1, 2, 2), (1, 2, 3, 4, 6, 8), 256, 10, 10.0),
+    "imagenette64": _Images(64, 3, 1024, (1, 2, 2, 4), (1, 2, 3, 4, 6, 8), 320, 12, 12.0),
+}
+"""Benches of real images, meant for one data-centre GPU; their sizes were never run there."""
+
+
+def _real(name: str, next_scale: bool) -> Callable[[str], Bench]:
+    def build(images: str) -> Bench:
+        if not images:
+            raise InputError(f"bench {name} needs the real images: give --images, a folder or zip of {name}")
+        sizes = REAL[name]
+        vq = VQConfig(
+            codebook_size=sizes.codes,
+            code_dim=16,
+            image_size=sizes.size,
+            image_channels=sizes.channels,
+            channels=64,
+            multipliers=sizes.multipliers,
+            z_channels=64,
+        )
+        heads, rate = sizes.width // 32, OptimConfig(lr=1e-3, decay="cosine", warmup=200, weight_decay=0.05)
+        tokenizer = TrainTokenizerConfig(
+            data=images,
+            iterations=20_000,
+            batch=128,
+            tokenizer=vq,
+            patch_nums=sizes.patch_nums if next_scale else (),
+            optim=OptimConfig(lr=5e-4, decay="cosine", warmup=200, betas=(0.9, 0.99)),
+        )
+        teacher = TrainTeacherConfig(
+            data=images,
+            token_images=200_000,
+            iterations=20_000,
+            optim=rate,
+            teacher=LlamaGenConfig() if next_scale else LlamaGenConfig(depth=sizes.depth, width=sizes.width, heads=heads),
+            var=VARConfig(depth=sizes.depth, width=sizes.width, heads=heads) if next_scale else VARConfig(),
+        )
+        channels = ClassifierConfig(image_size=sizes.size, image_channels=sizes.channels, width=64, features=256)
+        classifier = TrainClassifierConfig(data=images, iterations=8000, classifier=channels)
+        base, dd1 = ("digits_var", "digits_var_dd1") if next_scale else ("digits", "digits_dd1")
+        distill = load_config(DistillConfig, base)
+        tune = replace(distill.tune, iterations=10_000, batch=128)
+        csd = replace(distill.distill, iterations=6000, batch=128)
+        distill = replace(distill, teacher_samples=100_000, tune=tune, distill=csd)
+        job = load_config(DD1JobConfig, dd1)
+        positions = len(sizes.patch_nums) if next_scale else sizes.patch_nums[-1] ** 2
+        heads_of = replace(job.heads, logits_steps=positions)
+        job = replace(job, pairs=100_000, heads=heads_of, train=replace(job.train, iterations=80_000, batch=128))
+        steps = (1, 2, 3, 4) if next_scale else (1, 9, 17, 33)
+        return Bench(
+            distill, job, positions, sizes.minutes, steps, (1, 2) if next_scale else (8,), tokenizer, teacher, classifier
+        )
+
+    return build
+
+
+BENCHES: dict[str, Callable[[str], Bench]] = {
+    "digits": _digits,
+    "digits_var": _digits_var,
+    **{name: _real(name, False) for name in REAL},
+    **{f"{name}_var": _real(name, True) for name in REAL},
+}

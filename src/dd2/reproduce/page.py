@@ -1,0 +1,138 @@
+"""A reproduced table as Markdown, JSON and a picture."""
+
+import io
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dd2.files import write_atomic
+from dd2.reproduce.tables import COLUMNS, Claim, Row, Table, value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number over seeds."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation over the seeds; 0 for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def shown(self, kind: str) -> str:
+        """Mean ± sd."""
+        spread = f" ± {format(self.sd, kind)}" if len(self.values) > 1 else ""
+        return format(self.mean, kind) + spread
+
+
+Results = dict[str, dict[str, Measured]]
+"""Row label -> column -> numbers."""
+
+
+def collect(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> Results:
+    """Numbers of every row, from the evaluations of its runs, one per seed."""
+    results: Results = {}
+    for row in table.rows:
+        results[row.label] = {}
+        for column in {*table.columns, *(claim.column for claim in table.claims), "seconds"}:
+            values = [value(numbers, row.method, column) for numbers in evaluations[row.label]]
+            known = [number for number in values if number is not None]
+            if known:
+                results[row.label][column] = Measured(known)
+    return results
+
+
+def verdict(claim: Claim, results: Results) -> dict[str, Any]:
+    """Whether a claim is found again: the difference of the means must exceed the spread, the larger of the two deviations."""
+    better, worse = results[claim.better][claim.column], results[claim.worse][claim.column]
+    difference = (better.mean - worse.mean) * (1 if claim.higher else -1)
+    spread = max(better.sd, worse.sd)
+    found = difference > spread
+    heading, kind = COLUMNS[claim.column]
+    said = f"{heading} {better.shown(kind)} ({claim.better}) against {worse.shown(kind)} ({claim.worse})"
+    if claim.at_most:
+        share = results[claim.better]["seconds"].mean / results[claim.worse]["seconds"].mean
+        found = found and share <= claim.at_most
+        said += f", at {share:.2f} of its training seconds"
+    return {"claim": claim.text, "found": found, "measured": said}
+
+
+def write(folder: Path, name: str, table: Table, results: Results, made: dict[str, Any]) -> None:
+    """Write NAME.md, NAME.json and NAME.png.
+
+    Args:
+        folder: where to.
+        name: of the files.
+        table, results: what.
+        made: bench, budget, seeds, machine, versions and command.
+    """
+    verdicts = [verdict(claim, results) for claim in table.claims]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {label: {column: asdict(number) for column, number in found.items()} for label, found in results.items()}
+    content = {"title": table.title, **made, "rows": rows, "claims": verdicts}
+    write_atomic(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    write_atomic(folder / f"{name}.png", _plot(table, results))
+    write_atomic(folder / f"{name}.md", markdown(name, table, results, verdicts, made))
+
+
+def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str, Any]], made: dict[str, Any]) -> str:
+    """The page."""
+    columns = [column for column in table.columns if any(column in found for found in results.values())]
+    paper = f"paper ({table.paper})" if table.paper else "paper"
+    heads = ["", "passes", *(COLUMNS[column][0] for column in columns), paper]
+    lines = [f"# {table.title}, on {made['bench']}", "", f"`{made['command']}`", "", _described(made), ""]
+    lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
+    lines += [f"| {row.label} | {row.steps} | {_cells(row, columns, results)} | {row.paper} |" for row in table.rows]
+    lines += ["", *([table.note, ""] if table.note else []), "What the paper claims, and what is found here:", ""]
+    lines += [
+        f"- {entry['claim']}: **{'found' if entry['found'] else 'not found'}** ({entry['measured']})." for entry in verdicts
+    ]
+    return "\n".join([*lines, "", f"![{table.title}]({name}.png)", ""])
+
+
+def _cells(row: Row, columns: list[str], results: Results) -> str:
+    found = results[row.label]
+    return " | ".join(found[column].shown(COLUMNS[column][1]) if column in found else "–" for column in columns)
+
+
+def _described(made: dict[str, Any]) -> str:
+    seeds = ", ".join(map(str, made["seeds"]))
+    return (
+        f"Seeds {seeds}: mean ± standard deviation; a claim counts as found if the difference of the means exceeds the larger "
+        f"deviation. {made['count']:,} images per method, as many of the teacher. Budget {made['budget']:g} minutes of the "
+        f"bench's machine per DD2 distillation: {made['iterations']}. Made on {made['machine']}, {made['threads']} "
+        f"thread{'s' if made['threads'] > 1 else ''} a run, torch {made['torch']}, commit {made['commit']}."
+    )
+
+
+def _plot(table: Table, results: Results) -> bytes:
+    """The main column, a bar per row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    column = table.claims[0].column
+    shown = [row for row in table.rows if column in results[row.label]]
+    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    means = [results[row.label][column].mean for row in shown]
+    colours = ["tab:blue" if "DD2" in row.label or column != "gap" else "0.6" for row in shown]
+    axes.barh(
+        [row.label for row in shown], means, xerr=[results[row.label][column].sd for row in shown], color=colours, capsize=3
+    )
+    for position, row in enumerate(shown):
+        axes.plot(results[row.label][column].values, [position] * len(results[row.label][column].values), "k.", markersize=4)
+    axes.invert_yaxis()
+    axes.set_xlabel(COLUMNS[column][0])
+    axes.set_title(table.title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

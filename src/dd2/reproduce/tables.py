@@ -1,0 +1,280 @@
+"""The paper's tables: their rows, what the paper found, and what counts as finding it again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dd2.errors import InputError
+from dd2.evaluation.score import few_steps
+from dd2.reproduce.benches import Bench
+from dd2.reproduce.workshop import Cell, Changes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        label: what it is called.
+        method: whose numbers of the evaluation it shows.
+        cell: seed -> the run.
+        paper: the paper's numbers for it, ImageNet 256 px, as text.
+        steps: network passes per image.
+    """
+
+    label: str
+    method: str
+    cell: Callable[[int], Cell]
+    paper: str = ""
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of two rows.
+
+    Attributes:
+        text: in words.
+        better, worse: labels of the rows.
+        column: the number compared.
+        higher: whether higher is better.
+        at_most: also, the better row's training seconds are at most this share of the worse row's.
+    """
+
+    text: str
+    better: str
+    worse: str
+    column: str = "gap"
+    higher: bool = True
+    at_most: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on a bench.
+
+    Attributes:
+        title, paper: what it is about, and what the paper reports.
+        rows: lines.
+        columns: numbers shown.
+        claims: what is checked.
+        evaluation: further fields of the evaluation of its runs.
+        note: what a reader must know.
+    """
+
+    title: str
+    paper: str
+    rows: list[Row]
+    columns: tuple[str, ...]
+    claims: list[Claim]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+COLUMNS = {
+    "frechet": ("FD", ".2f"),
+    "gap": ("gap closed", ".3f"),
+    "inception_score": ("IS", ".2f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "teacher_nll": ("teacher NLL", ".1f"),
+    "accuracy": ("accuracy", ".3f"),
+    "path_length": ("path length", ".3g"),
+    "seconds": ("training s", ".0f"),
+    "milliseconds": ("ms/image", ".2f"),
+}
+"""Column -> heading and format."""
+
+USUAL = ("frechet", "gap", "precision", "recall", "teacher_nll", "accuracy")
+
+
+def value(numbers: dict[str, Any], method: str, column: str) -> float | None:
+    """A number of one evaluation; None where the method has none."""
+    found = numbers["metrics"].get(method)
+    if column == "gap":
+        worst, floor = numbers["frechet"]["onestep_marginal"], numbers["frechet"]["floor"]
+        return (worst - found["frechet"]) / (worst - floor)
+    if column == "seconds":
+        learned = method.startswith(("generator", "ar_diffusion"))
+        return sum(numbers["seconds"].get(part, 0.0) for part in ("samples", "tune", "distill")) if learned else None
+    if column == "milliseconds":
+        timed = {"generator": "generator", "teacher": "teacher"}.get(method)
+        return 1000 * numbers["speed"][0]["seconds_per_image"][timed] if timed and "speed" in numbers else None
+    if column == "path_length":
+        return numbers.get("path_length", {}).get(method, {}).get("mean")
+    return found.get(column)
+
+
+def dd2(*changes: tuple[str, Any]) -> Callable[[int], Cell]:
+    """DD2, with the given fields changed."""
+    return lambda seed: Cell("dd2", seed, changes)
+
+
+def dd1(*changes: tuple[str, Any]) -> Callable[[int], Cell]:
+    """DD1, with the given fields changed."""
+    return lambda seed: Cell("dd1", seed, changes)
+
+
+def aligned(align: Changes) -> Callable[[int], Cell]:
+    """DD2 with alignment and the second half of stage 2 after it."""
+    return lambda seed: Cell("dd2", seed, align, continues=Cell("dd2", seed))
+
+
+def open_table(name: str, bench: Bench) -> Table:
+    """A table by name on a bench.
+
+    Raises:
+        InputError: there is no such table.
+    """
+    if name not in TABLES:
+        raise InputError(f"there is no table {name}; the tables are {', '.join(TABLES)}, and all")
+    return TABLES[name](bench)
+
+
+DD1_SPLIT = "DD1, second half by the continuous head"
+"""The published split of VAR-d16 and LlamaGen-L; the benches' own is what proved better there."""
+
+
+def _methods(bench: Bench) -> Table:
+    skips = [
+        Row(f"teacher, skip-{m}", f"teacher_skip_{m}", dd2(), "VAR skip-2 40.09 / 56.8" if m == 2 else "", bench.ar_steps - m)
+        for m in bench.skips
+    ]
+    rows = [
+        Row("teacher", "teacher", dd2(), "VAR-d16 4.15 / 278.7, LlamaGen-L 4.11 / 283.5", bench.ar_steps),
+        *skips,
+        Row("onestep*", "onestep_marginal", dd2(), "157.5 (VAR), 220.2 (LlamaGen)"),
+        Row("DD1", "generator", dd1(), "9.94 / 193.6 (d16), 11.35 / 193.6 (L)"),
+        Row(DD1_SPLIT, "generator", dd1(("heads.logits_steps", bench.ar_steps // 2))),
+        Row("DD2", "generator", dd2(), "6.21 / 213.0 (d16), 8.59 / 229.1 (L)"),
+    ]
+    claims = [
+        Claim("DD2 is better than DD1, at no more than half of its training time", "DD2", "DD1", at_most=0.5),
+        Claim("the same, DD1 with its published split between the heads", "DD2", DD1_SPLIT, at_most=0.5),
+        Claim("DD2 is better than independent tokens", "DD2", "onestep*"),
+    ]
+    columns = ("frechet", "gap", "inception_score", "precision", "recall", "teacher_nll", "accuracy", "milliseconds")
+    note = "The paper's column is FID / IS."
+    return Table("Table 1: methods in one step", "FID, IS", rows, columns, claims, {"skip": bench.skips}, note)
+
+
+def _few_steps(bench: Bench) -> Table:
+    numbers = {2: "", 3: "5.24 (DD1 6.54)", 4: "4.88 (DD1 5.47)", 6: "4.47 (DD1 5.03)"}
+    twice = dd1(("heads.second_step", bench.ar_steps // 2))
+    rows = [Row("DD1, two passes of its own", "generator_two_passes", twice, "7.82 (d16)", 2)]
+    for name, cell in (("DD1", dd1()), ("DD2", dd2())):
+        for k in bench.steps:
+            method = "generator" if k == 1 else few_steps(k)
+            rows.append(
+                Row(f"{name}, {k} step{'s' if k > 1 else ''}", method, cell, numbers.get(k, "") if name == "DD2" else "", k)
+            )
+    most = bench.steps[-1]
+    claims = [
+        Claim("more steps with the teacher are better", f"DD2, {most} steps", "DD2, 1 step"),
+        Claim(
+            "DD2 is better than DD1 at the same number of steps", f"DD2, {bench.steps[1]} steps", f"DD1, {bench.steps[1]} steps"
+        ),
+    ]
+    paper = "FID of VAR-d16 with 3, 4 and 6 steps"
+    return Table("Table 2: few steps with the teacher (Alg. 4)", paper, rows, USUAL, claims, {"steps": bench.steps})
+
+
+def _time(bench: Bench) -> Table:
+    rows = [
+        Row("DD1", "generator", dd1(), "296.9 (d16), 647.7 (LlamaGen-L)"),
+        Row("DD2", "generator", dd2(), "115.5 (d16), 52.6 (LlamaGen-L)"),
+    ]
+    claims = [Claim("DD2 is better than DD1, at no more than half of its training time", "DD2", "DD1", at_most=0.5)]
+    note = "Seconds of everything a method needs beyond the teacher: samples or pairs, and all training."
+    return Table("Table 3: training time", "hours on 8 A800", rows, ("seconds", "gap", "frechet"), claims, note=note)
+
+
+def _initialisation(bench: Bench) -> Table:
+    rows = [
+        Row("both from stage 1", "generator", dd2(), "14.77 (LlamaGen-L), 11.53 (d24)"),
+        Row("guidance alone", "generator", dd2(("distill.initialised", "guidance")), "16.08, collapse"),
+        Row("generator alone", "generator", dd2(("distill.initialised", "generator")), "21.76, collapse"),
+    ]
+    claims = [
+        Claim("initialising both is better than the guidance network alone", "both from stage 1", "guidance alone"),
+        Claim("initialising both is better than the generator alone", "both from stage 1", "generator alone"),
+    ]
+    note = (
+        "A network that is not initialised starts where stage 1 did, as the teacher's layers under a fresh head: the paper does "
+        "not say what it starts from."
+    )
+    return Table("Table 4: initialisation from stage 1", "FID-5k", rows, USUAL, claims, note=note)
+
+
+def _path_length(bench: Bench) -> Table:
+    rows = [
+        Row("DD1", "generator", dd1(), "18437.6"),
+        Row("DD1, nearest codes", "generator_nearest", dd1()),
+        Row("DD2", "generator", dd2(), "7231.9"),
+        Row("DD2, nearest codes", "generator_nearest", dd2()),
+    ]
+    claims = [Claim("DD2's latent space is smoother", "DD2", "DD1", column="path_length", higher=False)]
+    note = "In the features of the metrics; the paper does not give its settings, so the scales differ. ε = 1e-4."
+    columns = ("path_length", "frechet", "gap")
+    return Table("Table 5: perceptual path length", "PPL", rows, columns, claims, {"path_length": 1000}, note)
+
+
+def _stage1_loss(bench: Bench) -> Table:
+    def stage1(*changes: tuple[str, Any]) -> Callable[[int], Cell]:
+        return lambda seed: Cell("stage1", seed, changes)
+
+    rows = [
+        Row("GTS (Eq. 6)", "ar_diffusion", stage1(), "11.41 (330k iterations)", bench.ar_steps),
+        Row("plain diffusion", "ar_diffusion", stage1(("tune.loss", "diffusion")), "17.98 (500k iterations)", bench.ar_steps),
+    ]
+    claims = [Claim("the teacher's closed-form score is the better target", "GTS (Eq. 6)", "plain diffusion")]
+    note = "The AR-diffusion model of stage 1, sampled step by step; equal iterations."
+    return Table("Table 7: loss of stage 1", "FID-5k of VAR-d16", rows, USUAL, claims, note=note)
+
+
+def _alignment(bench: Bench) -> Table:
+    further = bench.distill.distill.iterations
+    align: Changes = (
+        ("align.iterations", max(1, further // 5)),
+        ("align.then_iterations", max(1, further // 3)),
+        ("align.then_k", bench.distill.distill.k),
+        ("align.then_lr", 0.5),
+    )
+    rows = [
+        Row("before", "generator", dd2(), "8.35 (d16), 6.57 (d20)"),
+        Row("after alignment and further training", "generator", aligned(align), "6.21 (d16), 5.43 (d20)"),
+    ]
+    claims = [Claim("alignment and what follows it help", "after alignment and further training", "before")]
+    note = "The second row has trained longer, as in the paper: a fifth of stage 2 in alignment, a third after it."
+    return Table("Table 9: performance alignment", "FID", rows, (*USUAL, "seconds"), claims, note=note)
+
+
+def _k(bench: Bench) -> Table:
+    rows = [Row(f"K = {k}", "generator", dd2(("distill.k", k))) for k in (1, 2, 5)]
+    claims = [Claim("more guidance updates per generator update help", "K = 5", "K = 1")]
+    note = "Equal generator updates, so unequal time: see the seconds."
+    return Table("K: guidance updates per generator update (App. C.4)", "", rows, (*USUAL, "seconds"), claims, note=note)
+
+
+def _distance(bench: Bench) -> Table:
+    rows = [
+        Row("SiD, α = 1.0", "generator", dd2(("distill.d", "sid"), ("distill.alpha", 1.0)), "the paper's choice"),
+        Row("SiD, α = 1.2", "generator", dd2(("distill.d", "sid"), ("distill.alpha", 1.2))),
+        Row("DMD", "generator", dd2(("distill.d", "dmd"))),
+    ]
+    claims = [Claim("SiD is better than DMD", "SiD, α = 1.0", "DMD")]
+    note = "Equal iterations, which is nearly equal time. The rates of the bench were chosen with DMD."
+    return Table("Loss: the distance of Eq. 4", "Sec. 4.2", rows, (*USUAL, "seconds"), claims, note=note)
+
+
+TABLES: dict[str, Callable[[Bench], Table]] = {
+    "1": _methods,
+    "2": _few_steps,
+    "3": _time,
+    "4": _initialisation,
+    "5": _path_length,
+    "7": _stage1_loss,
+    "9": _alignment,
+    "k": _k,
+    "loss": _distance,
+}

@@ -1,0 +1,165 @@
+"""Makes what tables need, each thing once: folders are named by the hash of everything that decides their content."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dd2.config import flat, with_fields
+from dd2.evaluation.config import EvaluateConfig
+from dd2.evaluation.metrics import MetricConfig
+from dd2.files import atomic_folder, write_atomic
+from dd2.jobs.dd1 import DD1JobConfig, distil_dd1
+from dd2.jobs.distill import DistillConfig, distill
+from dd2.jobs.evaluate import evaluate
+from dd2.jobs.train_classifier import train_classifier
+from dd2.jobs.train_teacher import train_teacher
+from dd2.jobs.train_tokenizer import train_tokenizer
+from dd2.reproduce.benches import Bench
+
+Changes = tuple[tuple[str, Any], ...]
+"""Fields by dotted name that differ from the bench's configuration."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        kind: stage1, dd2 (stage 2, from its stage 1), or dd1.
+        seed: of everything in it.
+        changes: what differs from the bench's configuration.
+        continues: the run whose finished stage 2 this one goes on from (alignment).
+    """
+
+    kind: Literal["stage1", "dd2", "dd1"]
+    seed: int
+    changes: Changes = ()
+    continues: "Cell | None" = None
+
+    @property
+    def stage1(self) -> "Cell":
+        """The stage 1 that a dd2 run starts from."""
+        return Cell("stage1", self.seed, tuple(change for change in self.changes if change[0].startswith("tune.")))
+
+    def __str__(self) -> str:
+        """As a plan lists it."""
+        changed = "".join(f", {name} {value}" for name, value in self.changes)
+        return f"{self.kind} seed {self.seed}{changed}"
+
+
+class Workshop:
+    """The runs of one bench.
+
+    Args:
+        bench: scaled to the budget.
+        root: folder of everything that is kept.
+        count: images per method of every evaluation.
+        device: where everything runs.
+    """
+
+    def __init__(self, bench: Bench, root: Path, count: int, device: str) -> None:
+        self.bench, self.root, self.count, self.device = bench, root, count, device
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a run is, made or not."""
+        return self._folder(cell.kind, self._config(cell))
+
+    def made(self, cell: Cell) -> bool:
+        """Whether a run is finished."""
+        return (self.folder(cell) / "generator" / "config.json").is_file()
+
+    def prepare(self) -> None:
+        """Train tokenizer, teacher and classifier, where the bench has its own."""
+        if self.bench.tokenizer is not None and not (self._tokenizer_run() / "tokenizer").is_dir():
+            train_tokenizer(replace(self.bench.tokenizer, out=self._tokenizer_run(), device=self.device))
+        if self.bench.teacher is not None and not Path(self._teacher()).is_dir():
+            tokenizer = self._tokenizer_run() / "tokenizer"
+            train_teacher(replace(self.bench.teacher, out=self._teacher_run(), tokenizer=tokenizer, device=self.device))
+        if self.bench.classifier is not None and not Path(self._features()).is_dir():
+            train_classifier(replace(self.bench.classifier, out=Path(self._features()).parent, device=self.device))
+
+    def prepared(self) -> bool:
+        """Whether `prepare` has nothing left to do."""
+        parts = [] if self.bench.teacher is None else [Path(self._teacher())]
+        return all(path.is_dir() for path in [*parts, *([Path(self._features())] if self.bench.classifier else [])])
+
+    def run(self, cell: Cell) -> Path:
+        """A run, made now unless it is there; an interrupted one goes on."""
+        folder, config = self.folder(cell), self._config(cell)
+        if self.made(cell):
+            return folder
+        if cell.kind == "dd2":
+            self.run(cell.stage1)
+        if cell.continues is not None:
+            self._continue(self.run(cell.continues), folder)
+        if isinstance(config, DistillConfig):
+            distill(replace(config, out=folder))
+        else:
+            distil_dd1(replace(config, out=folder))
+        return folder
+
+    def evaluated(self, cell: Cell, **fields: Any) -> dict[str, Any]:
+        """The numbers of a run under the evaluation that every run gets, plus `fields`."""
+        folder = self.run(cell)
+        config = EvaluateConfig(
+            run=folder,
+            features=self._features(),
+            count=self.count,
+            cache=self.root / "features",
+            metrics=MetricConfig(kid_subsets=10),
+            device=self.device,
+            **fields,
+        )
+        file = folder / "evaluations" / f"{_digest(flat(config), ('run', 'cache', 'device'))}.json"
+        if not file.is_file():
+            numbers = evaluate(config)
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, json.dumps(numbers, indent=2) + "\n")
+        return json.loads(file.read_text())
+
+    def _config(self, cell: Cell) -> DistillConfig | DD1JobConfig:
+        base = self.bench.dd1 if cell.kind == "dd1" else self.bench.distill
+        config = with_fields(base, {"seed": cell.seed, "device": self.device, "teacher": self._teacher(), **dict(cell.changes)})
+        if isinstance(config, DD1JobConfig):
+            return config
+        if cell.kind == "stage1":
+            return replace(config, distill=replace(config.distill, iterations=0))
+        return replace(config, stage1=str(self.folder(cell.stage1)))
+
+    def _folder(self, kind: str, config: Any) -> Path:
+        return self.root / f"{kind}-{_digest(flat(config), ('out', 'device', 'sample_batch'))}"
+
+    def _tokenizer_run(self) -> Path:
+        return self._folder("tokenizer", self.bench.tokenizer)
+
+    def _teacher_run(self) -> Path:
+        assert self.bench.teacher is not None
+        return self._folder("teacher", replace(self.bench.teacher, tokenizer=self._tokenizer_run()))
+
+    def _teacher(self) -> str:
+        return self.bench.distill.teacher if self.bench.teacher is None else str(self._teacher_run() / "teacher")
+
+    def _features(self) -> str:
+        if self.bench.classifier is None:
+            return "digits"
+        return str(self._folder("classifier", self.bench.classifier) / "classifier")
+
+    def _continue(self, before: Path, folder: Path) -> None:
+        """Start a run folder with another's finished stage 2, which it would repeat bit by bit."""
+        if not folder.exists():
+            with atomic_folder(folder) as partial:
+                shutil.copytree(before / "checkpoints", partial / "checkpoints", dirs_exist_ok=True)
+                shutil.copy(before / "metrics.jsonl", partial / "metrics.jsonl")
+
+
+def _digest(fields: dict[str, Any], without: tuple[str, ...]) -> str:
+    """Hash of what decides a run; of other runs, the names of their folders, which are hashes themselves."""
+    kept = {
+        name: Path(value).name if name in ("stage1", "tokenizer", "run") and value else value
+        for name, value in fields.items()
+        if name not in without and not name.startswith("loop.")
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]

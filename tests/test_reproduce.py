@@ -1,0 +1,231 @@
+"""dd2 reproduce and dd2 report: plans, shared runs, honest verdicts, and a page that opens alone."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dd2.checkpoints.native import Generator, save_teacher
+from dd2.checkpoints.runs import embedded
+from dd2.cli import main
+from dd2.config import with_fields
+from dd2.data import digits
+from dd2.evaluation.features import classifier_features
+from dd2.evaluation.gallery import interpolations, nearest_training
+from dd2.reproduce import benches
+from dd2.reproduce.benches import Bench, open_bench
+from dd2.reproduce.page import Measured, collect, markdown, verdict
+from dd2.reproduce.tables import TABLES, Claim, Row, Table, dd2, open_table, value
+from dd2.reproduce.workshop import Cell, Workshop
+from dd2.student import Student
+from models import TINY_HEAD, tiny_teacher, tiny_var
+
+SMALL = {
+    "teacher_samples": 96,
+    "head.depth": 1,
+    "head.width": 16,
+    "head.frequencies": 4,
+    "tune.batch": 8,
+    "tune.iterations": 4,
+    "tune.draws": 1,
+    "distill.batch": 8,
+    "distill.iterations": 6,
+    "distill.k": 1,
+    "loop.preview_every": 0,
+}
+
+
+@pytest.fixture
+def tiny_bench(tmp_path, monkeypatch) -> Bench:
+    """The bench `digits` with tiny networks, under the name "tiny"."""
+    save_teacher(tmp_path / "teacher", tiny_teacher())
+    monkeypatch.chdir(tmp_path)
+    bench = open_bench("digits", teacher=str(tmp_path / "teacher"))
+    small = {"pairs": 96, "standardise_samples": 48, "ode.steps": 2, "train.batch": 8, "train.iterations": 4}
+    distill, dd1 = with_fields(bench.distill, SMALL), with_fields(bench.dd1, {**small, "loop.preview_every": 0})
+    bench = replace(bench, distill=distill, dd1=dd1, steps=(1, 2))
+    monkeypatch.setitem(benches.BENCHES, "tiny", lambda images: bench)
+    return bench
+
+
+def test_all_tables_of_a_bench(tiny_bench, tmp_path, capsys):
+    arguments = ["reproduce", "--bench", "tiny", "--seeds", "0", "--count", "60", "--out", "runs", "--results", "results"]
+    assert main([*arguments, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert re.search(r"(\d+) runs, \1 to make", plan)
+    assert main(arguments) == 0
+    for name in TABLES:
+        stem = f"tiny_{'table' if name.isdigit() else ''}{name}"
+        content = json.loads((tmp_path / "results" / f"{stem}.json").read_text())
+        assert content["seeds"] == [0]
+        assert all(len(number["values"]) == 1 for row in content["rows"].values() for number in row.values())
+        assert (tmp_path / "results" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        page = (tmp_path / "results" / f"{stem}.md").read_text()
+        assert page.count("**found**") + page.count("**not found**") == len(content["claims"]) > 0
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 0
+    assert " 0 to make" in capsys.readouterr().out  # everything is found again
+    generators = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("tiny/*/generator/model.safetensors")}
+    assert main([*arguments, "--table", "3", "--seeds", "0", "1"]) == 0
+    rows = json.loads((tmp_path / "results" / "tiny_table3.json").read_text())["rows"]
+    assert all(len(number["values"]) == 2 for row in rows.values() for number in row.values())
+    assert all(path.stat().st_mtime_ns == before for path, before in generators.items())
+
+
+def test_runs_that_share_a_stage_make_it_once(tiny_bench, tmp_path):
+    workshop = Workshop(tiny_bench, tmp_path / "shop", 60, "cpu")
+    base = workshop.run(Cell("dd2", 0))
+    other = workshop.run(Cell("dd2", 0, (("distill.k", 2),)))
+    assert (base / "ar_diffusion" / "model.safetensors").read_bytes() == (
+        other / "ar_diffusion" / "model.safetensors"
+    ).read_bytes()
+    assert len(list((tmp_path / "shop").glob("stage1-*"))) == 1
+    align = (("align.iterations", 2), ("align.then_iterations", 2))
+    aligned = workshop.run(Cell("dd2", 0, align, continues=Cell("dd2", 0)))
+    alone = Workshop(tiny_bench, tmp_path / "alone", 60, "cpu").run(Cell("dd2", 0, align))
+    same = "generator/model.safetensors"
+    assert (aligned / same).read_bytes() == (alone / same).read_bytes()  # going on is the same as doing all of it
+    assert (aligned / same).read_bytes() != (base / same).read_bytes()
+    folders = {workshop.folder(Cell("dd2", seed, (("distill.k", k),))) for seed in (0, 1) for k in (1, 2)}
+    assert len(folders) == 4
+
+
+def test_table_four_starts_the_networks_where_it_says(tiny_bench, tmp_path):
+    workshop = Workshop(with_iterations(tiny_bench, 0), tmp_path / "shop", 60, "cpu")
+    tuned = workshop.run(Cell("dd2", 0)) / "generator" / "model.safetensors"
+    fresh = workshop.run(Cell("dd2", 0, (("distill.initialised", "guidance"),))) / "generator" / "model.safetensors"
+    same = workshop.run(Cell("dd2", 0, (("distill.initialised", "generator"),))) / "generator" / "model.safetensors"
+    assert tuned.read_bytes() == same.read_bytes() != fresh.read_bytes()
+
+
+def with_iterations(bench: Bench, iterations: int) -> Bench:
+    return replace(bench, distill=with_fields(bench.distill, {"distill.iterations": iterations}))
+
+
+def test_verdicts_are_honest():
+    def results(a: list[float], b: list[float]) -> dict[str, dict[str, Measured]]:
+        seconds = {"seconds": Measured([10.0])}
+        return {"a": {"gap": Measured(a), **seconds}, "b": {"gap": Measured(b), "seconds": Measured([15.0])}}
+
+    claim = Claim("a is better", "a", "b")
+    assert verdict(claim, results([0.9, 0.92], [0.7, 0.72]))["found"]
+    assert not verdict(claim, results([0.7], [0.9]))["found"]
+    assert not verdict(claim, results([0.9, 0.6], [0.7, 0.72]))["found"]  # within the spread
+    assert not verdict(replace(claim, higher=False), results([0.9], [0.7]))["found"]
+    assert not verdict(replace(claim, at_most=0.5), results([0.9], [0.7]))["found"]  # takes two thirds of the time
+    assert verdict(replace(claim, at_most=0.7), results([0.9], [0.7]))["found"]
+    assert Measured([1.0, 2.0, 3.0]).shown(".1f") == "2.0 ± 1.0"
+
+
+def test_numbers_of_a_row():
+    numbers = {
+        "metrics": {"generator": {"frechet": 10.0}, "teacher": {"frechet": 2.0}, "onestep_marginal": {"frechet": 42.0}},
+        "frechet": {"onestep_marginal": 42.0, "floor": 2.0},
+        "seconds": {"samples": 1.0, "tune": 2.0, "distill": 4.0, "evaluate": 100.0},
+    }
+    assert value(numbers, "generator", "gap") == 0.8
+    assert value(numbers, "teacher", "gap") == 1
+    assert value(numbers, "generator", "seconds") == 7
+    assert value(numbers, "teacher", "seconds") is None
+    assert value(numbers, "generator", "path_length") is None
+    table = Table("t", "", [Row("r", "generator", dd2())], ("frechet", "path_length"), [Claim("c", "r", "r")])
+    results = collect(table, {"r": [numbers, numbers]})
+    made = dict.fromkeys(("bench", "command", "machine", "torch", "commit", "iterations"), "x")
+    page = markdown("n", table, results, [], {**made, "seeds": [0, 1], "count": 5, "budget": 1.0, "threads": 1})
+    assert "10.00 ± 0.00" in page
+    assert "path length" not in page  # no row has one
+
+
+@pytest.mark.parametrize("name", sorted(benches.BENCHES))
+def test_every_bench_describes_every_table(name):
+    bench = open_bench(name, images="" if name.startswith("digits") else "images.zip")
+    half = bench.scaled(bench.minutes / 2)
+    assert half.distill.distill.iterations == round(bench.distill.distill.iterations / 2)
+    assert half.dd1.train.iterations == round(bench.dd1.train.iterations / 2)
+    for table in TABLES:
+        made = open_table(table, bench)
+        labels = [row.label for row in made.rows]
+        assert len(set(labels)) == len(labels)
+        assert {label for claim in made.claims for label in (claim.better, claim.worse)} <= set(labels)
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_bad_requests(capsys, tmp_path):
+    out = ("--out", tmp_path / "runs", "--results", tmp_path / "results")
+    assert "the tables are 1, 2" in refused(capsys, "reproduce", "--table", 6, *out)
+    assert "the benches are digits" in refused(capsys, "reproduce", "--bench", "mnist", *out)
+    assert "give --images" in refused(capsys, "reproduce", "--bench", "cifar10", *out)
+    assert "seeds must be different" in refused(capsys, "reproduce", "--seeds", 1, 1, *out)
+    assert not (tmp_path / "runs").exists()
+    assert "at least one run" in refused(capsys, "report")
+    assert "must end in .html" in refused(capsys, "report", tmp_path, "--out", "x.pdf")
+    assert "no metrics.json" in refused(capsys, "report", tmp_path, "--out", tmp_path / "x.html")
+    assert "no ar_diffusion" in refused(capsys, "distill", "digits", "--out", tmp_path / "d", "--stage1", tmp_path)
+
+
+@pytest.fixture
+def page(tiny_bench, tmp_path) -> Path:
+    workshop = Workshop(tiny_bench, tmp_path / "shop", 60, "cpu")
+    runs = [workshop.run(Cell("dd2", 0)), workshop.run(Cell("dd1", 0))]
+    for run in runs:
+        workshop.evaluated(Cell("dd2" if run is runs[0] else "dd1", 0), skip=(1,), steps=(1, 2))
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "all.html"), "--data", "digits"]) == 0
+    return tmp_path / "all.html"
+
+
+def test_a_report_of_several_runs(page):
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "http" not in text
+    for heading in ("nearest training images", "a walk through the noise", "skip-1", "(2 steps)", "Speed"):
+        assert heading in text
+    assert text.count("data:image/png;base64,") == 1 + 2 * 2 + 2  # samples; two pictures and the curves of each run
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+def test_a_report_opens_in_a_browser(page, tmp_path):
+    """No error, no request, every picture decoded: asked of the page itself."""
+    probe = """<script>addEventListener("error", e => document.body.dataset.failed = e.message);
+    addEventListener("load", () => { const body = document.body.dataset;
+      body.images = [...document.images].map(i => i.naturalWidth).join(" ");
+      body.requests = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length; });</script>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("<body>", f"<body>{probe}"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<body([^>]*)>", done.stdout)
+    assert found is not None
+    assert "data-failed" not in found[1]
+    assert 'data-requests="0"' in found[1]
+    widths = re.search(r'data-images="([\d ]+)"', found[1])
+    assert widths is not None
+    assert len(widths[1].split()) == 7
+    assert all(int(width) > 100 for width in widths[1].split())
+    assert "CONSOLE" not in done.stderr
+
+
+def test_pictures_of_memorising_and_of_walks(tmp_path):
+    network = classifier_features(embedded("classifier"), torch.device("cpu"))
+    training, _ = digits.batch("train", 200, torch.Generator().manual_seed(0))
+    held_out, _ = digits.batch("test", 50, torch.Generator().manual_seed(1))
+    copied = nearest_training(network, training[20:60], training, held_out)
+    assert copied.distance == pytest.approx(0, abs=1e-2)
+    assert copied.held_out > 1
+    torch.testing.assert_close(copied.images[20:], copied.images[:20])
+    for teacher in (tiny_teacher(), tiny_var()):
+        generator = Generator(Student.from_teacher(teacher, TINY_HEAD).eval(), teacher.tokenizer)
+        walk = interpolations(generator, rows=2, columns=5)
+        assert walk.shape == (10, 1, 16, 16)
+        steps = (walk[1:5] - walk[:4]).square().mean((1, 2, 3))
+        assert 0 < steps.max() < (walk[4] - walk[0]).square().mean() * 4

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dd2.errors import InputError, Interrupted, NumericalError
+from dd2.errors import InputError, Interrupted, NumericalError, PeerLost
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -36,6 +36,8 @@ COMMANDS = {
     "dd1": Command("the baseline: distil a teacher by Distilled Decoding 1", "dd1", "DD1JobConfig", "distil_dd1"),
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
+    "plan": Command("does a distillation fit into memory, and how long does it take", "plan", "PlanConfig", "plan"),
+    "export": Command("a generator to ship, from any checkpoint of a run", "export", "ExportConfig", "export", True, True),
     "report": Command("one page about evaluated runs", "report", "ReportConfig", "report", takes_runs=True),
     "reproduce": Command("the paper's tables at sizes that one machine can run", "reproduce", "ReproduceConfig", "reproduce"),
     "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True, True),
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error), USAGE_ERROR)
     except NumericalError as error:
+        return _fail(str(error), FAILED)
+    except PeerLost as error:
         return _fail(str(error), FAILED)
     except Interrupted as stop:
         return _fail(str(stop), INTERRUPTED)
@@ -143,7 +147,10 @@ def _usage(name: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"dd2: {message}", file=sys.stderr)
+    from dd2.processes import rank
+
+    if rank() == 0 or code == FAILED:  # what is wrong for all is said once
+        print(f"dd2: {message}", file=sys.stderr)
     return code
 
 

@@ -1,5 +1,6 @@
-"""Choosing the device by name."""
+"""Devices: choosing one by name, and switching autocast off on it."""
 
+import contextlib
 import os
 
 import torch
@@ -21,3 +22,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not available here; use auto, cpu, or cuda on a machine with a GPU") from error
     return device
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Float32 whatever the autocast around it; the meta device knows none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -12,5 +12,9 @@ class Interrupted(Exception):
     """Training was stopped by a signal after it had saved; the message says how to resume."""
 
 
+class PeerLost(RuntimeError):
+    """Another process of the job has ended or does not answer."""
+
+
 class NumericalError(ArithmeticError):
     """A loss or a gradient is NaN or infinite. Nothing was saved after it appeared."""

@@ -1,9 +1,21 @@
 """The processes of one job, as torchrun starts them; a plain start is one process."""
 
+import functools
 import os
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from dd2.errors import PeerLost
+
+BUCKET = 2**25
+"""Numbers summed over the processes in one call: 128 MiB."""
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def rank() -> int:
@@ -16,11 +28,88 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if world_size() == 1:
-        return
+def connect() -> None:
+    """Join the other processes, once: gloo for the CPU, and NCCL beside it where there are GPUs."""
     if not dist.is_initialized():
-        # Processes are as fast as their share of the images: waiting long is no fault.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
-    dist.barrier()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if world_size() == 1:  # sharding needs a group even of one
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        else:
+            # Processes are as fast as their share of the images, and torchrun ends those that lost another: waiting is no fault.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def barrier() -> None:
+    """Wait for all processes.
+
+    Raises:
+        PeerLost: another one has ended.
+    """
+    if world_size() > 1:
+        # Not dist.barrier, which with NCCL would guess this process's GPU.
+        any_of(False)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process; all must ask."""
+    if world_size() == 1:
+        return flag
+    connect()
+    found = torch.tensor([int(flag)])
+    lost_means(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+    return bool(found.item())
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors of one dtype and device over all processes, in place."""
+    if world_size() == 1 or not tensors:
+        return
+    connect()
+    start = 0
+    while start < len(tensors):
+        stop, size = start, 0
+        while stop < len(tensors) and (stop == start or size + tensors[stop].numel() <= BUCKET):
+            size += tensors[stop].numel()
+            stop += 1
+        part = tensors[start:stop]
+        flat = torch.cat([tensor.flatten() for tensor in part])
+        lost_means(lambda flat=flat: dist.all_reduce(flat))
+        for tensor, summed in zip(part, flat.split([t.numel() for t in part]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+        start = stop
+
+
+def lost_means(call: Callable[[], Any]) -> Any:
+    """Run what talks to other processes.
+
+    Raises:
+        PeerLost: one of them has ended, or does not answer.
+    """
+    try:
+        return call()
+    except RuntimeError as error:
+        if is_lost(error):
+            raise PeerLost(
+                f"process {rank()}: another process of this job has ended or does not answer; what was saved is whole: start the "
+                "job again to go on"
+            ) from error
+        raise
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error tells that another process is gone."""
+    known = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "Timed out")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in known)
+
+
+def first_process_only(function: F) -> F:
+    """A function that writes: it runs on process 0 alone, and the others wait until it has."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        result = function(*arguments, **named) if rank() == 0 else None
+        barrier()
+        return result
+
+    return wrapped  # pyright: ignore[reportReturnType]

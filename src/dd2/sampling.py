@@ -26,19 +26,19 @@ def token_noise(student: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> 
     return image_noise(seeds, shape).to(student.backbone.token_mean.device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def one_step(generator: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     """The whole image in one forward pass: G(eps) (B, n, C)."""
     return generator.as_generator(token_noise(generator, cond, seeds), cond)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def two_passes(generator: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     """The whole image in two forward passes of the generator itself, for methods that have them (DD1): (B, n, C)."""
     return generator.two_passes(token_noise(generator, cond, seeds), cond)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def refine(
     generator: OneStepNetwork, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int
 ) -> Tensor:
@@ -73,7 +73,7 @@ def first_redrawn_step(order: Order, steps: int) -> int:
     return order.num_steps - (steps - 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ar_diffusion(student: Student, cond: Tensor, seeds: Sequence[int], euler_steps: int = 10) -> Tensor:
     """Step by step along the AR order, each token by Euler steps from t = 1 to 0 through the head (Sec. 6).
 

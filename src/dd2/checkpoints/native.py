@@ -18,6 +18,7 @@ from torch import nn
 from dd2.baselines.dd1.student import DD1Config, DD1Student
 from dd2.errors import InputError
 from dd2.files import atomic_folder
+from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
@@ -73,14 +74,20 @@ class Generator:
         return self.tokenizer.decode_codes(backbone.to_codes(tokens))
 
 
+@first_process_only
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
     """Write a tokenizer folder; `dtype` is the storage format, loading always gives float32."""
+    _write_tokenizer(folder, tokenizer, dtype)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
     family = _family_of(tokenizer, {name: entry[1] for name, entry in TOKENIZERS.items()})
     config = {"kind": "tokenizer", "family": family, "config": _config_of(tokenizer)}
     with atomic_folder(folder) as partial:
         write_model(partial, tokenizer, config, dtype)
 
 
+@first_process_only
 def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write a teacher folder with its tokenizer inside."""
     config = {
@@ -91,10 +98,11 @@ def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.floa
     weights = nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output})
     with atomic_folder(folder) as partial:
         write_model(partial, weights, config, dtype)
-        save_tokenizer(partial / "tokenizer", teacher.tokenizer, dtype)
+        _write_tokenizer(partial / "tokenizer", teacher.tokenizer, dtype)
 
 
-def save_generator(folder: Path, generator: Generator) -> None:
+@first_process_only
+def save_generator(folder: Path, generator: Generator, dtype: torch.dtype = torch.float32) -> None:
     """Write a generator folder with its tokenizer inside: all that `dd2 sample --steps 1` needs."""
     student = generator.student
     config = {
@@ -105,8 +113,8 @@ def save_generator(folder: Path, generator: Generator) -> None:
         "head": _config_of(student),
     }
     with atomic_folder(folder) as partial:
-        write_model(partial, student, config, torch.float32)
-        save_tokenizer(partial / "tokenizer", generator.tokenizer)
+        write_model(partial, student, config, dtype)
+        _write_tokenizer(partial / "tokenizer", generator.tokenizer, dtype)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

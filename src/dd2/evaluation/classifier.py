@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dd2.checkpoints.native import construct, load_weights, read_config, write_model
 from dd2.errors import InputError
 from dd2.files import atomic_folder
+from dd2.processes import first_process_only
 from dd2.training.stage import Losses
 
 
@@ -77,6 +78,7 @@ def classifier_loss(classifier: Classifier, images: Tensor, labels: Tensor) -> L
     return F.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}
 
 
+@first_process_only
 def save_classifier(folder: Path, classifier: Classifier, dtype: torch.dtype = torch.float32) -> None:
     """Write a classifier folder."""
     with atomic_folder(folder) as partial:

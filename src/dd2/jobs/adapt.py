@@ -114,7 +114,7 @@ def adapt(original: Teacher, config: AdaptConfig, trainer: Trainer) -> tuple[Tea
         target = original if config.data == "teacher" else None
         return adapt_loss(adapted, target, ids[rows].long().to(device), cond, config.class_dropout, random)
 
-    update = Update("input", list(layer.parameters()), config.fit, fit)
+    update = Update("input", list(layer.parameters()), config.fit, fit, replicated=True)
     seconds = trainer.run(Stage("adapt_input", config.fit_iterations, [update], {"input": layer}))
     before = compare(adapted, original, *held_out, config.batch)
     trained = [*adapted.backbone.parameters(), *adapted.output.parameters()]

@@ -21,6 +21,7 @@ from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import steps
 from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.parallel import shard, whole_state
 from dd2.training.samples import TeacherSamples, fingerprint, samples_identity
 
 
@@ -113,21 +114,30 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
     torch.manual_seed(config.seed)
     fresh = Student.from_teacher(teacher, config.head).to(device)
+    student = copy.deepcopy(fresh)
     if config.stage1:
         student = _stage1_model(Path(config.stage1), fresh, device)
     else:
-        student = copy.deepcopy(fresh)
-        for stage in tune_stages(student, teacher, samples, config.tune):
+        tuned = _placed(copy.deepcopy(fresh), config, device)
+        for stage in tune_stages(tuned, teacher, samples, config.tune):
             seconds["tune"] += trainer.run(stage)
+        student.load_state_dict(whole_state(tuned))
         save_generator(config.out / "ar_diffusion", Generator(student, teacher.tokenizer))
 
-    networks = Networks.starting_from(student, fresh, config.distill.initialised)
+    networks = Networks.starting_from(student, fresh, config.distill.initialised, config.distill.further_emas)
+    networks = networks.placed(lambda network: _placed(network, config, device))
     seconds["distill"] += trainer.run(distill_stage(networks, teacher, samples, config.distill))
     if config.align.iterations:
         seconds["distill"] += _align(config, trainer, networks, teacher, samples)
     write_seconds(config.out, seconds)
-    save_generator(config.out / "generator", Generator(networks.ema, teacher.tokenizer))
+    student.load_state_dict(whole_state(networks.ema))
+    save_generator(config.out / "generator", Generator(student, teacher.tokenizer))
     return seconds
+
+
+def _placed(network: Student, config: DistillConfig, device: torch.device) -> Student:
+    """A network as training wants it: whole on every process, or sharded."""
+    return shard(network, device) if config.loop.parallel == "fsdp2" else network
 
 
 def _copied(stage1: Path, out: Path, teacher: Teacher) -> tuple[TeacherSamples, dict[str, float]]:

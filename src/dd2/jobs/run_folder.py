@@ -15,6 +15,7 @@ import dd2
 from dd2.config import flat, read_yaml, to_yaml
 from dd2.errors import InputError
 from dd2.files import writable_folder, write_atomic
+from dd2.processes import first_process_only, world_size
 
 _locks: dict[Path, IO[str]] = {}
 """Held until the process ends."""
@@ -31,6 +32,14 @@ def start_run(out: Path, config: Any, command: str) -> str:
     """
     if not 0 <= config.seed < 2**63:
         raise InputError(f"seed must be in 0 to 2^63 - 1, got {config.seed}")
+    if command != "distill" and config.loop.parallel == "fsdp2":
+        raise InputError(f"loop.parallel fsdp2 shards the networks of dd2 distill; dd2 {command} knows ddp alone")
+    _start(out, config, command)
+    return f"dd2 {command} {shlex.quote(str(out / 'config.yaml'))}"
+
+
+@first_process_only
+def _start(out: Path, config: Any, command: str) -> None:
     writable_folder(out, "run folder")
     _lock(out)
     file = out / "config.yaml"
@@ -52,9 +61,9 @@ def start_run(out: Path, config: Any, command: str) -> str:
         "numpy": numpy.__version__,
         "command": [command, *sys.argv[2:]],
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
     }
     write_atomic(out / "versions.json", json.dumps(versions, indent=2) + "\n")
-    return f"dd2 {command} {shlex.quote(str(file))}"
 
 
 def read_seconds(run: Path) -> dict[str, float]:
@@ -63,6 +72,7 @@ def read_seconds(run: Path) -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+@first_process_only
 def write_seconds(run: Path, seconds: dict[str, float]) -> None:
     """Keep what `read_seconds` reads."""
     write_atomic(run / "seconds.json", json.dumps(seconds, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """The recipe of Sec. 5: which networks each stage trains, with which losses and hyper-parameters (Tables 10, 11)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -41,9 +42,9 @@ class AdaptConfig:
     """Sequences of part (b)."""
     iterations: int = 20_000
     """Part (b): iterations that train the whole model."""
-    batch: int = 64
+    batch: int = 32
     """Sequences per micro-batch of part (b)."""
-    accumulate: int = 4
+    accumulate: int = 8
     """Micro-batches per optimiser step of part (b)."""
     class_dropout: float = 0.1
     """Share of sequences under the null condition, so that classifier-free guidance stays what it was."""
@@ -65,10 +66,10 @@ class TuneConfig:
     """Iterations that train the head alone, first (VAR: 300k)."""
     iterations: int = 100_000
     """Iterations that train everything."""
-    batch: int = 128
+    batch: int = 64
     """Sequences per micro-batch."""
-    accumulate: int = 4
-    """Micro-batches per optimiser step."""
+    accumulate: int = 8
+    """Micro-batches per optimiser step, shared out over the processes."""
     draws: int = 4
     """Noise draws m per sequence that share one backbone pass."""
     loss: Literal["gts", "diffusion"] = "gts"
@@ -96,7 +97,7 @@ class CSDConfig:
     batch: int = 128
     """Sequences per micro-batch."""
     accumulate: int = 8
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimiser step, shared out over the processes."""
     guidance_draws: int = 4
     """Noise draws m per sequence of the guidance loss."""
     generator_draws: int = 1
@@ -116,6 +117,8 @@ class CSDConfig:
     (Table 4)."""
     ema: float = 0.9999
     """Limit of the generator's progressive EMA rate."""
+    further_emas: tuple[float, ...] = ()
+    """Limits of further averages, kept in the checkpoints: dd2 export chooses among them."""
     sampling: Sampling = field(default_factory=lambda: Sampling(cfg_scale=2.0, top_k=900))
     """The teacher's distribution to match."""
     noise_level: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
@@ -135,8 +138,9 @@ class CSDConfig:
         )
         if self.d not in ("sid", "dmd"):
             raise InputError(f'distill.d must be "sid" or "dmd", got {self.d!r}')
-        if not 0 <= self.ema < 1:
-            raise InputError(f"distill.ema must be in [0, 1), got {self.ema}")
+        limits = (self.ema, *self.further_emas)
+        if not all(0 <= limit < 1 for limit in limits) or len(set(limits)) < len(limits):
+            raise InputError(f"distill.ema and further_emas must be different numbers in [0, 1), got {limits}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class Networks:
     generator: Student
     guidance: Student
     ema: Student
+    further: dict[float, Student] = field(default_factory=dict)
+    """Further averages by the limit of their rates."""
 
     @classmethod
     def from_tuned(cls, student: Student) -> "Networks":
@@ -179,15 +185,28 @@ class Networks:
         return cls.starting_from(student, student, "both")
 
     @classmethod
-    def starting_from(cls, tuned: Student, fresh: Student, initialised: str) -> "Networks":
+    def starting_from(cls, tuned: Student, fresh: Student, initialised: str, further: Sequence[float] = ()) -> "Networks":
         """Either from the stage-1 model or fresh: "both", "guidance" or "generator" names those from stage 1 (Table 4)."""
         generator = tuned if initialised in ("both", "generator") else fresh
         guidance = tuned if initialised in ("both", "guidance") else fresh
-        return cls(ema_copy(generator).requires_grad_(True), ema_copy(guidance).requires_grad_(True), ema_copy(generator))
+        averages = {limit: ema_copy(generator) for limit in further}
+        trained = [ema_copy(network).requires_grad_(True) for network in (generator, guidance)]
+        return cls(trained[0], trained[1], ema_copy(generator), averages)
+
+    def placed(self, place: Callable[[Student], Student]) -> "Networks":
+        """Every network as `place` gives it."""
+        averages = {limit: place(average) for limit, average in self.further.items()}
+        return Networks(place(self.generator), place(self.guidance), place(self.ema), averages)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """By checkpoint file name."""
-        return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema}
+        averages = {average_name(limit): average for limit, average in self.further.items()}
+        return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema, **averages}
+
+
+def average_name(limit: float) -> str:
+    """Checkpoint file of a further average."""
+    return f"generator_ema_{limit:g}"
 
 
 def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples, config: TuneConfig) -> list[Stage]:
@@ -268,7 +287,8 @@ def distill_stage(
         )
 
     def average(step: int) -> None:
-        ema_update(networks.ema, generator, ema_rate(averaged + step, config.ema))
+        for limit, average in {config.ema: networks.ema, **networks.further}.items():
+            ema_update(average, generator, ema_rate(averaged + step, limit))
 
     def preview() -> Tensor:
         cond = teacher.backbone.default_conditions(PREVIEW_IMAGES)

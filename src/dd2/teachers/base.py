@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.order import Order
 from dd2.seeding import image_uniforms
@@ -189,7 +190,7 @@ class Teacher(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (..., D) to logits (..., V), in float32 whatever the autocast: guidance multiplies their errors."""
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return self.output(features.float())
 
     def cfg_weights(self, sampling: Sampling) -> Tensor:

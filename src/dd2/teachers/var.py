@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.order import Attend, NextScaleOrder, masked_attention
 from dd2.teachers.base import Backbone, Inject, Teacher
@@ -195,7 +196,7 @@ class VARBackbone(Backbone):
     def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None) -> Tensor:
         read = cache.length if cache else 0
         first = self.order.steps[0].stop
-        with torch.autocast(tokens.device.type, enabled=False):  # sums over many scales
+        with full_precision(tokens.device):  # sums over many scales
             inputs = self.order.inputs(self.to_codes(tokens.float()))
         start = max(read, first)
         x = self._placed(self.word_embed(inputs[:, start - first :]), slice(start, first + inputs.shape[1]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 
 
@@ -92,7 +93,7 @@ class TrainableTokenizer(Tokenizer):
 
 def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of each token, in float32 whatever the autocast: (..., C), (V, C) -> (...) int64."""
-    with torch.autocast(tokens.device.type, enabled=False):
+    with full_precision(tokens.device):
         codes = codebook.float()
         closeness = tokens.reshape(-1, tokens.shape[-1]).float() @ codes.T - codes.square().sum(-1) / 2
     return closeness.argmax(-1).view(tokens.shape[:-1])

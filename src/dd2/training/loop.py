@@ -13,10 +13,12 @@ import torch
 
 from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.images import save_grid
+from dd2.processes import any_of, rank, sum_over_processes, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of, stream
 from dd2.training import checkpoint
 from dd2.training.metrics import MetricsLog
+from dd2.training.parallel import Parallelism, local_micro_batches, sharded_units, sum_gradients, whole
 from dd2.training.stage import Stage, Update
 
 
@@ -35,6 +37,9 @@ class LoopConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the networks; losses and Eq. 1 are float32 in either case."""
 
+    parallel: Parallelism = "ddp"
+    """What the processes of torchrun share: ddp (whole copies; gradients are summed once per optimiser step) or fsdp2 (networks,
+    averages and optimisers sharded; dd2 distill). The teacher is on every process."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into tensorboard/ (needs the extra `logs`)."""
 
@@ -43,6 +48,8 @@ class LoopConfig:
         for field in ("log_every", "save_every", "keep"):
             if getattr(self, field) < 1:
                 raise InputError(f"loop.{field} must be at least 1, got {getattr(self, field)}")
+        if self.parallel not in ("ddp", "fsdp2"):
+            raise InputError(f'loop.parallel must be "ddp" or "fsdp2", got {self.parallel!r}')
 
 
 class Trainer:
@@ -79,10 +86,9 @@ class Trainer:
                 f"{folder} holds step {done[-1]}, beyond the {stage.iterations} iterations asked for; "
                 "choose another run folder with --out"
             )
-        step, before = 0, 0.0
-        if done:
-            state = checkpoint.load(folder / f"{done[-1]:08d}", stage)
-            step, before = int(state["step"]), float(state["seconds"])
+        for update in stage.updates:
+            local_micro_batches(update)  # refuses what cannot be shared out
+        step, before = self._resumed(folder, stage, done)
         if step == stage.iterations:
             return before
         self.log.rewind(stage.name, step)
@@ -93,21 +99,44 @@ class Trainer:
                 stage.after(step)
                 step += 1
                 last = step == stage.iterations
+                stop = any_of(self._stop)  # all processes stop after the same iteration
                 if step % self.config.log_every == 0 or last or step == 1:
                     elapsed = time.perf_counter() - start
                     row = {name: float(value) for name, value in numbers.items()}
                     self.log.append({"stage": stage.name, "step": step, **row, "seconds": round(elapsed, 3)})
                     bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name})
                 if stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last):
-                    save_grid(stage.preview(), self.folder / "samples" / f"{stage.name}-{step:08d}.png", columns=10)
-                if step % self.config.save_every == 0 or last or self._stop:
+                    images = stage.preview()  # sharded networks need all processes for it
+                    if rank() == 0:
+                        save_grid(images, self.folder / "samples" / f"{stage.name}-{step:08d}.png", columns=10)
+                if step % self.config.save_every == 0 or last or stop:
                     checkpoint.save(folder, stage, step, time.perf_counter() - start, self.config.keep)
                 bar.update()
-                if self._stop and not last:
+                if stop and not last:
                     raise Interrupted(
                         f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; resume with: {self.resume_hint}"
                     )
         return time.perf_counter() - start
+
+    def _resumed(self, folder: Path, stage: Stage, done: list[int]) -> tuple[int, float]:
+        """Load the newest checkpoint that is whole: its step and the seconds before it; (0, 0) where there is none.
+
+        Raises:
+            InputError: there are checkpoints, and none can be loaded.
+        """
+        refused: list[InputError] = []
+        for number in reversed(done):
+            try:
+                state = checkpoint.load(folder / f"{number:08d}", stage)
+            except InputError as error:
+                refused.append(error)
+                continue
+            for error in refused:
+                print(f"skipped: {error}; going on from step {number}", file=sys.stderr)
+            return int(state["step"]), float(state["seconds"])
+        if refused:
+            raise refused[0]
+        return 0, 0.0
 
     def _iteration(self, stage: Stage, step: int) -> dict[str, torch.Tensor | float]:
         numbers: dict[str, torch.Tensor | float] = {}
@@ -125,18 +154,28 @@ class Trainer:
         update.optimizer.zero_grad(set_to_none=True)
         logged: dict[str, torch.Tensor | float] = {}
         autocast = self.config.precision == "bfloat16"
-        for micro in range(update.accumulate):
+        micros = local_micro_batches(update)
+        sharded = sharded_units(stage.modules.values())
+        for micro in micros:
+            for unit in sharded:
+                unit.set_requires_gradient_sync(micro == micros[-1])
             key = (self.seed, stage.name, update.name, step, repeat, micro)
             random = stream(*key, device=self.device)
             torch.manual_seed(seed_of("dropout", *key))  # dropout draws from the global generator
             with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                 loss, numbers = update.loss(random)
-            # `inputs` is the guarantee that no other network's gradient is touched (Sec. 3.3's stop-gradients).
-            (loss / update.accumulate).backward(inputs=update.parameters)
+            if sharded:  # whose gradients are averaged over the processes, and whose leaves are the gathered weights
+                (loss * world_size() / update.accumulate).backward()
+            else:
+                # `inputs` is the guarantee that no other network's gradient is touched (Sec. 3.3's stop-gradients).
+                (loss / update.accumulate).backward(inputs=update.parameters)
             for name, value in {"loss": loss.detach(), **numbers}.items():
                 logged[name] = logged.get(name, 0.0) + value / update.accumulate
+        if not update.replicated:
+            sum_gradients(update.parameters)
+            _sum_logged(logged)
         limit = update.optim.clip_norm or float("inf")
-        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(update.parameters, limit)
+        logged["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(update.parameters, limit))
         for name in ("loss", "grad_norm"):
             if not torch.isfinite(torch.as_tensor(logged[name])):
                 raise NumericalError(self._diagnosis(stage, update, step, name))
@@ -160,7 +199,8 @@ class Trainer:
             if self._stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop = True
-            print("\nstopping after this iteration; saving…", file=sys.stderr)
+            if rank() == 0:
+                print("\nstopping after this iteration; saving…", file=sys.stderr)
 
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -168,3 +208,11 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _sum_logged(logged: dict[str, torch.Tensor | float]) -> None:
+    """The numbers of all processes, whose shares add up."""
+    if world_size() > 1:
+        summed = torch.stack([torch.as_tensor(value, dtype=torch.float32).detach().cpu() for value in logged.values()])
+        sum_over_processes([summed])
+        logged.update(zip(logged, summed.tolist(), strict=True))

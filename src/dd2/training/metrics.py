@@ -6,6 +6,7 @@ from typing import Any
 
 from dd2.errors import InputError
 from dd2.files import write_atomic
+from dd2.processes import rank
 
 
 class MetricsLog:
@@ -22,7 +23,7 @@ class MetricsLog:
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
         self.path = path
         self._writer: Any = None
-        if tensorboard is not None:
+        if tensorboard is not None and rank() == 0:
             try:
                 from torch.utils.tensorboard.writer import SummaryWriter
             except ImportError as error:
@@ -31,13 +32,15 @@ class MetricsLog:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget rows of `stage` beyond `step` and a torn last line, so that a resumed run repeats none."""
-        if not self.path.exists():
+        if rank() != 0 or not self.path.exists():
             return
         rows = [row for row in self.rows() if row.get("stage") != stage or row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row and flush it."""
+        """Add one row and flush it; the first process alone does."""
+        if rank() != 0:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._writer is not None:

@@ -22,7 +22,8 @@ class Update:
         optim: Adam's settings.
         loss: one micro-batch's loss, all its randomness taken from the given generator.
         repeats: optimiser steps per iteration (K for the guidance network).
-        accumulate: micro-batches per optimiser step.
+        accumulate: micro-batches per optimiser step, shared out over the processes.
+        replicated: every process computes all of them, for updates too small to share.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Update:
     loss: Callable[[torch.Generator], Losses]
     repeats: int = 1
     accumulate: int = 1
+    replicated: bool = False
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:

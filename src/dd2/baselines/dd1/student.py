@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.order import Order
 from dd2.student import OneStepNetwork
@@ -106,7 +107,7 @@ class DD1Student(OneStepNetwork):
             return x + (own if index == 0 else 0) + self.flag_maps[index](own)
 
         features = self.backbone.own_features(tokens, cond, inject) + self.flag_maps[-1](flags)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             features = features.float()
             return self.output(features), self.continuous(self.norm(features))
 

@@ -1,0 +1,89 @@
+"""dd2 export: a generator to ship, from any checkpoint of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from dd2.checkpoints.native import Generator, save_generator
+from dd2.checkpoints.runs import open_teacher
+from dd2.config import read_yaml
+from dd2.errors import InputError
+from dd2.stages.recipe import average_name
+from dd2.student import HeadConfig, Student
+from dd2.training.checkpoint import steps
+
+STAGES = ("distill_aligned", "distill")
+"""Stages that train a generator, the later one first."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a generator folder (one safetensors file, config.json, tokenizer) from a run, finished or not.
+
+    dd2 distill writes RUN/generator by itself when it ends; this takes any checkpoint that is still kept, and any average.
+    """
+
+    run: Path = Path()
+    """Run folder of dd2 distill."""
+    out: Path = Path("generator")
+    """Folder to write."""
+    average: str = "ema"
+    """ema; one of distill.further_emas by its number, e.g. 0.999; or none, the weights as trained."""
+    step: int = 0
+    """Iteration of the checkpoint; 0: the newest."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Format on disk; loading always gives float32."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the folder.
+
+    Raises:
+        InputError: there is no such run, checkpoint or average, or the folder exists.
+    """
+    if not (config.run / "config.yaml").is_file():
+        raise InputError(f"{config.run} is no run of dd2 distill: it has no config.yaml")
+    if config.out.exists():
+        raise InputError(f"out {config.out} exists; choose another --out")
+    checkpoint = _checkpoint(config)
+    file = checkpoint / f"{_file_name(config.average)}.safetensors"
+    if not file.is_file():
+        kept = sorted(path.stem for path in checkpoint.glob("generator*.safetensors") if "optimizer" not in path.name)
+        raise InputError(f"{checkpoint} has no average {config.average}; it holds {', '.join(kept)}")
+    fields = read_yaml(config.run / "config.yaml")
+    adapted = config.run / "teacher"
+    teacher = open_teacher(str(adapted if adapted.is_dir() else fields["teacher"]), torch.device("cpu"))
+    head = HeadConfig(**{key.removeprefix("head."): value for key, value in fields.items() if key.startswith("head.")})
+    student = Student(teacher.backbone, head)
+    try:
+        student.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{file} does not fit the run's config.yaml ({' '.join(str(error).split())[:200]})") from error
+    save_generator(config.out, Generator(student, teacher.tokenizer), getattr(torch, config.dtype))
+    print(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")
+    return config.out
+
+
+def _file_name(average: str) -> str:
+    if average in ("ema", "none"):
+        return {"ema": "generator_ema", "none": "generator"}[average]
+    try:
+        return average_name(float(average))
+    except ValueError:
+        raise InputError(f"average must be ema, none or a number of distill.further_emas, got {average!r}") from None
+
+
+def _checkpoint(config: ExportConfig) -> Path:
+    """The newest checkpoint of stage 2, or the one of a given step."""
+    for stage in STAGES:
+        folder = config.run / "checkpoints" / stage
+        kept = steps(folder)
+        if kept and config.step in (0, *kept):
+            return folder / f"{config.step or kept[-1]:08d}"
+    known = {stage: steps(config.run / "checkpoints" / stage) for stage in STAGES}
+    found = "; ".join(f"{stage}: {', '.join(map(str, kept))}" for stage, kept in known.items() if kept) or "none"
+    raise InputError(f"{config.run} keeps no checkpoint of step {config.step or 'any'} of stage 2 (kept: {found})")

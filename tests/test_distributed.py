@@ -1,0 +1,225 @@
+"""Two real processes (gloo): the same training as one, exact resume, other process counts, and faults of single processes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dd2.checkpoints.native import save_teacher
+from dd2.cli import main
+from dd2.errors import InputError
+from dd2.teachers.base import Teacher
+from dd2.training import checkpoint
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.metrics import MetricsLog
+from models import tiny_teacher, tiny_var
+from test_training import regression
+
+SMALL = [
+    "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
+    "--tune.iterations", "4", "--tune.batch", "4", "--tune.accumulate", "2", "--tune.sampling.cfg-scale", "None",
+    "--distill.iterations", "6", "--distill.k", "2", "--distill.batch", "4", "--distill.accumulate", "2",
+    "--distill.sampling.cfg-scale", "None", "--align.iterations", "2", "--align.then-iterations", "2",
+    "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "3",
+]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(processes: int, *arguments: object) -> subprocess.Popen:
+    """Dd2 under torchrun, in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        processes,
+        "--master-port",
+        free_port(),
+        "-m",
+        "dd2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(part) for part in (*command, *arguments)], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(run: Path, processes: int, *arguments: object) -> str:
+    """Run to the end; judged by its result, as a process may rarely abort after everything is written."""
+    process = start(processes, "distill", "--out", run, *arguments)
+    _, errors = process.communicate(timeout=240)
+    assert (run / "generator" / "config.json").is_file(), errors
+    return errors
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.time() + 180
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def rows(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in MetricsLog(run / "metrics.jsonl").rows()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "generator" / "model.safetensors")
+
+
+def flags_of(teacher: Teacher, folder: Path) -> list[str]:
+    save_teacher(folder, teacher)
+    return ["--teacher", str(folder), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    return flags_of(tiny_teacher(), tmp_path_factory.mktemp("teacher") / "teacher")
+
+
+@pytest.mark.parametrize(("build", "parallel"), [(tiny_teacher, "ddp"), (tiny_var, "fsdp2")])
+def test_two_processes_train_as_one(tmp_path, build, parallel):
+    flags = flags_of(build(), tmp_path / "teacher")
+    assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0
+    finish(tmp_path / "two", 2, *flags, "--loop.parallel", parallel)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["stage"] for row in one] == [row["stage"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        assert {k: v for k, v in b.items() if k != "stage"} == pytest.approx(
+            {k: v for k, v in a.items() if k != "stage"}, rel=1e-4, abs=1e-5
+        )
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    assert json.loads((tmp_path / "two" / "versions.json").read_text())["processes"] == 2
+
+
+def test_a_killed_process_ends_the_job_and_the_resumed_run_is_bit_exact(tmp_path, flags):
+    """Sharded over two processes; benchmarks/faults.py does it often, whole copies too."""
+    whole, killed, sharded = tmp_path / "whole", tmp_path / "killed", ("--loop.parallel", "fsdp2")
+    finish(whole, 2, *flags, *sharded)
+    process = start(2, "distill", "--out", killed, *flags, *sharded)
+    wait_for(killed / "checkpoints" / "distill" / "00000002", process)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    process.communicate(timeout=90)  # the other one does not wait for it forever
+    assert not (killed / "generator").exists()
+    finish(killed, 2, *flags, *sharded)
+    assert rows(killed) == rows(whole)
+    a, b = weights(whole), weights(killed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_checkpoints_load_on_other_process_counts(tmp_path, flags):
+    """Begun sharded on two processes, finished whole on one."""
+    assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0
+    run = tmp_path / "run"
+    process = start(2, "distill", "--out", run, *flags, "--loop.parallel", "fsdp2")
+    wait_for(run / "checkpoints" / "distill" / "00000002", process)
+    for number in (*workers(process), process.pid):
+        os.kill(number, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert main(["distill", "--out", str(run), *flags]) == 0
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(tmp_path / "one")]
+    a, b = weights(tmp_path / "one"), weights(run)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_pre_emption_saves_once_for_all(tmp_path, flags):
+    run = tmp_path / "run"
+    process = start(2, "distill", "--out", run, *flags, "--tune.iterations", 100_000, "--loop.save-every", 100_000)
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert errors.count("interrupted: tune saved at step") == 1
+    (saved,) = checkpoint.steps(run / "checkpoints" / "tune")
+    assert f"saved at step {saved} of 100000" in errors
+    assert f"resume with: dd2 distill {run}/config.yaml" in errors
+
+
+NAN = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from pathlib import Path
+from dd2.cli import FAILED, _fail
+from dd2.errors import NumericalError
+from dd2.processes import rank
+from dd2.training.loop import LoopConfig, Trainer
+from test_training import regression
+stage = regression(20, accumulate=2, spoil=9 if rank() == 1 else None)
+try:
+    Trainer(Path({run!r}), 7, LoopConfig(log_every=1, save_every=2), torch.device("cpu"), "again").run(stage)
+except NumericalError as error:
+    sys.exit(_fail(f"rank {{rank()}} {{error}}", FAILED))
+"""
+
+
+def test_nan_on_one_process_stops_all(tmp_path):
+    (tmp_path / "job.py").write_text(NAN.format(tests=str(Path(__file__).parent), run=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run([*command, tmp_path / "job.py"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    said = re.findall(r"rank \d fit iteration (\d+): .* not finite", done.stderr)
+    assert said  # two losses an iteration on each process: the ninth is in the fifth
+    assert set(said) == {"5"}
+    assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == [2, 4]
+
+
+def test_micro_batches_must_divide_among_processes(tmp_path, flags):
+    process = start(2, "distill", "--out", tmp_path / "run", *flags, "--tune.accumulate", 3)
+    _, errors = process.communicate(timeout=120)
+    assert errors.count("dd2: accumulate 3 of the student is no multiple of the 2 processes") == 1
+
+
+def test_other_commands_do_not_shard(capsys, tmp_path):
+    assert main(["train-tokenizer", "--loop.parallel", "fsdp2", "--out", str(tmp_path / "run")]) == 2
+    assert "knows ddp alone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path, capsys):
+    def trainer(run: Path) -> Trainer:
+        run.mkdir(exist_ok=True)
+        config = LoopConfig(log_every=1, save_every=4, keep=3)
+        return Trainer(run, 7, config, torch.device("cpu"), "again")
+
+    trainer(tmp_path / "whole").run(regression(20))
+    trainer(tmp_path / "run").run(regression(12))
+    folder = tmp_path / "run" / "checkpoints" / "fit"
+    torn = folder / "00000012" / "average.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    (folder / "00000008" / "net.optimizer.safetensors").unlink()
+    stage = regression(20)
+    trainer(tmp_path / "run").run(stage)
+    errors = capsys.readouterr().err
+    assert "skipped: checkpoint" in errors
+    assert "going on from step 4" in errors
+    ends = [load_file(tmp_path / run / "checkpoints" / "fit" / "00000020" / "network.safetensors") for run in ("whole", "run")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    for damaged in (tmp_path / "run" / "checkpoints" / "fit").glob("*/state.json"):
+        damaged.write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        trainer(tmp_path / "run").run(regression(24))

@@ -1,0 +1,135 @@
+"""dd2 plan against real passes, and dd2 export of any checkpoint."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dd2.checkpoints.native import load_generator, save_teacher
+from dd2.checkpoints.released import RELEASED, sketch
+from dd2.cli import main
+from dd2.config import load_config
+from dd2.jobs.plan import PlanConfig, needs
+from dd2.stages.recipe import CSDConfig, Networks, distill_stage
+from dd2.student import Student
+from dd2.teachers.filtering import Sampling
+from dd2.training.footprint import footprint
+from dd2.training.samples import TeacherSamples
+from models import TINY_HEAD, tiny_teacher, tiny_var
+
+
+def test_parameters_of_released_models():
+    counts = {"var_d16": 310.3, "var_d36_512": 2353.9, "llamagen_b": 110.9, "llamagen_l": 342.9}
+    for name, millions in counts.items():
+        teacher = sketch(name)
+        found = sum(p.numel() for part in (teacher.backbone, teacher.output) for p in part.parameters()) / 1e6
+        if name.startswith("llamagen"):  # the embedding table is a small continuous layer here
+            table = teacher.backbone.width * 16384 / 1e6
+            layer = sum(p.numel() for key, p in teacher.backbone.named_parameters() if "tok_embeddings" in key) / 1e6
+            found += table - layer
+        assert found == pytest.approx(millions, rel=1e-3), name
+    assert set(RELEASED) >= {"var_d20", "var_d24", "var_d30", "llamagen_t2i_xl"}
+
+
+@pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
+def test_operations_are_those_of_a_real_iteration(build):
+    """Counted on real tensors, forward and backward, K guidance updates and one generator update."""
+    teacher = build()
+    csd = CSDConfig(k=2, batch=4, accumulate=1, guidance_draws=3, generator_draws=2, sampling=Sampling(), iterations=1)
+    config = replace(PlanConfig(), head=TINY_HEAD, distill=csd)
+    planned = needs(config, copy.deepcopy(teacher).to("meta"))
+    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    student = Student.from_teacher(teacher, TINY_HEAD)
+    samples = TeacherSamples(torch.zeros(8, teacher.order.n, dtype=torch.long), torch.arange(8) % 3)
+    stage = distill_stage(Networks.from_tuned(student), teacher, samples, csd)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for update in stage.updates:
+            for _ in range(update.repeats):
+                update.loss(torch.Generator().manual_seed(0))[0].backward(inputs=update.parameters)
+    assert planned.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert planned.parameters["head"] == sum(p.numel() for p in student.head.parameters())
+
+
+def test_what_is_kept_for_backward():
+    """On known layers: the inputs of two linear maps and what the activation keeps."""
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).to("meta")
+    x = torch.empty(5, 8, device="meta")
+    found = footprint(lambda: network(x), network)
+    assert found.saved == 4 * 5 * (8 + 16)  # x, and the ReLU's output, which the second map reads as well
+    assert found.flops == 2 * 5 * (8 * 16 + 16 * 4)
+
+
+def test_plans_say_what_to_change(capsys):
+    assert main(["plan", "llamagen_b", "--model", "llamagen_b", "--gpus", "8", "--memory", "20GB"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" in said
+    assert "--distill.batch" in said
+    assert "fsdp2" in said
+    config = load_config(PlanConfig, "llamagen_b", ["--model", "llamagen_b", "--gpus", "8"])
+    whole = needs(config, sketch("llamagen_b"))
+    sharded = needs(replace(config, loop=replace(config.loop, parallel="fsdp2")), sketch("llamagen_b"))
+    assert sharded.memory["Adam"] == whole.memory["Adam"] / 8
+    assert sharded.memory["teacher and tokenizer"] == whole.memory["teacher and tokenizer"]
+    for arguments, said in (
+        (["--model", "var_d17"], "no released model"),
+        (["--teacher", "nowhere"], "give --model"),
+        (["--memory", "much"], "gigabytes"),
+    ):
+        assert main(["plan", *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    save_teacher(folder / "teacher", tiny_teacher())
+    flags = [
+        *("--teacher", folder / "teacher", "--out", folder / "run", "--teacher-samples", 64, "--tune.iterations", 2),
+        *("--tune.batch", 4, "--tune.accumulate", 1, "--tune.sampling.cfg-scale", "None", "--distill.iterations", 6),
+        *("--distill.batch", 4, "--distill.accumulate", 1, "--distill.sampling.cfg-scale", "None", "--distill.k", 1),
+        *("--distill.further-emas", 0.05, 0.3, "--distill.generator.warmup", 0, "--loop.save-every", 2, "--loop.keep", 3),
+        *("--head.depth", 1, "--head.width", 16, "--head.frequencies", 4, "--loop.preview-every", 0),
+    ]
+    assert main(["distill", *map(str, flags)]) == 0
+    return folder / "run"
+
+
+def test_export_of_any_checkpoint_and_average(run, tmp_path, capsys):
+    def exported(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        assert main(["export", str(run), str(tmp_path / name), *flags]) == 0
+        return load_generator(tmp_path / name).student.state_dict()
+
+    shipped = load_generator(run / "generator").student.state_dict()
+    newest = exported("newest")
+    assert all(torch.equal(newest[name], shipped[name]) for name in shipped)
+    key = "head.output.bias"
+    raw, short, long = (exported(a, "--average", a)[key] for a in ("none", "0.05", "0.3"))
+    assert (raw - short).norm() < (raw - long).norm()  # the shorter average is nearer to the weights of now
+    earlier = exported("earlier", "--step", "2")
+    assert not torch.equal(earlier[key], newest[key])
+    half = exported("half", "--dtype", "float16")
+    torch.testing.assert_close(half[key], newest[key], rtol=1e-2, atol=1e-3)
+    size = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "newest")]
+    assert size[0] < 0.6 * size[1]
+    assert main(["sample", str(tmp_path / "half"), "--count", "4", "--out", str(tmp_path / "x.png")]) == 0
+    capsys.readouterr()
+    for flags, said in (
+        (["--step", "3"], "keeps no checkpoint of step 3"),
+        (["--average", "0.2"], "generator_ema_0.05"),
+        (["--average", "best"], "must be ema, none or a number"),
+    ):
+        assert main(["export", str(run), str(tmp_path / "bad"), *flags]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "half")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "bad")]) == 2
+    assert not (tmp_path / "bad").exists()
+
+
+def test_averages_must_differ(capsys, tmp_path):
+    assert main(["distill", "digits", "--out", str(tmp_path / "r"), "--distill.further-emas", "0.999"]) == 2
+    assert "different numbers" in capsys.readouterr().err

@@ -68,6 +68,8 @@ def test_all_tables_of_a_bench(tiny_bench, tmp_path, capsys):
         assert (tmp_path / "results" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         page = (tmp_path / "results" / f"{stem}.md").read_text()
         assert page.count("**found**") + page.count("**not found**") == len(content["claims"]) > 0
+    index = (tmp_path / "results" / "tiny_tables.md").read_text()
+    assert all(f"(tiny_{'table' if name.isdigit() else ''}{name}.md)" in index for name in TABLES)
     capsys.readouterr()
     assert main([*arguments, "--dry-run"]) == 0
     assert " 0 to make" in capsys.readouterr().out  # everything is found again

@@ -12,7 +12,7 @@ import torch
 from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.reproduce.benches import Bench, open_bench
-from dd2.reproduce.page import collect, write
+from dd2.reproduce.page import collect, write, write_index
 from dd2.reproduce.tables import TABLES, Table, open_table
 from dd2.reproduce.workshop import Cell, Workshop
 
@@ -81,6 +81,7 @@ def reproduce(config: ReproduceConfig) -> None:
         file = f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
         write(config.results, file, table, collect(table, evaluations), _made(config, name, bench, budget))
         print(f"wrote {config.results / file}.md", flush=True)
+    print(f"wrote {write_index(config.results, config.bench)}")
 
 
 def _evaluation(name: str, table: Table) -> dict[str, Any]:

@@ -83,6 +83,28 @@ def write(folder: Path, name: str, table: Table, results: Results, made: dict[st
     write_atomic(folder / f"{name}.md", markdown(name, table, results, verdicts, made))
 
 
+def write_index(folder: Path, bench: str) -> Path:
+    """Write BENCH_tables.md: every page of a bench that is there, with its verdicts."""
+    lines = [f"# The paper's tables on {bench}", ""]
+    lines += ["Written by `dd2 reproduce`. A claim counts as found if the difference of the means over seeds exceeds the larger"]
+    lines += ["deviation. Numbers, commands and machines are on the pages.", ""]
+    for file in sorted(folder.glob(f"{bench}_*.json")):
+        content = json.loads(file.read_text())
+        if content.get("bench") != bench or "claims" not in content:
+            continue
+        seeds = len(content["seeds"])
+        lines += [f"**[{content['title']}]({file.stem}.md)** ({seeds} seed{'s' if seeds > 1 else ''})", ""]
+        lines += [_said(entry) for entry in content["claims"]]
+        lines.append("")
+    index = folder / f"{bench}_tables.md"
+    write_atomic(index, "\n".join(lines))
+    return index
+
+
+def _said(entry: dict[str, Any]) -> str:
+    return f"- {entry['claim']}: **{'found' if entry['found'] else 'not found'}** ({entry['measured']})."
+
+
 def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str, Any]], made: dict[str, Any]) -> str:
     """The page."""
     columns = [column for column in table.columns if any(column in found for found in results.values())]
@@ -92,9 +114,7 @@ def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str,
     lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
     lines += [f"| {row.label} | {row.steps} | {_cells(row, columns, results)} | {row.paper} |" for row in table.rows]
     lines += ["", *([table.note, ""] if table.note else []), "What the paper claims, and what is found here:", ""]
-    lines += [
-        f"- {entry['claim']}: **{'found' if entry['found'] else 'not found'}** ({entry['measured']})." for entry in verdicts
-    ]
+    lines += [_said(entry) for entry in verdicts]
     return "\n".join([*lines, "", f"![{table.title}]({name}.png)", ""])
 
 

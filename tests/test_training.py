@@ -114,7 +114,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 
 def test_damaged_checkpoint_is_named(tmp_path):
-    trainer(tmp_path).run(regression(8))
+    trainer(tmp_path, keep=1).run(regression(8))
     file = tmp_path / "checkpoints" / "fit" / "00000008" / "network.safetensors"
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(InputError, match=r"00000008 cannot be loaded.*delete it"):

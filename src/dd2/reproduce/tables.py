@@ -208,13 +208,16 @@ def _initialisation(bench: Bench) -> Table:
 
 def _path_length(bench: Bench) -> Table:
     rows = [
-        Row("DD1", "generator", dd1(), "18437.6"),
-        Row("DD1, nearest codes", "generator_nearest", dd1()),
+        Row("DD1, all tokens classified", "generator", dd1(("heads.logits_steps", bench.ar_steps))),
+        Row(DD1_SPLIT, "generator", dd1(("heads.logits_steps", bench.ar_steps // 2)), "18437.6"),
         Row("DD2", "generator", dd2(), "7231.9"),
         Row("DD2, nearest codes", "generator_nearest", dd2()),
     ]
-    claims = [Claim("DD2's latent space is smoother", "DD2", "DD1", column="path_length", higher=False)]
-    note = "In the features of the metrics; the paper does not give its settings, so the scales differ. ε = 1e-4."
+    claims = [Claim("DD2's latent space is smoother", "DD2", DD1_SPLIT, column="path_length", higher=False)]
+    note = (
+        "In the features of the metrics; the paper does not give its settings, so the scales differ. ε = 1e-4. Where every token is "
+        "a code, images are constant between jumps, which paths this short hardly ever meet: a 0 says nothing about smoothness."
+    )
     columns = ("path_length", "frechet", "gap")
     return Table("Table 5: perceptual path length", "PPL", rows, columns, claims, {"path_length": 1000}, note)
 

@@ -216,7 +216,7 @@ def _path_length(bench: Bench) -> Table:
     claims = [Claim("DD2's latent space is smoother", "DD2", DD1_SPLIT, column="path_length", higher=False)]
     note = (
         "In the features of the metrics; the paper does not give its settings, so the scales differ. ε = 1e-4. Where every token "
-        "is a code, images are constant between jumps, which paths this short hardly ever meet: a 0 says nothing about smoothness."
+        "is a code, images are constant between jumps, which paths this short hardly meet: a 0 says nothing of smoothness."
     )
     columns = ("path_length", "frechet", "gap")
     return Table("Table 5: perceptual path length", "PPL", rows, columns, claims, {"path_length": 1000}, note)

@@ -138,7 +138,8 @@ def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float) -> di
         "iterations": f"{tune} iterations of stage 1 and {csd} of stage 2 (DD2), {dd1} on {bench.dd1.pairs:,} pairs (DD1)",
         "seeds": list(config.seeds),
         "count": config.count,
-        "command": f"dd2 reproduce --table {name} --bench {config.bench} --budget {budget:g} --count {config.count}",
+        "command": f"dd2 reproduce --table {name} --bench {config.bench} --budget {budget:g} --count {config.count} "
+        f"--seeds {' '.join(map(str, config.seeds))}",
         "machine": _machine(config.device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

@@ -1,7 +1,10 @@
 """The command line: bad input gives one clear line and exit code 2; good input gives what --help promises."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from dd2.checkpoints.native import Generator, load_teacher, save_generator, save
 from dd2.checkpoints.runs import embedded
 from dd2.cli import COMMANDS, main
 from dd2.config import find_yaml, flat, load_config, to_yaml
+from dd2.jobs.dd1 import DD1JobConfig
 from dd2.jobs.distill import DistillConfig
 from dd2.jobs.train_teacher import TrainTeacherConfig
 from dd2.jobs.train_tokenizer import TrainTokenizerConfig
@@ -58,6 +62,20 @@ def refused(capsys, *arguments: object) -> str:
     assert lines[0].startswith("dd2: ")
     assert "Traceback" not in errors
     return lines[0]
+
+
+def test_errors_are_one_line_where_the_terminal_knows_ascii_alone(tmp_path):
+    command = [sys.executable, "-m", "dd2", "distill", "--out", str(tmp_path / "r")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for flags, said in (
+        (["--distill.ema", "1"], "distill.ema must be in [0, 1), got 1.0"),
+        (["--distill.k", "x"], "--distill.k"),
+    ):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "---" not in done.stderr
 
 
 def test_bad_commands_and_flags(capsys, tmp_path):
@@ -253,7 +271,9 @@ def test_help_is_worth_reading(capsys):
     assert capsys.readouterr().out.startswith("dd2 ")
 
 
-DISTILL_CONFIGS = [file.stem for file in find_yaml("digits").parent.glob("*.yaml") if "sampling" in file.read_text()]
+CONFIGS = {file.stem: file.read_text() for file in find_yaml("digits").parent.glob("*.yaml")}
+DISTILL_CONFIGS = sorted(name for name, text in CONFIGS.items() if "\ndistill:" in text)
+DD1_CONFIGS = sorted(name for name, text in CONFIGS.items() if "\npairs:" in text)
 
 
 @pytest.mark.parametrize("name", DISTILL_CONFIGS)
@@ -263,6 +283,13 @@ def test_packaged_configurations_load_and_survive_a_round_trip(name, tmp_path):
     assert load_config(DistillConfig, str(tmp_path / "again.yaml")) == config
     assert set(flat(config)) == set(flat(DistillConfig()))
     assert load_config(DistillConfig, f"configs/{name}.yaml", ["--distill.k", "9"]).distill.k == 9
+
+
+@pytest.mark.parametrize("name", DD1_CONFIGS)
+def test_packaged_baselines_load(name):
+    config = load_config(DD1JobConfig, name)
+    assert config.heads.logits_steps > 0
+    assert config.out.name == name
 
 
 @pytest.mark.parametrize("kind", ["digits", "digits_var"])

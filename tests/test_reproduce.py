@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dd2.checkpoints.native import Generator, save_teacher
 from dd2.checkpoints.runs import embedded
@@ -231,3 +232,52 @@ def test_pictures_of_memorising_and_of_walks(tmp_path):
         assert walk.shape == (10, 1, 16, 16)
         steps = (walk[1:5] - walk[:4]).square().mean((1, 2, 3))
         assert 0 < steps.max() < (walk[4] - walk[0]).square().mean() * 4
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_var"])
+def test_a_bench_of_real_images_trains_everything_first(tmp_path, monkeypatch, name):
+    """Tokenizer, teacher and classifier from a folder of pictures, then a table, all of it cut short."""
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for index in range(4):
+                pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "images" / split / label / f"{index}.png")
+    bench = open_bench(name, images=str(tmp_path / "images"))
+    assert bench.tokenizer is not None
+    assert bench.teacher is not None
+    assert bench.classifier is not None
+    quiet = {"loop.preview_every": 0, "batch": 4}
+    sizes = {"tokenizer.channels": 32, "tokenizer.z_channels": 32, "tokenizer.res_blocks": 1, "tokenizer.codebook_size": 16}
+    family = "var" if name.endswith("_var") else "teacher"
+    teacher = {f"{family}.depth": 1, f"{family}.width": 32, f"{family}.heads": 2, "token_images": 16, "iterations": 2}
+    small = {"pairs": 24, "standardise_samples": 12, "ode.steps": 1, "train.batch": 4, "train.iterations": 2}
+    cut = replace(
+        bench,
+        tokenizer=with_fields(bench.tokenizer, {**quiet, **sizes, "iterations": 2}),
+        teacher=with_fields(bench.teacher, {**quiet, **teacher}),
+        classifier=with_fields(bench.classifier, {"iterations": 2, "batch": 4, "classifier.width": 4}),
+        distill=with_fields(bench.distill, {**SMALL, "teacher_samples": 24}),
+        dd1=with_fields(bench.dd1, small),
+    )
+    monkeypatch.setitem(benches.BENCHES, name, lambda images: cut)
+    arguments = [
+        "reproduce",
+        "--bench",
+        name,
+        "--table",
+        "3",
+        "--seeds",
+        "0",
+        "--count",
+        "20",
+        "--images",
+        str(tmp_path / "images"),
+    ]
+    arguments += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert main(arguments) == 0
+    rows = json.loads((tmp_path / "results" / f"{name}_table3.json").read_text())["rows"]
+    assert {"DD1", "DD2"} <= rows.keys()
+    kept = {path.name.split("-")[0] for path in (tmp_path / "runs" / name).iterdir()}
+    assert kept == {"tokenizer", "teacher", "classifier", "stage1", "dd1", "dd2", "features"}
+    assert main([*arguments, "--dry-run"]) == 0

@@ -175,11 +175,13 @@ def _parse(config_class: type[C], arguments: Sequence[str], command: str) -> C:
 
 def _one_line(box: str, command: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
+    lines = ["" if set(line) <= {"-"} else line for line in lines]  # a rule, where the terminal knows ASCII alone
     message: list[str] = []
     for line in lines[1:]:  # the first is the box's title
-        if not line:
+        if line:
+            message.append(line)
+        elif message:
             break
-        message.append(line)
     text = " ".join(message) or " ".join(filter(None, lines))
     suggestions = [line.split()[0] for line in lines if line.startswith("--")]
     if suggestions and "nrecognized" in text:

@@ -139,8 +139,10 @@ class CSDConfig:
         if self.d not in ("sid", "dmd"):
             raise InputError(f'distill.d must be "sid" or "dmd", got {self.d!r}')
         limits = (self.ema, *self.further_emas)
+        if not 0 <= self.ema < 1:
+            raise InputError(f"distill.ema must be in [0, 1), got {self.ema}")
         if not all(0 <= limit < 1 for limit in limits) or len(set(limits)) < len(limits):
-            raise InputError(f"distill.ema and further_emas must be different numbers in [0, 1), got {limits}")
+            raise InputError(f"distill.further_emas must be different numbers in [0, 1), and not distill.ema, got {limits}")
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _finish(process: subprocess.Popen) -> None:
 
 def _result(run: Path) -> tuple[list[dict], list[tuple[str, bytes]]]:
     """The metrics without their times, and all weights."""
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in MetricsLog(run / "metrics.jsonl").rows()]
+    rows = MetricsLog(run / "metrics.jsonl").reproducible_rows()
     tensors = [load_file(run / network / "model.safetensors") for network in ("generator", "ar_diffusion")]
     return rows, [(name, value.numpy().tobytes()) for part in tensors for name, value in sorted(part.items())]
 

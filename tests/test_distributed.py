@@ -82,7 +82,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 
 
 def rows(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in MetricsLog(run / "metrics.jsonl").rows()]
+    return MetricsLog(run / "metrics.jsonl").reproducible_rows()
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ def case():
 def test_sid_gradient_on_gaussians(case, alpha):
     q, t, eps = case
     (slope_a, teacher), (slope_b, guidance) = gaussian_x0_hat(1.0, 0.5, t), gaussian_x0_hat(-0.3, 2.0, t)
-    csd_loss(q, t, eps, teacher, guidance, d="sid", alpha=alpha).backward()
+    csd_loss(q, t, eps, teacher, guidance, d="sid", alpha=alpha)[0].backward()
     with torch.no_grad():
         q_t = noised(q, t, eps)
         a, b = teacher(q_t), guidance(q_t)
@@ -41,7 +41,7 @@ def test_sid_gradient_on_gaussians(case, alpha):
 def test_dmd_gradient_is_the_weighted_score_difference(case):
     q, t, eps = case
     (_, teacher), (_, guidance) = gaussian_x0_hat(1.0, 0.5, t), gaussian_x0_hat(-0.3, 2.0, t)
-    loss = csd_loss(q, t, eps, teacher, guidance, d="dmd")
+    loss, difference = csd_loss(q, t, eps, teacher, guidance, d="dmd")
     loss.backward()
     with torch.no_grad():
         level, q_t = t.unsqueeze(-1), noised(q, t, eps)
@@ -52,6 +52,7 @@ def test_dmd_gradient_is_the_weighted_score_difference(case):
         by_hand = w * (scores[0] - scores[1]) * level**2 / (1 - level)
     torch.testing.assert_close(q.grad, by_hand / q.numel(), rtol=1e-3, atol=1e-6)
     assert loss.item() == pytest.approx(float((w * (a - b).square()).mean()) / 2, rel=1e-5)
+    assert difference.item() == pytest.approx(float((a - b).square().mean().sqrt()), rel=1e-5)
 
 
 def test_sid_expectation_vanishes_at_the_optimal_guidance():
@@ -61,7 +62,7 @@ def test_sid_expectation_vanishes_at_the_optimal_guidance():
     t, eps = torch.full((400_000,), 0.6), torch.randn(400_000, 1, generator=g)
     _, teacher = gaussian_x0_hat(0.7, 0.3, t)
     _, guidance = gaussian_x0_hat(0.0, 1.0, t)
-    unweighted = csd_loss(q, t, eps, teacher, guidance, weight_floor=1e6) * 1e6
+    unweighted = csd_loss(q, t, eps, teacher, guidance, weight_floor=1e6)[0] * 1e6
     assert abs(unweighted.item()) < 5e-3
 
 
@@ -69,7 +70,7 @@ def test_sid_expectation_vanishes_at_the_optimal_guidance():
 def test_nothing_but_q_receives_a_gradient(case, d):
     q, t, eps = case
     networks = [nn.Linear(3, 3), nn.Linear(3, 3)]
-    csd_loss(q, t, eps, networks[0], networks[1], d=d).backward()
+    csd_loss(q, t, eps, networks[0], networks[1], d=d)[0].backward()
     assert q.grad is not None
     assert q.grad.abs().sum() > 0
     assert all(p.grad is None for network in networks for p in network.parameters())
@@ -86,7 +87,7 @@ def test_sid_gradient_flows_through_both_networks(case):
         (lambda x: teacher(x.detach()), guidance),
         (teacher, lambda x: guidance(x.detach())),
     ):
-        (grad,) = torch.autograd.grad(csd_loss(q, t, eps, a, b, alpha=1.2), q)
+        (grad,) = torch.autograd.grad(csd_loss(q, t, eps, a, b, alpha=1.2)[0], q)
         grads.append(grad)
     assert not torch.allclose(grads[0], grads[1])
     assert not torch.allclose(grads[0], grads[2])

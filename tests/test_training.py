@@ -18,12 +18,13 @@ from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.files import atomic_folder, write_atomic
 from dd2.teachers.filtering import Sampling
 from dd2.training import checkpoint
-from dd2.training.ema import ema_copy, ema_update
+from dd2.training.ema import ema_copy, ema_lag, ema_update
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples
 from dd2.training.schedule import OptimConfig
 from dd2.training.stage import Stage, Update
+from dd2.training.timing import part
 from models import tiny_teacher
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def trainer(run: Path, **loop) -> Trainer:
 
 
 def rows(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in MetricsLog(run / "metrics.jsonl").rows()]
+    return MetricsLog(run / "metrics.jsonl").reproducible_rows()
 
 
 def test_resume_is_bit_exact_at_every_step(tmp_path):
@@ -286,3 +287,94 @@ def test_tensorboard_is_written_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(InputError, match=r"dd2\[logs\]"):
         trainer(tmp_path / "missing", tensorboard=True)
+
+
+def validated(values: dict[int, float]) -> Stage:
+    """`regression`, with a validation value for each checkpoint."""
+    stage = regression(24)
+    seen = iter(values.values())
+    stage.validate = lambda: next(seen)
+    return stage
+
+
+@pytest.mark.parametrize("save_async", ["no", "yes"])
+def test_the_best_checkpoint_stays(tmp_path, save_async):
+    values = {4: 3.0, 8: 1.0, 12: 1.0, 16: 2.0, 20: 5.0, 24: 4.0}
+    trainer(tmp_path, keep=2, save_async=save_async).run(validated(values))
+    folder = tmp_path / "checkpoints" / "fit"
+    assert checkpoint.steps(folder) == [8, 20, 24]
+    assert checkpoint.best_step(folder) == 8
+    logged = {row["step"]: row["validation"] for row in rows(tmp_path) if "validation" in row}
+    assert logged == values
+
+
+def test_saving_in_the_background_saves_the_same(tmp_path):
+    for name, save_async in (("no", "no"), ("yes", "yes")):
+        trainer(tmp_path / name, keep=9, save_async=save_async).run(regression())
+    for step in checkpoint.steps(tmp_path / "no" / "checkpoints" / "fit"):
+        for file in (tmp_path / "no" / "checkpoints" / "fit" / f"{step:08d}").glob("*.safetensors"):
+            there = tmp_path / "yes" / file.relative_to(tmp_path / "no")
+            assert there.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("save_async", ["no", "yes"])
+def test_a_full_disk_ends_the_run_and_spares_what_was_saved(tmp_path, save_async):
+    """The system refuses files beyond 600 bytes from step 7 on; a real process, as the limit cannot be lifted again."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_training import regression, trainer
+stage = regression()
+after = stage.after
+def full(step):
+    after(step)
+    if step == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+stage.after = full
+from dd2.cli import _fail, FAILED
+try:
+    trainer(Path({str(tmp_path / "run")!r}), log_every=1000, save_async={save_async!r}).run(stage)
+except OSError as error:
+    sys.exit(_fail(f"{{error.strerror or error}}: {{error.filename}}", FAILED))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "run" / "checkpoints" / "fit"
+    assert checkpoint.steps(folder) == [4]
+    resumed = regression()
+    trainer(tmp_path / "run").run(resumed)
+    whole = regression()
+    trainer(tmp_path / "whole").run(whole)
+    for key, value in whole.modules["network"].state_dict().items():
+        assert torch.equal(value, resumed.modules["network"].state_dict()[key])
+
+
+def test_rows_tell_where_the_time_goes(tmp_path):
+    stage = regression(6)
+    inner = stage.updates[0].loss
+
+    def slow(random: torch.Generator):
+        with part("teacher"):
+            time.sleep(0.01)
+        return inner(random)
+
+    stage.updates[0].loss = slow
+    trainer(tmp_path, log_every=3).run(stage)
+    logged = MetricsLog(tmp_path / "metrics.jsonl").rows()
+    for row in logged:
+        assert row["seconds/teacher"] >= 0.02  # two optimiser steps an iteration
+        assert {"seconds/backward", "seconds/optimiser"} <= row.keys()
+    with part("teacher"):  # outside of training it counts nowhere
+        pass
+
+
+def test_lag_of_an_average():
+    network = nn.Linear(3, 2)
+    average = ema_copy(network)
+    assert ema_lag(average, network) == 0
+    with torch.no_grad():
+        network.weight.add_(1.0)
+    norm = torch.cat([p.detach().flatten() for p in network.parameters()]).norm()
+    assert ema_lag(average, network) == pytest.approx(float(6**0.5 / norm))

@@ -1,12 +1,18 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dd2.errors import InputError
 
@@ -26,6 +32,20 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file; call it inside `atomic_folder`.
+
+    Raises:
+        OSError: the disk is full or the file cannot be written (safetensors has an error of its own for that).
+    """
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(file)) from error
 
 
 def writable_folder(path: Path, what: str) -> Path:

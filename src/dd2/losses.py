@@ -52,7 +52,7 @@ def csd_loss(
     d: Distance = "sid",
     alpha: float = 1.0,
     weight_floor: float = 1e-2,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Conditional Score Distillation loss (Eq. 4), whose gradient reaches only `q`.
 
     With a and b the posterior means of teacher and guidance at q^t, and w = 1 / mean_C |q - a| (detached):
@@ -72,8 +72,9 @@ def csd_loss(
         weight_floor: lower bound of mean_C |q - a|.
 
     Returns:
-        Scalar. For "sid" its expectation is 0 at alpha = 1 under an optimal guidance network, so it does not
-        measure progress; for "dmd" it is half the weighted squared difference of the posterior means.
+        The loss, a scalar: for "sid" its expectation is 0 at alpha = 1 under an optimal guidance network, so it does not
+        measure progress; for "dmd" it is half the weighted squared difference of the posterior means. And the root mean
+        square of a - b, detached: how far the two scores are apart, whatever the distance.
     """
     if d not in ("sid", "dmd"):
         raise ValueError(f'd must be "sid" or "dmd", got {d!r}')
@@ -89,4 +90,4 @@ def csd_loss(
             value = (weight * (a - b).square()).mean() / 2
             grad = weight * (b - a) / q.numel()
     surrogate = (q.float() * grad).sum()
-    return value.detach() + (surrogate - surrogate.detach())
+    return value.detach() + (surrogate - surrogate.detach()), (a - b).detach().square().mean().sqrt()

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from dd2.baselines.dd1.student import DD1Config, DD1Student
 from dd2.errors import InputError
-from dd2.files import atomic_folder
+from dd2.files import atomic_folder, save_tensors
 from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
@@ -176,7 +176,7 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
 def write_model(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Write model.safetensors and config.json into an existing folder."""
     tensors = {key: value.detach().to(dtype).contiguous() for key, value in module.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+    save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

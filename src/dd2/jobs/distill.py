@@ -20,9 +20,10 @@ from dd2.stages.recipe import AdaptConfig, AlignConfig, CSDConfig, Networks, Tun
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import steps
+from dd2.training.layers import prepare_layers
 from dd2.training.loop import LoopConfig, Trainer
-from dd2.training.parallel import shard, whole_state
-from dd2.training.samples import TeacherSamples, fingerprint, samples_identity
+from dd2.training.parallel import shard, shard_backbone, whole_state
+from dd2.training.samples import LiveSamples, TeacherSamples, fingerprint, samples_identity
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class DistillConfig:
     """Sequences sampled from the teacher for stage 1."""
     sample_batch: int = 64
     """Sequences sampled from the teacher at a time."""
+    sample_in_loop: bool = False
+    """Draw the sequences of stage 1 anew for every batch instead of from the teacher samples on disk, of which a few thousand are
+    then enough: they give the tokens' standardisation and the reference of distill.validation."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """The velocity head."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -69,6 +73,8 @@ class DistillConfig:
         for name in ("teacher_samples", "sample_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_in_loop and self.stage1:
+            raise InputError("sample_in_loop is about stage 1, which stage1 takes from another run; give one of them")
         if self.align.iterations and not self.align.then_iterations:
             raise InputError("align.iterations needs align.then_iterations: alignment prepares further distillation")
 
@@ -115,11 +121,15 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     torch.manual_seed(config.seed)
     fresh = Student.from_teacher(teacher, config.head).to(device)
     student = copy.deepcopy(fresh)
+    prepare_layers(teacher.backbone, recompute=False, compiled=config.loop.compile)
+    if config.loop.parallel == "fsdp2":
+        shard_backbone(teacher.backbone, device)  # after the samples, of which every process makes its own number
     if config.stage1:
         student = _stage1_model(Path(config.stage1), fresh, device)
     else:
         tuned = _placed(copy.deepcopy(fresh), config, device)
-        for stage in tune_stages(tuned, teacher, samples, config.tune):
+        drawn = LiveSamples(teacher, config.tune.sampling) if config.sample_in_loop else samples
+        for stage in tune_stages(tuned, teacher, drawn, config.tune):
             seconds["tune"] += trainer.run(stage)
         student.load_state_dict(whole_state(tuned))
         save_generator(config.out / "ar_diffusion", Generator(student, teacher.tokenizer))

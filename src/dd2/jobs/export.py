@@ -14,7 +14,7 @@ from dd2.config import read_yaml
 from dd2.errors import InputError
 from dd2.stages.recipe import average_name
 from dd2.student import HeadConfig, Student
-from dd2.training.checkpoint import steps
+from dd2.training.checkpoint import best_step, steps
 
 STAGES = ("distill_aligned", "distill")
 """Stages that train a generator, the later one first."""
@@ -33,8 +33,8 @@ class ExportConfig:
     """Folder to write."""
     average: str = "ema"
     """ema; one of distill.further_emas by its number, e.g. 0.999; or none, the weights as trained."""
-    step: int = 0
-    """Iteration of the checkpoint; 0: the newest."""
+    step: str = "newest"
+    """Iteration of the checkpoint; newest, or best: the one of the lowest distill.validation."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Format on disk; loading always gives float32."""
 
@@ -78,12 +78,13 @@ def _file_name(average: str) -> str:
 
 
 def _checkpoint(config: ExportConfig) -> Path:
-    """The newest checkpoint of stage 2, or the one of a given step."""
-    for stage in STAGES:
-        folder = config.run / "checkpoints" / stage
-        kept = steps(folder)
-        if kept and config.step in (0, *kept):
-            return folder / f"{config.step or kept[-1]:08d}"
-    known = {stage: steps(config.run / "checkpoints" / stage) for stage in STAGES}
-    found = "; ".join(f"{stage}: {', '.join(map(str, kept))}" for stage, kept in known.items() if kept) or "none"
-    raise InputError(f"{config.run} keeps no checkpoint of step {config.step or 'any'} of stage 2 (kept: {found})")
+    """The checkpoint of stage 2 that is asked for; the later stage first."""
+    if config.step not in ("newest", "best") and not config.step.isdigit():
+        raise InputError(f"step must be newest, best or a number, got {config.step!r}")
+    known = {stage: config.run / "checkpoints" / stage for stage in STAGES}
+    for folder in known.values():
+        step = {"newest": max(steps(folder), default=None), "best": best_step(folder)}.get(config.step, config.step)
+        if step is not None and int(step) in steps(folder):
+            return folder / f"{int(step):08d}"
+    found = "; ".join(f"{stage}: {', '.join(map(str, steps(folder)))}" for stage, folder in known.items() if steps(folder))
+    raise InputError(f"{config.run} keeps no checkpoint {config.step} of stage 2 (kept: {found or 'none'})")

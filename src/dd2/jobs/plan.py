@@ -114,14 +114,19 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     }
     network = 4.0 * (sizes["backbone"] + sizes["head"])
     shards = config.gpus if config.loop.parallel == "fsdp2" else 1
+    frozen = 4.0 * (_count(teacher.backbone) / shards + _count(teacher.output) + sizes["tokenizer"])
     averages = 1 + len(csd.further_emas)
     half = 0.5 if config.loop.precision == "bfloat16" else 1.0
     codes, channels = len(teacher.codebook), teacher.codebook.shape[1]
     log_p = 4.0 * batch * teacher.order.n * codes
-    guidance = passes["backbone"].saved + passes["guidance_head"].saved
-    generator = passes["backbone"].saved + passes["one_head"].saved + passes["generator_head"].saved
+    layers, kept = len(student.backbone.transformer_layers), passes["backbone"].saved
+    if config.loop.recompute and layers:  # what goes into each layer, and the inside of one at a time
+        kept = kept / layers + 4.0 * layers * batch * teacher.order.n * student.backbone.width
+    guidance = kept + passes["guidance_head"].saved
+    # SiD's gradient needs the guidance head's activations; DMD's is a difference of two values.
+    generator = kept + passes["one_head"].saved + (passes["generator_head"].saved if csd.d == "sid" else 0.0)
     memory = {
-        "teacher and tokenizer": 4.0 * (sizes["teacher"] + sizes["tokenizer"]),
+        "teacher and tokenizer": frozen,
         "generator and guidance": 2 * network / shards,
         "averages": averages * network / shards,
         "gradients": 2 * network / shards,
@@ -133,9 +138,10 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     }
     backbone, one_head, heads = passes["backbone"], passes["one_head"], passes["generator_head"]
     generated = backbone.flops + one_head.flops
-    guidance_update = generated + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
+    again = backbone.flops if config.loop.recompute else 0.0
+    guidance_update = generated + again + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
     # SiD differentiates the guidance head in its input alone: half of a backward pass.
-    generator_update = generated + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
+    generator_update = generated + again + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
     generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
     flops = csd.accumulate * (csd.k * guidance_update + generator_update)
     seconds = flops / (config.gpus * config.tflops * 1e12 * config.utilisation)
@@ -208,10 +214,12 @@ def _advice(config: PlanConfig, found: Needs) -> list[str]:
         smaller = int(free / per_sequence)
         product = config.distill.batch * config.distill.accumulate
         said.append(f"- --distill.batch {smaller} or less, with distill.accumulate so that their product stays about {product}")
+    if not config.loop.recompute:
+        said.append("- --loop.recompute: activations shrink to what goes into the layers, for a third more operations")
     if config.loop.precision == "float32":
         said.append("- --loop.precision bfloat16: activations about halve")
     if config.loop.parallel == "ddp" and config.gpus > 1:
-        said.append("- --loop.parallel fsdp2: networks, averages, gradients and Adam are divided by the number of GPUs")
+        said.append("- --loop.parallel fsdp2: all networks, averages, gradients and Adam are divided by the number of GPUs")
     if not said:
         said.append("- more GPUs, or larger ones: what is left is divided by nothing but their number")
     return ["to make it fit:", *said]

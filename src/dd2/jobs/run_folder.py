@@ -13,9 +13,11 @@ import torch
 
 import dd2
 from dd2.config import flat, read_yaml, to_yaml
+from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import writable_folder, write_atomic
 from dd2.processes import first_process_only, world_size
+from dd2.training.loop import LoopConfig
 
 _locks: dict[Path, IO[str]] = {}
 """Held until the process ends."""
@@ -32,10 +34,19 @@ def start_run(out: Path, config: Any, command: str) -> str:
     """
     if not 0 <= config.seed < 2**63:
         raise InputError(f"seed must be in 0 to 2^63 - 1, got {config.seed}")
-    if command != "distill" and config.loop.parallel == "fsdp2":
-        raise InputError(f"loop.parallel fsdp2 shards the networks of dd2 distill; dd2 {command} knows ddp alone")
+    _check_loop(config.loop, pick_device(config.device), command)
     _start(out, config, command)
     return f"dd2 {command} {shlex.quote(str(out / 'config.yaml'))}"
+
+
+def _check_loop(loop: LoopConfig, device: torch.device, command: str) -> None:
+    """Refuse what a command has no use for."""
+    if command != "distill" and loop.parallel == "fsdp2":
+        raise InputError(f"loop.parallel fsdp2 shards the networks of dd2 distill; dd2 {command} knows ddp alone")
+    if command in ("train-tokenizer", "train-classifier") and (loop.recompute or loop.compile):
+        raise InputError(f"loop.recompute and loop.compile are for transformers; dd2 {command} trains none")
+    if loop.compile and device.type != "cuda":
+        raise InputError("loop.compile is for CUDA: on a CPU the compiled layers are slower; leave it out")
 
 
 @first_process_only

@@ -13,6 +13,7 @@ from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import nearest_ids
 from dd2.training.schedule import NoiseLevelConfig
 from dd2.training.stage import Losses
+from dd2.training.timing import part
 
 
 def guidance_loss(
@@ -36,11 +37,12 @@ def guidance_loss(
         draws: noise draws per sequence that share one backbone pass (App. C.2).
         codebook: (V, C) standardised codes, to snap the condition q_<i to; None conditions on it as it is.
     """
-    with torch.no_grad():
+    with torch.no_grad(), part("generator"):
         q = generator.as_generator(_noise_for(generator, cond, random), cond).float()
     t = noise_level.draw((draws, *q.shape[:-1]), random)
     eps = torch.randn((draws, *q.shape), generator=random, device=q.device)
-    v = guidance.velocity(noised(q, t, eps), t, guidance.features(_condition(q, codebook), cond))
+    with part("guidance"):
+        v = guidance.velocity(noised(q, t, eps), t, guidance.features(_condition(q, codebook), cond))
     return fcs_loss(v, q, eps), {}
 
 
@@ -74,31 +76,38 @@ def generator_loss(
         snap_teacher, snap_guidance: condition that network on the nearest codes of q_<i instead of q_<i itself.
 
     Returns:
-        The loss and, where a condition is snapped, the root-mean-square distance of tokens to their nearest codes.
+        The loss, the score difference (see `csd_loss`) and, where a condition is snapped, the root-mean-square distance of
+        tokens to their nearest codes.
     """
-    q = generator.as_generator(_noise_for(generator, cond, random), cond).float()
+    with part("generator"):
+        q = generator.as_generator(_noise_for(generator, cond, random), cond).float()
     codebook = teacher.codebook
     with torch.no_grad():
         detached = q.detach()
         # All B x n x V distances: only where they are needed.
         snapped = codebook[nearest_ids(detached, codebook)] if snap_teacher or snap_guidance else detached
-        log_p = teacher.log_p(snapped if snap_teacher else detached, cond, sampling)
-        features = guidance.features(snapped if snap_guidance else detached, cond)
+        with part("teacher"):
+            log_p = teacher.log_p(snapped if snap_teacher else detached, cond, sampling)
+        with part("guidance"):
+            features = guidance.features(snapped if snap_guidance else detached, cond)
     t = noise_level.draw((draws, *q.shape[:-1]), random)
     eps = torch.randn((draws, *q.shape), generator=random, device=q.device)
 
     def teacher_x0_hat(q_t: Tensor) -> Tensor:
-        return torch.stack([posterior_mean(q_t[i], t[i], log_p, codebook) for i in range(draws)])
+        with part("eq1"):
+            return torch.stack([posterior_mean(q_t[i], t[i], log_p, codebook) for i in range(draws)])
 
     def guidance_x0_hat(q_t: Tensor) -> Tensor:
-        return q_t - t.unsqueeze(-1) * guidance.velocity(q_t, t, features).float()
+        with part("guidance"):
+            return q_t - t.unsqueeze(-1) * guidance.velocity(q_t, t, features).float()
 
-    loss = csd_loss(
+    loss, difference = csd_loss(
         q.expand(draws, *q.shape), t, eps, teacher_x0_hat, guidance_x0_hat, d=d, alpha=alpha, weight_floor=weight_floor
     )
-    if not (snap_teacher or snap_guidance):
-        return loss, {}
-    return loss, {"to_nearest_code": (detached - snapped).square().mean().sqrt()}
+    numbers = {"score_difference": difference}
+    if snap_teacher or snap_guidance:
+        numbers["to_nearest_code"] = (detached - snapped).square().mean().sqrt()
+    return loss, numbers
 
 
 def _noise_for(generator: Student, cond: Tensor, random: torch.Generator) -> Tensor:

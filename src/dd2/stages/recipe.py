@@ -12,13 +12,15 @@ from dd2.losses import Distance
 from dd2.sampling import ar_diffusion, one_step
 from dd2.stages.distill import generator_loss, guidance_loss
 from dd2.stages.tune import tune_loss
+from dd2.stages.validation import TeacherDistance
 from dd2.student import Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
-from dd2.training.ema import ema_copy, ema_update
-from dd2.training.samples import TeacherSamples
+from dd2.training.ema import ema_copy, ema_lag, ema_update
+from dd2.training.samples import LiveSamples, TeacherSamples
 from dd2.training.schedule import NoiseLevelConfig, OptimConfig, ema_rate
 from dd2.training.stage import Losses, Stage, Update
+from dd2.training.timing import part
 
 PREVIEW_IMAGES = 40
 
@@ -127,6 +129,9 @@ class CSDConfig:
     """The generator's optimiser; warm-up counts generator updates (40k guidance updates / K)."""
     guidance: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
     """The guidance network's optimiser; its schedule counts generator updates."""
+    validation: int = 2048
+    """Images of the average generator that every checkpoint is judged by: their Fréchet distance, in the teacher's own features,
+    to as many of its samples. The best checkpoint is kept. 0 measures nothing."""
 
     def __post_init__(self) -> None:
         """Refuse counts without meaning."""
@@ -134,8 +139,10 @@ class CSDConfig:
             "distill",
             self,
             ("k", "batch", "accumulate", "guidance_draws", "generator_draws"),
-            ("iterations",),
+            ("iterations", "validation"),
         )
+        if self.validation == 1:
+            raise InputError("distill.validation must be 0 or at least 2: one image has no spread")
         if self.d not in ("sid", "dmd"):
             raise InputError(f'distill.d must be "sid" or "dmd", got {self.d!r}')
         limits = (self.ema, *self.further_emas)
@@ -211,12 +218,13 @@ def average_name(limit: float) -> str:
     return f"generator_ema_{limit:g}"
 
 
-def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples, config: TuneConfig) -> list[Stage]:
+def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples | LiveSamples, config: TuneConfig) -> list[Stage]:
     """Stage 1: the head alone for `head_iterations`, then everything (Alg. 1)."""
 
     def loss(random: torch.Generator, head_only: bool) -> Losses:
-        ids, labels = samples.batch(config.batch, random, random.device)
-        cond = teacher.backbone.conditions(labels)
+        with part("data"):
+            ids, labels = samples.batch(config.batch, random, random.device)
+            cond = teacher.backbone.conditions(labels)
         return tune_loss(
             student,
             teacher,
@@ -262,7 +270,8 @@ def distill_stage(
     generator, guidance = networks.generator, networks.guidance
 
     def drawn_conditions(random: torch.Generator) -> Tensor:
-        return teacher.backbone.conditions(samples.batch(config.batch, random, random.device)[1])
+        with part("data"):
+            return teacher.backbone.conditions(samples.batch(config.batch, random, random.device)[1])
 
     def train_guidance(random: torch.Generator) -> Losses:
         cond = drawn_conditions(random)
@@ -296,6 +305,8 @@ def distill_stage(
         cond = teacher.backbone.default_conditions(PREVIEW_IMAGES)
         return teacher.decode(one_step(networks.ema, cond, range(len(cond))))
 
+    distance = TeacherDistance(teacher, samples, config.validation, config.batch)
+    validates = config.validation and not generator_frozen
     accumulate = config.accumulate
     repeats = 1 if generator_frozen else config.k
     updates = [Update("guidance", list(guidance.parameters()), config.guidance, train_guidance, repeats, accumulate)]
@@ -303,7 +314,16 @@ def distill_stage(
         trained = list(generator.parameters())
         updates.append(Update("generator", trained, config.generator, train_generator, accumulate=accumulate))
     # Alignment has given a frozen generator the average's own weights, so averaging it changes no bit.
-    return Stage(name, config.iterations, updates, networks.modules(), after=average, preview=preview)
+    return Stage(
+        name,
+        config.iterations,
+        updates,
+        networks.modules(),
+        after=average,
+        preview=preview,
+        measures=lambda: {"generator/ema_lag": ema_lag(networks.ema, generator)},
+        validate=(lambda: distance(networks.ema)) if validates else None,
+    )
 
 
 def _counts(section: str, config: object, positive: tuple[str, ...], non_negative: tuple[str, ...]) -> None:

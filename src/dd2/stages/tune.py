@@ -12,6 +12,7 @@ from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.training.schedule import NoiseLevelConfig
 from dd2.training.stage import Losses
+from dd2.training.timing import part
 
 
 def tune_loss(
@@ -41,15 +42,18 @@ def tune_loss(
         loss: "gts" regresses the closed-form velocity (Eq. 6), "diffusion" the Monte-Carlo eps - x_0 (Table 7).
         head_only: leave the backbone as it is.
     """
-    with torch.set_grad_enabled(not head_only):
+    with torch.set_grad_enabled(not head_only), part("student"):
         features = student.features(tokens, cond)
     t = noise_level.draw((draws, *tokens.shape[:-1]), generator)
     eps = torch.randn((draws, *tokens.shape), generator=generator, device=tokens.device)
     x_t = noised(tokens, t, eps)
-    v = student.velocity(x_t, t, features)
+    with part("student"):
+        v = student.velocity(x_t, t, features)
     if loss == "diffusion":
         return fcs_loss(v, tokens, eps), {}
     with torch.no_grad():
-        log_p, codebook = teacher.log_p(tokens, cond, sampling), teacher.codebook
-        target = torch.stack([velocity(x_t[i], t[i], log_p, codebook) for i in range(draws)])
+        with part("teacher"):
+            log_p, codebook = teacher.log_p(tokens, cond, sampling), teacher.codebook
+        with part("eq1"):
+            target = torch.stack([velocity(x_t[i], t[i], log_p, codebook) for i in range(draws)])
     return gts_loss(v, target), {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dd2.device import full_precision
 from dd2.errors import InputError
@@ -24,6 +25,11 @@ Inject = Callable[[int, Tensor], Tensor]
 """(index of a layer, the residual stream (B, L, D) before it) -> the stream that the layer reads."""
 
 
+def call_layer(layer: nn.Module, *arguments: Any) -> Tensor:
+    """A layer's output."""
+    return layer(*arguments)
+
+
 class Backbone(nn.Module, ABC):
     """A transformer over the AR order, without its classifier.
 
@@ -31,6 +37,9 @@ class Backbone(nn.Module, ABC):
         order: the AR order.
         width: D, the channels of the features.
         token_mean, token_std: (C,) buffers of the standardisation; 0 and 1 until `standardise` sets them.
+        recompute: compute each layer again in the backward pass instead of keeping what is inside it (activation
+            checkpointing).
+        layer_call: how a layer is called where no cache is used; `dd2.training.layers.prepare_layers` sets a compiled one.
     """
 
     order: Order
@@ -40,7 +49,8 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, order: Order, width: int, code_dim: int) -> None:
         super().__init__()
-        self.order, self.width = order, width
+        self.order, self.width, self.recompute = order, width, False
+        self.layer_call: Callable[..., Tensor] = call_layer
         self.register_buffer("token_mean", torch.zeros(code_dim))
         self.register_buffer("token_std", torch.ones(code_dim))
 
@@ -75,9 +85,27 @@ class Backbone(nn.Module, ABC):
         """
 
     @property
+    def transformer_layers(self) -> nn.ModuleList:
+        """The transformer layers in order: the units that are sharded, compiled and recomputed."""
+        lists = [child for child in self.children() if isinstance(child, nn.ModuleList)]
+        return lists[0] if lists else nn.ModuleList()
+
+    def run_layer(self, layer: nn.Module, x: Tensor, *arguments: Any, cache: Any, index: int) -> Tensor:
+        """The output of layer number `index`, layer(x, *arguments, cache, index); every pass of a backbone runs its layers by
+        this.
+        """
+        if cache is not None:  # a new length each step, and no gradient: neither compiled nor recomputed
+            return layer(x, *arguments, cache, index)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.layer_call, layer, x, *arguments, None, index, use_reentrant=False)  # pyright: ignore
+        return self.layer_call(layer, x, *arguments, None, index)
+
+    @property
     def num_layers(self) -> int:
         """Layers that `own_features` runs."""
-        raise InputError(f"{type(self).__name__} has no own_features, which DD1's student needs")
+        if type(self).own_features is Backbone.own_features:
+            raise InputError(f"{type(self).__name__} has no own_features, which DD1's student needs")
+        return len(self.transformer_layers)
 
     def own_features(self, tokens: Tensor, cond: Tensor, inject: Inject) -> Tensor:
         """Features of the same layers when every position also reads its own token: DD1's student (arXiv 2412.17153).

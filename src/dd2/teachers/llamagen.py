@@ -241,10 +241,6 @@ class LlamaGenBackbone(Backbone):
             )
         return self.captions
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(self.order.inputs(tokens), cond, None)[:, self.config.condition_positions - 1 :]
 
@@ -270,7 +266,7 @@ class LlamaGenBackbone(Backbone):
         mask = None if words is None else attention_mask(words, held.start, held.stop)
         for index, layer in enumerate(self.layers):
             x = inject(index, x) if inject else x
-            x = layer(x, self.rope[held], mask, self.order, cache, index)
+            x = self.run_layer(layer, x, self.rope[held], mask, self.order, cache=cache, index=index)
         return self.norm(x)
 
 

@@ -170,10 +170,6 @@ class VARBackbone(Backbone):
     def num_labels(self) -> int:
         return self.config.num_classes
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.blocks)
-
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(tokens, cond, None)
 
@@ -217,7 +213,7 @@ class VARBackbone(Backbone):
         modulation = self.shared_ada_lin(class_embedding).view(-1, 1, 6, self.width) if shared else class_embedding
         for index, block in enumerate(self.blocks):
             x = inject(index, x) if inject else x
-            x = block(x, modulation, attend, cache, index)
+            x = self.run_layer(block, x, modulation, attend, cache=cache, index=index)
         return self.head_nm(x, class_embedding)
 
     @torch.no_grad()

@@ -2,17 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.files import atomic_folder
+from dd2.files import atomic_folder, save_tensors
 from dd2.processes import barrier, rank
 from dd2.training.parallel import like, load_whole_state, whole, whole_state
 from dd2.training.stage import Stage
@@ -20,36 +21,96 @@ from dd2.training.stage import Stage
 STATE_FILE = "state.json"
 
 
-def save(folder: Path, stage: Stage, step: int, seconds: float, keep: int = 2) -> Path:
-    """Write the state after `step` iterations and drop all but the newest `keep` checkpoints.
+class CheckpointWriter:
+    """Saves checkpoints of a stage and drops old ones. Used by all processes alike, as a context manager.
 
-    Called by all processes. The files hold whole tensors whatever the sharding, so they load on any number of processes.
+    The files hold whole tensors whatever the sharding, so they load on any number of processes. A process killed at any moment
+    leaves the previous checkpoint loadable.
 
     Args:
         folder: the stage's checkpoint folder.
-        stage: networks and optimisers to save.
-        step: iterations done.
-        seconds: time spent on the stage so far.
-        keep: checkpoints to keep, at least 1.
-
-    Returns:
-        The checkpoint's folder. A process killed at any moment leaves the previous one loadable.
+        keep: newest checkpoints to keep, at least 1; the one of the lowest validation value stays as well.
+        background: copy everything to the main memory and write it in a thread, while training goes on.
     """
-    final = folder / f"{step:08d}"
-    state = {"stage": stage.name, "step": step, "seconds": seconds, "torch": str(torch.__version__)}
-    files = _files(stage)  # one at a time: gathered weights of all networks at once might not fit
-    if rank() == 0:
+
+    def __init__(self, folder: Path, keep: int = 2, background: bool = False) -> None:
+        self.folder, self.keep, self.background = folder, keep, background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last checkpoint; after an exception, for this process's own work alone."""
+        if kind is None:
+            self.wait()
+        elif self._thread:
+            self._thread.join()
+
+    def save(self, stage: Stage, step: int, seconds: float, validation: float | None = None) -> Path:
+        """Write the state after `step` iterations.
+
+        Args:
+            stage: networks and optimisers to save.
+            step: iterations done.
+            seconds: time spent on the stage so far.
+            validation: how good the networks are, the lower the better.
+
+        Returns:
+            The checkpoint's folder, which in the background is there only after `wait`.
+
+        Raises:
+            OSError: this checkpoint, or the one before in the background, cannot be written.
+        """
+        self.wait()
+        final = self.folder / f"{step:08d}"
+        state = {"stage": stage.name, "step": step, "seconds": seconds, "validation": validation, "torch": str(torch.__version__)}
+        files = _files(stage)  # one at a time: gathered weights of all networks at once might not fit
+        if rank() != 0:
+            for _ in files:
+                pass
+        elif self.background:
+            copies = [(name, {key: value.to("cpu", copy=True) for key, value in tensors.items()}) for name, tensors in files]
+            self._thread = threading.Thread(target=self._write_and_keep_error, args=(final, state, copies), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(final, state, files)
+        if not self.background:
+            barrier()
+        return final
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk, on the first process.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if not self.background:
+            return
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if error := self._error:
+            self._error = None
+            raise error
+        barrier()
+
+    def _write_and_keep_error(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, final: Path, state: dict[str, Any], files: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
         with atomic_folder(final) as partial:
             for name, tensors in files:
-                save_file(tensors, partial / f"{name}.safetensors")
+                save_tensors(tensors, partial / f"{name}.safetensors")
             (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"{old:08d}")
-    else:
-        for _ in files:
-            pass
-    barrier()
-    return final
+        best = best_step(self.folder)
+        for old in steps(self.folder)[: -self.keep]:
+            if old != best:
+                shutil.rmtree(self.folder / f"{old:08d}")
 
 
 def _files(stage: Stage) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -68,11 +129,24 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
+def best_step(folder: Path) -> int | None:
+    """Step of the checkpoint with the lowest validation value, the earliest of equals; None where none was validated."""
+    found: list[tuple[float, int]] = []
+    for step in steps(folder):
+        try:
+            value = json.loads((folder / f"{step:08d}" / STATE_FILE).read_text()).get("validation")
+        except (OSError, ValueError):
+            continue  # a damaged checkpoint is nobody's best
+        if value is not None:
+            found.append((value, step))
+    return min(found)[1] if found else None
+
+
 def load(checkpoint: Path, stage: Stage) -> dict[str, Any]:
     """Load networks and optimisers in place.
 
     Returns:
-        The saved state: stage, step, seconds, torch.
+        The saved state: stage, step, seconds, validation, torch.
 
     Raises:
         InputError: a file is missing, damaged or belongs to other networks.

@@ -1,10 +1,13 @@
 """Exponential moving average of a network's weights."""
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from dd2.training.parallel import whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,3 +25,14 @@ def ema_update(average: nn.Module, module: nn.Module, rate: float) -> None:
     )
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(current)
+
+
+@torch.no_grad()
+def ema_lag(average: nn.Module, module: nn.Module) -> float:
+    """How far an average is behind: |weights - average| / |weights|, over all parameters; sharded ones need all processes."""
+
+    def norm(tensors: Iterable[Tensor]) -> Tensor:
+        return whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])))
+
+    behind = norm(now - kept for now, kept in zip(module.parameters(), average.parameters(), strict=True))
+    return float(behind / norm(module.parameters()).clamp_min(1e-12))

@@ -16,10 +16,14 @@ from dd2.images import save_grid
 from dd2.processes import any_of, rank, sum_over_processes, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of, stream
+from dd2.teachers.base import Backbone
 from dd2.training import checkpoint
+from dd2.training.checkpoint import CheckpointWriter
+from dd2.training.layers import prepare_layers
 from dd2.training.metrics import MetricsLog
 from dd2.training.parallel import Parallelism, local_micro_batches, sharded_units, sum_gradients, whole
 from dd2.training.stage import Stage, Update
+from dd2.training.timing import PartTimes, part
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,10 @@ class LoopConfig:
     save_every: int = 1000
     """Iterations between checkpoints; each stage's last iteration is always saved."""
     keep: int = 2
-    """Checkpoints kept per stage."""
+    """Newest checkpoints kept per stage; the best one by distill.validation stays as well."""
+    save_async: Literal["auto", "yes", "no"] = "auto"
+    """Write checkpoints in the background while training goes on; all networks and optimisers are then copied to the main memory
+    first. auto: on a GPU."""
     preview_every: int = 500
     """Iterations between sample grids; 0 draws none."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -39,7 +46,12 @@ class LoopConfig:
 
     parallel: Parallelism = "ddp"
     """What the processes of torchrun share: ddp (whole copies; gradients are summed once per optimiser step) or fsdp2 (networks,
-    averages and optimisers sharded; dd2 distill). The teacher is on every process."""
+    averages, optimisers and the teacher sharded; dd2 distill)."""
+    recompute: bool = False
+    """Activation checkpointing: keep only what goes into each transformer layer and compute the rest again in the backward pass.
+    A third more operations for a fraction of the activations' memory."""
+    compile: bool = False
+    """torch.compile the transformer layers (CUDA only)."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into tensorboard/ (needs the extra `logs`)."""
 
@@ -48,6 +60,8 @@ class LoopConfig:
         for field in ("log_every", "save_every", "keep"):
             if getattr(self, field) < 1:
                 raise InputError(f"loop.{field} must be at least 1, got {getattr(self, field)}")
+        if self.save_async not in ("auto", "yes", "no"):
+            raise InputError(f'loop.save_async must be "auto", "yes" or "no", got {self.save_async!r}')
         if self.parallel not in ("ddp", "fsdp2"):
             raise InputError(f'loop.parallel must be "ddp" or "fsdp2", got {self.parallel!r}')
 
@@ -67,6 +81,7 @@ class Trainer:
         self.folder, self.seed, self.config, self.device = run, seed, config, device
         self.resume_hint = resume_hint
         self.log = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
+        self.times = PartTimes(device)
         self._stop = False
 
     def run(self, stage: Stage) -> float:
@@ -88,35 +103,61 @@ class Trainer:
             )
         for update in stage.updates:
             local_micro_batches(update)  # refuses what cannot be shared out
+        self._prepare_layers(stage)
         step, before = self._resumed(folder, stage, done)
         if step == stage.iterations:
             return before
         self.log.rewind(stage.name, step)
-        start = time.perf_counter() - before
-        with self._signals(), progress(stage.name, stage.iterations, "it", step) as bar:
+        start, logged = time.perf_counter() - before, step
+        with (
+            self._signals(),
+            CheckpointWriter(folder, self.config.keep, self._saves_in_background) as writer,
+            self.times.measured(),
+            progress(stage.name, stage.iterations, "it", step) as bar,
+        ):
             while step < stage.iterations:
                 numbers = self._iteration(stage, step)
                 stage.after(step)
                 step += 1
                 last = step == stage.iterations
                 stop = any_of(self._stop)  # all processes stop after the same iteration
-                if step % self.config.log_every == 0 or last or step == 1:
-                    elapsed = time.perf_counter() - start
-                    row = {name: float(value) for name, value in numbers.items()}
-                    self.log.append({"stage": stage.name, "step": step, **row, "seconds": round(elapsed, 3)})
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name})
+                saving = step % self.config.save_every == 0 or last or stop
+                if saving and stage.validate:
+                    numbers["validation"] = stage.validate()
+                if step % self.config.log_every == 0 or last or step == 1 or "validation" in numbers:
+                    row = {name: float(value) for name, value in {**numbers, **stage.measures()}.items()}
+                    elapsed = round(time.perf_counter() - start, 3)
+                    spent = self.times.mean(step - logged)
+                    self.log.append({"stage": stage.name, "step": step, **row, **spent, "seconds": elapsed})
+                    logged = step
+                    shown = {name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name}
+                    bar.set_postfix(shown, refresh=False)
                 if stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last):
                     images = stage.preview()  # sharded networks need all processes for it
                     if rank() == 0:
                         save_grid(images, self.folder / "samples" / f"{stage.name}-{step:08d}.png", columns=10)
-                if step % self.config.save_every == 0 or last or stop:
-                    checkpoint.save(folder, stage, step, time.perf_counter() - start, self.config.keep)
+                if saving:
+                    validation = numbers.get("validation")
+                    writer.save(stage, step, time.perf_counter() - start, None if validation is None else float(validation))
                 bar.update()
                 if stop and not last:
+                    writer.wait()  # what is announced as saved has been
                     raise Interrupted(
                         f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; resume with: {self.resume_hint}"
                     )
         return time.perf_counter() - start
+
+    @property
+    def _saves_in_background(self) -> bool:
+        wanted = self.config.save_async
+        return wanted == "yes" or (wanted == "auto" and self.device.type == "cuda")
+
+    def _prepare_layers(self, stage: Stage) -> None:
+        """Let the transformers of a stage recompute and compile as configured."""
+        for network in stage.modules.values():
+            for module in network.modules():
+                if isinstance(module, Backbone):
+                    prepare_layers(module, self.config.recompute, self.config.compile)
 
     def _resumed(self, folder: Path, stage: Stage, done: list[int]) -> tuple[int, float]:
         """Load the newest checkpoint that is whole: its step and the seconds before it; (0, 0) where there is none.
@@ -164,23 +205,29 @@ class Trainer:
             torch.manual_seed(seed_of("dropout", *key))  # dropout draws from the global generator
             with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                 loss, numbers = update.loss(random)
-            if sharded:  # whose gradients are averaged over the processes, and whose leaves are the gathered weights
-                (loss * world_size() / update.accumulate).backward()
-            else:
-                # `inputs` is the guarantee that no other network's gradient is touched (Sec. 3.3's stop-gradients).
-                (loss / update.accumulate).backward(inputs=update.parameters)
+            with part("backward"):
+                self._backward(update, loss, bool(sharded))
             for name, value in {"loss": loss.detach(), **numbers}.items():
                 logged[name] = logged.get(name, 0.0) + value / update.accumulate
-        if not update.replicated:
-            sum_gradients(update.parameters)
-            _sum_logged(logged)
-        limit = update.optim.clip_norm or float("inf")
-        logged["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(update.parameters, limit))
-        for name in ("loss", "grad_norm"):
-            if not torch.isfinite(torch.as_tensor(logged[name])):
-                raise NumericalError(self._diagnosis(stage, update, step, name))
-        update.optimizer.step()
+        with part("optimiser"):
+            if not update.replicated:
+                sum_gradients(update.parameters)
+                _sum_logged(logged)
+            limit = update.optim.clip_norm or float("inf")
+            logged["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(update.parameters, limit))
+            for name in ("loss", "grad_norm"):
+                if not torch.isfinite(torch.as_tensor(logged[name])):
+                    raise NumericalError(self._diagnosis(stage, update, step, name))
+            update.optimizer.step()
         return logged
+
+    @staticmethod
+    def _backward(update: Update, loss: torch.Tensor, sharded: bool) -> None:
+        if sharded:  # gradients are averaged over the processes, and the leaves are the gathered weights
+            (loss * world_size() / update.accumulate).backward()
+        else:
+            # `inputs` is the guarantee that no other network's gradient is touched (Sec. 3.3's stop-gradients).
+            (loss / update.accumulate).backward(inputs=update.parameters)
 
     def _diagnosis(self, stage: Stage, update: Update, step: int, name: str) -> str:
         saved = checkpoint.steps(self.folder / "checkpoints" / stage.name)

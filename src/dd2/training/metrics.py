@@ -59,3 +59,7 @@ class MetricsLog:
                 except json.JSONDecodeError:
                     continue  # a line torn by a kill
         return rows
+
+    def reproducible_rows(self) -> list[dict[str, Any]]:
+        """All whole rows without their times: what must be equal in two runs of the same command."""
+        return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in self.rows()]

@@ -6,13 +6,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dd2.errors import InputError
 from dd2.processes import connect, rank, sum_over_processes, world_size
 from dd2.student import Student
+from dd2.teachers.base import Backbone
 from dd2.training.stage import Update
 
 Parallelism = Literal["ddp", "fsdp2"]
@@ -44,15 +45,23 @@ def shard(network: Student, device: torch.device) -> Student:
 
     Every unit gives its gathered weights back after each pass, so that optimisers and averages always find the shards.
     """
-    connect()
-    mesh = init_device_mesh(device.type, (world_size(),))
-    lists = [child for child in network.backbone.children() if isinstance(child, nn.ModuleList)]
-    for unit in [layer for layers in lists for layer in layers] + [network.backbone, network.head]:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(network.backbone, "next_features")
+    shard_backbone(network.backbone, device)
+    fully_shard(network.head, mesh=_mesh(device), reshard_after_forward=True)
+    return network
+
+
+def shard_backbone(backbone: Backbone, device: torch.device) -> None:
+    """Shard a backbone; from then on all processes must call it together, equally often."""
+    for unit in (*backbone.transformer_layers, backbone):
+        fully_shard(unit, mesh=_mesh(device), reshard_after_forward=True)
+    register_fsdp_forward_method(backbone, "next_features")
     # Features are slices; nobody changes them in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
-    return network
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    connect()
+    return init_device_mesh(device.type, (world_size(),))
 
 
 def sharded_units(modules: Iterable[nn.Module]) -> list[FSDPModule]:

@@ -119,6 +119,27 @@ class TeacherSamples:
         return self.ids[rows].long().to(device), self.labels[rows].to(device)
 
 
+class LiveSamples:
+    """Sequences drawn from the teacher anew for every batch: nothing on disk, and none is seen twice.
+
+    Args:
+        teacher: what to sample.
+        sampling: its sampling distribution.
+    """
+
+    def __init__(self, teacher: Teacher, sampling: Sampling) -> None:
+        self.teacher, self.sampling = teacher, sampling
+
+    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As `TeacherSamples.batch`, but of random labels; all randomness is the generator's."""
+        labels, seeds = (
+            torch.randint(limit, (size,), generator=generator, device=generator.device)
+            for limit in (self.teacher.backbone.num_labels, 2**62)
+        )
+        cond = self.teacher.backbone.conditions(labels.to(device))
+        return self.teacher.generate(cond, self.sampling, seeds.tolist()), labels.to(device)
+
+
 def sample_seed(seed: int, row: int) -> int:
     """Seed of the sequence of one number in a run of one seed."""
     return seed_of("teacher samples", seed, row)

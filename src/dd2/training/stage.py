@@ -57,6 +57,8 @@ class Stage:
         modules: networks whose weights are saved, by file name.
         after: called with the iteration (from 0) once its updates are done, e.g. for the EMA.
         preview: images (N, channels, H, W) in [-1, 1] that show the present state.
+        measures: numbers worth logging that no loss gives, e.g. the lag of the average; asked for when a row is logged.
+        validate: how good the networks are now, the lower the better; asked for at every checkpoint, whose best is kept.
     """
 
     name: str
@@ -65,3 +67,5 @@ class Stage:
     modules: Mapping[str, nn.Module]
     after: Callable[[int], None] = lambda step: None
     preview: Callable[[], Tensor] | None = None
+    measures: Callable[[], Mapping[str, float]] = dict
+    validate: Callable[[], float] | None = None

@@ -1,0 +1,112 @@
+"""dd2 plan's memory against the real peak of a process that trains: networks with random weights, on a CPU.
+
+    python benchmarks/plan_memory.py
+
+Each case is a process of its own that runs two iterations of stage 2, optimisers included, and reports by how much its resident
+memory grew at most. Prints a table and writes benchmarks/results/plan_memory.json.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dd2.jobs.plan import PlanConfig, needs
+from dd2.stages.recipe import CSDConfig, Networks, distill_stage
+from dd2.student import HeadConfig, Student
+from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.var import VARConfig, var_teacher
+from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
+from dd2.tokenizers.vq import VQTokenizer
+from dd2.training.layers import prepare_layers
+from dd2.training.samples import TeacherSamples
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"channels": 8, "multipliers": (1, 1, 1, 1, 1), "z_channels": 8, "groups": 4, "image_size": 256}
+CASES = {
+    "llamagen": {"family": "llamagen", "batch": 8, "d": "sid"},
+    "llamagen, recompute": {"family": "llamagen", "batch": 8, "d": "sid", "recompute": True},
+    "llamagen, dmd, 4 draws": {"family": "llamagen", "batch": 8, "d": "dmd", "generator_draws": 4},
+    "var, guided": {"family": "var", "batch": 4, "d": "sid"},
+    "var, guided, recompute": {"family": "var", "batch": 4, "d": "sid", "recompute": True},
+}
+
+
+def build(family: str) -> Teacher:
+    """A teacher of an eighth of the released widths, with full-length sequences."""
+    if family == "llamagen":
+        tokenizer = VQTokenizer(VQConfig(codebook_size=4096, code_dim=8, **SMALL))  # pyright: ignore[reportArgumentType]
+        sizes = LlamaGenConfig(depth=8, width=384, heads=6, rows=16, columns=16)
+        return llamagen_teacher(sizes, tokenizer)
+    scales = MultiScaleConfig(codebook_size=1024, code_dim=32, **SMALL)  # pyright: ignore[reportArgumentType]
+    return var_teacher(VARConfig(depth=6, width=384, heads=6), MultiScaleTokenizer(scales))
+
+
+def config_of(case: dict) -> PlanConfig:
+    """The configuration of a case, in float32 on one process."""
+    sampling = Sampling(cfg_scale=1.5) if case["family"] == "var" else Sampling()
+    csd = CSDConfig(
+        k=1,
+        batch=case["batch"],
+        accumulate=1,
+        generator_draws=case.get("generator_draws", 1),
+        d=case["d"],
+        sampling=sampling,
+        validation=0,
+    )
+    config = replace(PlanConfig(), head=HeadConfig(depth=3, width=384), distill=csd)
+    return replace(config, loop=replace(config.loop, recompute=case.get("recompute", False)))
+
+
+def grown(case: dict) -> float:
+    """Bytes by which this process grows at most while it trains."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = config_of(case)
+    teacher = build(case["family"]).eval().requires_grad_(False)
+    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    networks = Networks.from_tuned(Student.from_teacher(teacher, config.head))
+    samples = TeacherSamples(torch.zeros(4, teacher.order.n, dtype=torch.long), torch.arange(4))
+    stage = distill_stage(networks, teacher, samples, config.distill)
+    for network in (networks.generator, networks.guidance):
+        prepare_layers(network.backbone, config.loop.recompute, compiled=False)
+    for index in range(2):
+        for update in stage.updates:
+            update.optimizer.zero_grad(set_to_none=True)
+            loss, _ = update.loss(torch.Generator().manual_seed(index))
+            loss.backward(inputs=update.parameters)
+            update.optimizer.step()
+        stage.after(index)
+    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def main() -> None:
+    """Measure every case in a process of its own and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    chosen = parser.parse_args().case
+    if chosen:
+        print(grown(CASES[chosen]))
+        return
+    rows = []
+    print("| case | planned | measured | planned / measured |\n|---|---:|---:|---:|")
+    for name, case in CASES.items():
+        command = [sys.executable, __file__, "--case", name]
+        measured = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        planned = needs(config_of(case), copy.deepcopy(build(case["family"])).to("meta")).total
+        rows.append({"case": name, "planned": planned, "measured": measured, "ratio": planned / measured})
+        print(f"| {name} | {planned / 1e9:.2f} GB | {measured / 1e9:.2f} GB | {planned / measured:.2f} |", flush=True)
+    results = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "rows": rows}
+    (ROOT / "benchmarks" / "results" / "plan_memory.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

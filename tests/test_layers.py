@@ -1,0 +1,137 @@
+"""Recomputed and compiled layers give what plain ones give; samples drawn inside the loop; the validation distance."""
+
+import copy
+
+import pytest
+import torch
+
+from dd2.cli import main
+from dd2.evaluation.frechet import fit_gaussian, frechet_distance
+from dd2.sampling import one_step
+from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.stages.validation import FIRST_SEED, TeacherDistance
+from dd2.student import Student
+from dd2.teachers.filtering import Sampling
+from dd2.tokenizers.base import nearest_ids
+from dd2.training.layers import prepare_layers
+from dd2.training.samples import LiveSamples, TeacherSamples
+from models import TINY_HEAD, tiny_teacher, tiny_text, tiny_var
+
+CSD = CSDConfig(k=1, batch=3, accumulate=1, guidance_draws=2, sampling=Sampling(), iterations=1)
+
+
+def gradients(build, recompute: bool, compiled: bool, d) -> list[torch.Tensor]:
+    """Of both networks of stage 2 after one loss each."""
+    teacher = build()
+    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    torch.manual_seed(1)
+    student = Student.from_teacher(teacher, TINY_HEAD)
+    torch.nn.init.normal_(student.head.output.weight, std=0.1)
+    networks = Networks.from_tuned(student)
+    samples = TeacherSamples(torch.zeros(6, teacher.order.n, dtype=torch.long), torch.arange(6) % 3)
+    stage = distill_stage(networks, teacher, samples, CSDConfig(**{**CSD.__dict__, "d": d}))
+    for network in (networks.generator, networks.guidance, networks.ema):
+        network.train()  # dropout, where there is any
+        prepare_layers(network.backbone, recompute, compiled, compiler="aot_eager")
+    found = []
+    for update in stage.updates:
+        torch.manual_seed(3)
+        loss, _ = update.loss(torch.Generator().manual_seed(0))
+        loss.backward(inputs=update.parameters)
+        found += [p.grad for p in update.parameters if p.grad is not None]
+    return found
+
+
+def dropping():
+    return tiny_teacher(dropout=0.2)
+
+
+@pytest.mark.parametrize("build", [tiny_teacher, dropping, tiny_var, tiny_text])
+def test_recomputed_layers_give_the_same_gradients(build):
+    plain, again = (gradients(build, recompute, False, "sid") for recompute in (False, True))
+    assert len(plain) == len(again) > 20
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_recomputing_runs_the_layers_again():
+    teacher = tiny_teacher()
+    student = Student.from_teacher(teacher, TINY_HEAD)
+    calls = []
+    for layer in student.backbone.transformer_layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    tokens = torch.randn(2, 16, 4)
+    for recompute, expected in ((False, 2), (True, 4)):
+        calls.clear()
+        prepare_layers(student.backbone, recompute, compiled=False)
+        student.features(tokens, torch.tensor([0, 1])).sum().backward()
+        assert len(calls) == expected
+    calls.clear()
+    with torch.no_grad():
+        student.features(tokens, torch.tensor([0, 1]))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("build", "recompute"), [(tiny_teacher, False), (tiny_var, True)])
+def test_compiled_layers_give_the_same_gradients(build, recompute):
+    """Traced and differentiated ahead of time, without a code generator, which a CPU takes too long for."""
+    torch._dynamo.reset()
+    plain, compiled = gradients(build, False, False, "dmd"), gradients(build, recompute, True, "dmd")
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compilation_is_refused_where_it_is_of_no_use(capsys, tmp_path):
+    for command, flags, said in (
+        ("distill", ["--loop.compile"], "is for CUDA"),
+        ("train-classifier", ["--loop.recompute"], "trains none"),
+        ("distill", ["--stage1", "x", "--sample-in-loop"], "give one of them"),
+        ("distill", ["--distill.validation", "1"], "at least 2"),
+        ("distill", ["--loop.save-async", "maybe"], "save-async"),
+    ):
+        assert main([command, "--device", "cpu", "--out", str(tmp_path / "run"), *flags]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_of_the_loop_follow_the_teacher():
+    teacher = tiny_teacher()
+    live = LiveSamples(teacher, Sampling(top_k=4))
+    ids, labels = live.batch(5000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    again, _ = live.batch(5000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    other, _ = live.batch(5000, torch.Generator().manual_seed(1), torch.device("cpu"))
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+    assert set(labels.tolist()) == {0, 1, 2}
+    zeros = torch.zeros(1, 16, 4)
+    for label in range(3):  # the first token's frequencies are its probabilities
+        p = teacher.log_p(zeros, torch.tensor([label]), Sampling(top_k=4))[0, 0].exp()
+        found = ids[labels == label, 0].bincount(minlength=12) / (labels == label).sum()
+        torch.testing.assert_close(found, p, rtol=0, atol=0.05)
+
+
+def test_stage_one_trains_on_samples_of_the_loop():
+    teacher = tiny_teacher()
+    student = Student.from_teacher(teacher, TINY_HEAD)
+    config = TuneConfig(iterations=1, batch=4, accumulate=1, draws=1, sampling=Sampling())
+    (stage,) = tune_stages(student, teacher, LiveSamples(teacher, Sampling()), config)
+    loss, _ = stage.updates[0].loss(torch.Generator().manual_seed(0))
+    assert torch.isfinite(loss)
+
+
+def test_validation_distance_is_the_frechet_distance_in_the_teachers_features():
+    teacher = tiny_teacher()
+    ids = teacher.generate(torch.arange(300) % 3, Sampling(), range(300))
+    samples = TeacherSamples(ids, torch.arange(300) % 3)
+    teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
+    generator = Student.from_teacher(teacher, TINY_HEAD).eval()
+    found = TeacherDistance(teacher, samples, 256, batch=100)(generator)
+
+    def features(some: torch.Tensor) -> torch.Tensor:
+        return teacher.features(teacher.codebook[some], torch.arange(256) % 3).mean(1).detach()
+
+    seeds = range(FIRST_SEED, FIRST_SEED + 256)
+    drawn = nearest_ids(one_step(generator, torch.arange(256) % 3, seeds), teacher.codebook)
+    expected = frechet_distance(fit_gaussian([features(drawn)]), fit_gaussian([features(ids[:256])]))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert TeacherDistance(teacher, samples, 10_000, batch=64)(copy.deepcopy(generator)) > 0  # as many as there are

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dd2.sampling import one_step
-from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.stages.config import CSDConfig, TuneConfig
+from dd2.stages.recipe import Networks, distill_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.table import TableTeacher, total_variation
 from dd2.tokenizers.base import nearest_ids

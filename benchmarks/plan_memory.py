@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from dd2.jobs.plan import PlanConfig, needs
-from dd2.stages.recipe import CSDConfig, Networks, distill_stage
+from dd2.stages.config import CSDConfig
+from dd2.stages.recipe import Networks, distill_stage
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling

@@ -16,7 +16,7 @@ from dd2.cli import main
 from dd2.errors import InputError
 from dd2.jobs.adapt import adapt
 from dd2.stages.adapt import adapted_copy, compare, table_of
-from dd2.stages.recipe import AdaptConfig
+from dd2.stages.config import AdaptConfig
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, llamagen_teacher

@@ -8,8 +8,7 @@ import torch
 from torch.distributions import Normal
 
 from dd2.baselines.dd1.student import DD1Config, DD1Student
-from dd2.baselines.dd1.train import DD1TrainConfig, dd1_loss, dd1_stage, noise_of, pairs_by_ode
-from dd2.baselines.dd1.trajectory import data_of_noise, flow_to_codes
+from dd2.baselines.dd1.train import DD1TrainConfig, dd1_loss, dd1_stage
 from dd2.checkpoints.native import Generator, load_generator, save_generator, save_teacher
 from dd2.cli import main
 from dd2.errors import InputError
@@ -17,8 +16,9 @@ from dd2.sampling import one_step, two_passes
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig, Trainer
-from dd2.training.samples import TeacherSamples, sample_seed
+from dd2.training.samples import sample_seed
 from dd2.training.schedule import OptimConfig
+from dd2.trajectory import OdeConfig, Pairs, data_of_noise, flow_to_codes, noise_of
 from models import tiny_teacher, tiny_var
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -63,9 +63,17 @@ def test_pairs_step_by_step_are_those_of_the_whole_sequence(build):
     ids = data_of_noise(teacher, noise, LABELS, sampling, steps=8)
     log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
     assert torch.equal(flow_to_codes(noise, log_p, teacher.codebook, steps=8, solver="heun"), ids)
-    draw = pairs_by_ode(teacher, sampling, 8, "heun")
-    assert torch.equal(draw(LABELS, [3, 4, 5, 6]), ids)
-    assert torch.equal(draw(LABELS[1:], [4, 5, 6]), ids[1:])
+    assert torch.equal(data_of_noise(teacher, noise[1:], LABELS[1:], sampling, steps=8), ids[1:])
+
+
+def test_pairs_keep_ids_and_draw_their_noise_again(tmp_path):
+    teacher = tiny_teacher()
+    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    pairs = Pairs(tmp_path, teacher, Sampling(top_k=5), OdeConfig(steps=6), 40, seed=2)
+    noise, ids, labels = pairs.batch(9, torch.Generator().manual_seed(0))
+    assert torch.equal(data_of_noise(teacher, noise, labels, Sampling(top_k=5), steps=6), ids)
+    with pytest.raises(InputError, match="samples of another ode"):
+        Pairs(tmp_path, teacher, Sampling(top_k=5), OdeConfig(steps=7), 40, seed=2)
 
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
@@ -143,13 +151,12 @@ def test_training_learns_the_map(tmp_path):
     """On a fixed set of pairs the student gives most data back from their noise, and hardly any from other noise."""
     teacher = tiny_teacher()
     teacher.backbone.standardise(teacher.tokenizer.codebook)
-    draw = pairs_by_ode(teacher, Sampling(), 10, "heun")
-    pairs = TeacherSamples.prepare(tmp_path / "pairs", teacher, Sampling(), 48, seed=5, draw=draw, how={"ode": 10})
+    pairs = Pairs(tmp_path / "pairs", teacher, Sampling(), OdeConfig(steps=10), 48, seed=5)
     student = student_of(teacher, logits_steps=16)
     config = DD1TrainConfig(iterations=200, batch=48, ema=0.9, optim=OptimConfig(lr=3e-3, decay="cosine"))
-    stage, average = dd1_stage(student, teacher, pairs, 5, config)
+    stage, average = dd1_stage(student, teacher, pairs, config)
     Trainer(tmp_path, 5, LoopConfig(preview_every=0), torch.device("cpu"), "").run(stage)
-    ids, labels = pairs.take(torch.arange(48), torch.device("cpu"))
+    ids, labels = pairs.samples.take(torch.arange(48), torch.device("cpu"))
 
     def agreement(seeds: list[int]) -> float:
         tokens = average.as_generator(noise_of(teacher, seeds), labels)

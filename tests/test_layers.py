@@ -8,7 +8,8 @@ import torch
 from dd2.cli import main
 from dd2.evaluation.frechet import fit_gaussian, frechet_distance
 from dd2.sampling import one_step
-from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.stages.config import CSDConfig, TuneConfig
+from dd2.stages.recipe import Networks, distill_stage, tune_stages
 from dd2.stages.validation import FIRST_SEED, TeacherDistance
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling

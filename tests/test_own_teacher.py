@@ -11,7 +11,8 @@ from dd2.checkpoints.native import Generator, load_generator, save_generator
 from dd2.errors import InputError
 from dd2.order import RasterOrder
 from dd2.sampling import ar_diffusion, one_step
-from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.stages.config import CSDConfig, TuneConfig
+from dd2.stages.recipe import Networks, distill_stage, tune_stages
 from dd2.student import Student
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.filtering import Sampling

@@ -17,7 +17,8 @@ from dd2.checkpoints.released import RELEASED, sketch
 from dd2.cli import main
 from dd2.config import load_config
 from dd2.jobs.plan import PlanConfig, needs
-from dd2.stages.recipe import CSDConfig, Networks, distill_stage
+from dd2.stages.config import CSDConfig
+from dd2.stages.recipe import Networks, distill_stage
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.footprint import footprint

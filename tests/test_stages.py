@@ -9,8 +9,9 @@ from torch import nn
 from dd2.losses import noised
 from dd2.scores import velocity
 from dd2.stages.align import load_average
+from dd2.stages.config import AlignConfig, CSDConfig, TuneConfig
 from dd2.stages.distill import generator_loss, guidance_loss
-from dd2.stages.recipe import AlignConfig, CSDConfig, Networks, TuneConfig
+from dd2.stages.recipe import Networks
 from dd2.stages.tune import tune_loss
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling

@@ -255,7 +255,8 @@ def test_signal_saves_and_says_how_to_resume(tmp_path, small_run, number):
 
 def test_bfloat16_follows_float32(tmp_path):
     """Autocast changes the networks' arithmetic, not the losses' meaning."""
-    from dd2.stages.recipe import CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+    from dd2.stages.config import CSDConfig, TuneConfig
+    from dd2.stages.recipe import Networks, distill_stage, tune_stages
     from dd2.student import Student
     from models import TINY_HEAD
 

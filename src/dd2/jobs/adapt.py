@@ -14,7 +14,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.jobs.run_folder import start_run
 from dd2.stages.adapt import adapt_loss, adapted_copy, compare, fit_loss, input_layer, require_table, table_of
-from dd2.stages.recipe import AdaptConfig
+from dd2.stages.config import AdaptConfig
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig, Trainer

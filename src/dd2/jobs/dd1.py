@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from dd2.baselines.dd1.student import DD1Config, DD1Student
-from dd2.baselines.dd1.train import DD1TrainConfig, dd1_stage, pairs_by_ode
-from dd2.baselines.dd1.trajectory import Solver
+from dd2.baselines.dd1.train import DD1TrainConfig, dd1_stage
 from dd2.checkpoints.native import Generator, save_generator
 from dd2.checkpoints.runs import open_teacher
 from dd2.device import pick_device
@@ -17,21 +16,7 @@ from dd2.jobs.run_folder import read_seconds, start_run, write_seconds
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import TeacherSamples
-
-
-@dataclass(frozen=True)
-class OdeConfig:
-    """How noise is turned into data."""
-
-    solver: Solver = "heun"
-    """heun (two velocities a step) or euler."""
-    steps: int = 50
-    """Steps per token from noise to data."""
-
-    def __post_init__(self) -> None:
-        """Refuse fewer than one step."""
-        if self.steps < 1:
-            raise InputError(f"ode.steps must be at least 1, got {self.steps}")
+from dd2.trajectory import OdeConfig, Pairs
 
 
 @dataclass(frozen=True)
@@ -102,22 +87,21 @@ def distil_dd1(config: DD1JobConfig) -> dict[str, float]:
         config.sample_batch,
     )
     teacher.backbone.standardise(teacher.tokenizer.codebook, some.ids)
-    pairs = TeacherSamples.prepare(
+    pairs = Pairs(
         config.out / "teacher_samples",
         teacher,
         config.sampling,
+        config.ode,
         config.pairs,
         config.seed,
-        config.sample_batch,
-        draw=pairs_by_ode(teacher, config.sampling, config.ode.steps, config.ode.solver),
-        title="pairs",
-        how={"ode": [config.ode.solver, config.ode.steps], "standardise_samples": config.standardise_samples},
+        batch=config.sample_batch,
+        standardised_by=config.standardise_samples,
     )
     seconds |= {"samples": seconds.get("samples", 0.0) + time.perf_counter() - start, "distill": 0.0}
     write_seconds(config.out, seconds)
     torch.manual_seed(config.seed)
     student = DD1Student.from_teacher(teacher, config.heads).to(device)
-    stage, average = dd1_stage(student, teacher, pairs, config.seed, config.train)
+    stage, average = dd1_stage(student, teacher, pairs, config.train)
     seconds["distill"] = trainer.run(stage)
     write_seconds(config.out, seconds)
     save_generator(config.out / "generator", Generator(average, teacher.tokenizer))

@@ -15,8 +15,8 @@ from dd2.errors import InputError
 from dd2.files import atomic_folder
 from dd2.jobs.adapt import adapt, check_adaptation
 from dd2.jobs.run_folder import read_seconds, start_run, write_seconds
-from dd2.stages.align import load_average
-from dd2.stages.recipe import AdaptConfig, AlignConfig, CSDConfig, Networks, TuneConfig, distill_stage, tune_stages
+from dd2.stages.config import AdaptConfig, AlignConfig, CSDConfig, RegressConfig, TuneConfig
+from dd2.stages.recipe import Networks, distill_stage, regress_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import steps
@@ -24,6 +24,7 @@ from dd2.training.layers import prepare_layers
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.parallel import shard, shard_backbone, whole_state
 from dd2.training.samples import LiveSamples, TeacherSamples, fingerprint, samples_identity
+from dd2.trajectory import Pairs
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class DistillConfig:
     """Distil a teacher into a one-step generator.
 
     Gives the teacher a continuous input layer if it has none (stage 0), samples it, tunes an AR-diffusion model on those
-    samples (stage 1), then trains generator and guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and
+    samples (stage 1), lets the generator regress the teacher's ODE if regress.iterations say so, then trains generator and
+    guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and
     dd2 evaluate read), ar_diffusion/, metrics.jsonl, checkpoints/, samples/, config.yaml and versions.json, and teacher/ after a
     stage 0. Run the same command again to resume.
     """
@@ -61,6 +63,8 @@ class DistillConfig:
     """Stage 0, for teachers with an embedding table."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Stage 1."""
+    regress: RegressConfig = field(default_factory=RegressConfig)
+    """A start of the generator that is not the paper's: the teacher's ODE, regressed."""
     distill: CSDConfig = field(default_factory=CSDConfig)
     """Stage 2."""
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -87,7 +91,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         resume: the command that resumes it, if it is not dd2 distill.
 
     Returns:
-        Seconds of "samples", "tune" and "distill" (and "adapt") over all sessions.
+        Seconds of "samples", "tune" and "distill" (and "adapt", "regress") over all sessions.
     """
     device = pick_device(config.device)
     teacher = open_teacher(config.teacher, device, config.captions)
@@ -118,6 +122,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     seconds["distill"] = 0.0
     write_seconds(config.out, seconds)
     teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
+    pairs = _pairs(config, teacher, len(samples.ids), seconds) if config.regress.iterations else None
     torch.manual_seed(config.seed)
     fresh = Student.from_teacher(teacher, config.head).to(device)
     student = copy.deepcopy(fresh)
@@ -136,6 +141,8 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
 
     networks = Networks.starting_from(student, fresh, config.distill.initialised, config.distill.further_emas)
     networks = networks.placed(lambda network: _placed(network, config, device))
+    if pairs:
+        seconds["regress"] = _regress(config, trainer, networks, teacher, samples, pairs)
     seconds["distill"] += trainer.run(distill_stage(networks, teacher, samples, config.distill))
     if config.align.iterations:
         seconds["distill"] += _align(config, trainer, networks, teacher, samples)
@@ -171,10 +178,42 @@ def _stage1_model(stage1: Path, like: Student, device: torch.device) -> Student:
     return student.requires_grad_(True)
 
 
+def _pairs(config: DistillConfig, teacher: Teacher, standardised_by: int, seconds: dict[str, float]) -> Pairs:
+    """The ODE's pairs of noise and data; their seconds are counted as samples."""
+    start = time.perf_counter()
+    pairs = Pairs(
+        config.out / "pairs",
+        teacher,
+        config.distill.sampling,
+        config.regress.ode,
+        config.regress.pairs,
+        config.seed,
+        batch=config.sample_batch,
+        standardised_by=standardised_by,
+    )
+    seconds["samples"] += time.perf_counter() - start
+    write_seconds(config.out, seconds)
+    return pairs
+
+
+def _regress(
+    config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples, pairs: Pairs
+) -> float:
+    """The generator learns the ODE's map, then the guidance network that generator's score."""
+    seconds = trainer.run(regress_stage(networks, teacher, pairs, config.regress))
+    networks.restart_from_average()
+    iterations = config.regress.guidance_iterations
+    if iterations:
+        guidance = replace(config.distill.guidance, decay="constant")
+        alone = replace(config.distill, iterations=iterations, guidance=guidance)
+        seconds += trainer.run(distill_stage(networks, teacher, samples, alone, name="guidance", generator_frozen=True))
+    return seconds
+
+
 def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples) -> float:
     """Alignment, then stage 2 with another K (App. C.3)."""
     if not steps(trainer.folder / "checkpoints" / "align"):
-        load_average(networks.generator, networks.ema)
+        networks.restart_from_average()
     alone = replace(config.distill, iterations=config.align.iterations)
     seconds = trainer.run(distill_stage(networks, teacher, samples, alone, name="align", generator_frozen=True))
     further, seen = config.align.second_half(config.distill), config.distill.iterations

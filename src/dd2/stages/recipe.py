@@ -1,181 +1,28 @@
-"""The recipe of Sec. 5: which networks each stage trains, with which losses and hyper-parameters (Tables 10, 11)."""
+"""The recipe of Sec. 5: which networks each stage trains, with which losses."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dd2.errors import InputError
-from dd2.losses import Distance
 from dd2.sampling import ar_diffusion, one_step
+from dd2.stages.align import load_average
+from dd2.stages.config import CSDConfig, RegressConfig, TuneConfig
 from dd2.stages.distill import generator_loss, guidance_loss
+from dd2.stages.regress import regress_loss
 from dd2.stages.tune import tune_loss
 from dd2.stages.validation import TeacherDistance
 from dd2.student import Student
 from dd2.teachers.base import Teacher
-from dd2.teachers.filtering import Sampling
 from dd2.training.ema import ema_copy, ema_lag, ema_update
 from dd2.training.samples import LiveSamples, TeacherSamples
-from dd2.training.schedule import NoiseLevelConfig, OptimConfig, ema_rate
+from dd2.training.schedule import ema_rate
 from dd2.training.stage import Losses, Stage, Update
 from dd2.training.timing import part
+from dd2.trajectory import Pairs
 
 PREVIEW_IMAGES = 40
-
-
-@dataclass(frozen=True)
-class AdaptConfig:
-    """Stage 0, for teachers with an embedding table (official LlamaGen files); others skip it."""
-
-    hidden: int = 0
-    """Hidden channels of the continuous input layer; 0 means as many as the transformer's width."""
-    fit_iterations: int = 10_000
-    """Part (a): iterations that fit the new layer to the embedding table."""
-    fit_batch: int = 4096
-    """Codes per iteration of part (a)."""
-    fit: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, decay="cosine"))
-    """Optimiser of part (a)."""
-    data: str = "teacher"
-    """Sequences of part (b). "teacher": its own samples, with its distribution as the target. "digits", or a folder or zip of
-    CLASS/IMAGE files: code ids of real images (the paper)."""
-    sequences: int = 50_000
-    """Sequences of part (b)."""
-    iterations: int = 20_000
-    """Part (b): iterations that train the whole model."""
-    batch: int = 32
-    """Sequences per micro-batch of part (b)."""
-    accumulate: int = 8
-    """Micro-batches per optimiser step of part (b)."""
-    class_dropout: float = 0.1
-    """Share of sequences under the null condition, so that classifier-free guidance stays what it was."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, decay="cosine"))
-    """Optimiser of part (b)."""
-
-    def __post_init__(self) -> None:
-        """Refuse counts without meaning."""
-        _counts("adapt", self, ("fit_batch", "sequences", "batch", "accumulate"), ("hidden", "fit_iterations", "iterations"))
-        if not 0 <= self.class_dropout < 1:
-            raise InputError(f"adapt.class_dropout must be in [0, 1), got {self.class_dropout}")
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """Stage 1, AR-diffusion tuning. Defaults: LlamaGen-L of Table 10."""
-
-    head_iterations: int = 0
-    """Iterations that train the head alone, first (VAR: 300k)."""
-    iterations: int = 100_000
-    """Iterations that train everything."""
-    batch: int = 64
-    """Sequences per micro-batch."""
-    accumulate: int = 8
-    """Micro-batches per optimiser step, shared out over the processes."""
-    draws: int = 4
-    """Noise draws m per sequence that share one backbone pass."""
-    loss: Literal["gts", "diffusion"] = "gts"
-    """gts: the teacher's closed-form velocity (Eq. 6). diffusion: the Monte-Carlo target (Table 7)."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(cfg_scale=2.0, top_k=8000))
-    """The teacher's distribution, for the samples and for the target."""
-    noise_level: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
-    """Distribution of t."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
-    """Optimiser."""
-
-    def __post_init__(self) -> None:
-        """Refuse counts without meaning."""
-        _counts("tune", self, ("batch", "accumulate", "draws"), ("head_iterations", "iterations"))
-
-
-@dataclass(frozen=True)
-class CSDConfig:
-    """Stage 2, conditional score distillation. Defaults: LlamaGen-L of Table 11."""
-
-    iterations: int = 12_000
-    """Generator updates."""
-    k: int = 5
-    """Guidance updates per generator update (App. C.4)."""
-    batch: int = 128
-    """Sequences per micro-batch."""
-    accumulate: int = 8
-    """Micro-batches per optimiser step, shared out over the processes."""
-    guidance_draws: int = 4
-    """Noise draws m per sequence of the guidance loss."""
-    generator_draws: int = 1
-    """Noise draws per sequence of the generator loss."""
-    d: Distance = "sid"
-    """Distance of Eq. 4: sid (Eq. 3) or dmd (reverse KL)."""
-    alpha: float = 1.0
-    """SiD's alpha."""
-    weight_floor: float = 1e-2
-    """Lower bound of mean_C |q - x0_hat|, whose inverse weighs a token; raise it to trust small t less."""
-    snap_teacher: bool = False
-    """Condition the teacher on the nearest codes of the generated q_<i, which are all it was trained on."""
-    snap_guidance: bool = False
-    """Condition the guidance network on the nearest codes of the generated q_<i."""
-    initialised: Literal["both", "guidance", "generator"] = "both"
-    """Which networks start from the stage-1 model; the other starts as stage 1 did, the teacher's layers under a fresh head
-    (Table 4)."""
-    ema: float = 0.9999
-    """Limit of the generator's progressive EMA rate."""
-    further_emas: tuple[float, ...] = ()
-    """Limits of further averages, kept in the checkpoints: dd2 export chooses among them."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(cfg_scale=2.0, top_k=900))
-    """The teacher's distribution to match."""
-    noise_level: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
-    """Distribution of t."""
-    generator: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, warmup=8000))
-    """The generator's optimiser; warm-up counts generator updates (40k guidance updates / K)."""
-    guidance: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
-    """The guidance network's optimiser; its schedule counts generator updates."""
-    validation: int = 2048
-    """Images of the average generator that every checkpoint is judged by: their Fréchet distance, in the teacher's own features,
-    to as many of its samples. The best checkpoint is kept. 0 measures nothing."""
-
-    def __post_init__(self) -> None:
-        """Refuse counts without meaning."""
-        _counts(
-            "distill",
-            self,
-            ("k", "batch", "accumulate", "guidance_draws", "generator_draws"),
-            ("iterations", "validation"),
-        )
-        if self.validation == 1:
-            raise InputError("distill.validation must be 0 or at least 2: one image has no spread")
-        if self.d not in ("sid", "dmd"):
-            raise InputError(f'distill.d must be "sid" or "dmd", got {self.d!r}')
-        limits = (self.ema, *self.further_emas)
-        if not 0 <= self.ema < 1:
-            raise InputError(f"distill.ema must be in [0, 1), got {self.ema}")
-        if not all(0 <= limit < 1 for limit in limits) or len(set(limits)) < len(limits):
-            raise InputError(f"distill.further_emas must be different numbers in [0, 1), and not distill.ema, got {limits}")
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Performance alignment (App. C.3) and the second half of stage 2 that follows it; off by default."""
-
-    iterations: int = 0
-    """Guidance updates on the frozen EMA generator; 0 skips alignment."""
-    then_iterations: int = 0
-    """Generator updates afterwards."""
-    then_k: int = 2
-    """Guidance updates per generator update afterwards."""
-    then_lr: float = 1.0
-    """Factor on both learning rates afterwards; there is no second warm-up."""
-
-    def __post_init__(self) -> None:
-        """Refuse counts without meaning."""
-        _counts("align", self, ("then_k",), ("iterations", "then_iterations"))
-        if self.then_lr <= 0:
-            raise InputError(f"align.then_lr must be positive, got {self.then_lr}")
-
-    def second_half(self, csd: CSDConfig) -> CSDConfig:
-        """Stage 2 as it goes on after alignment."""
-        generator = replace(csd.generator, lr=csd.generator.lr * self.then_lr, warmup=0)
-        guidance = replace(csd.guidance, lr=csd.guidance.lr * self.then_lr, warmup=0)
-        return replace(csd, iterations=self.then_iterations, k=self.then_k, generator=generator, guidance=guidance)
 
 
 @dataclass
@@ -206,6 +53,11 @@ class Networks:
         """Every network as `place` gives it."""
         averages = {limit: place(average) for limit, average in self.further.items()}
         return Networks(place(self.generator), place(self.guidance), place(self.ema), averages)
+
+    def restart_from_average(self) -> None:
+        """Give the generator, and the further averages, the weights of the average."""
+        for network in (self.generator, *self.further.values()):
+            load_average(network, self.ema)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """By checkpoint file name."""
@@ -250,6 +102,34 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples | Li
         if iterations:
             stages.append(Stage(name, iterations, [update], {"student": student}, preview=preview))
     return stages
+
+
+def regress_stage(networks: Networks, teacher: Teacher, pairs: Pairs, config: RegressConfig) -> Stage:
+    """The generator regresses the teacher's ODE, and its average with it."""
+
+    def loss(random: torch.Generator) -> Losses:
+        with part("data"):
+            noise, ids, labels = pairs.batch(config.batch, random)
+            cond = teacher.backbone.conditions(labels)
+        return regress_loss(networks.generator, teacher, noise, ids, cond)
+
+    def average(step: int) -> None:
+        ema_update(networks.ema, networks.generator, ema_rate(step, config.ema))
+
+    update = Update("generator", list(networks.generator.parameters()), config.optim, loss, accumulate=config.accumulate)
+    modules = {"generator": networks.generator, "generator_ema": networks.ema}
+    preview = _preview(networks, teacher)
+    return Stage("regress", config.iterations, [update], modules, after=average, preview=preview)
+
+
+def _preview(networks: Networks, teacher: Teacher) -> Callable[[], Tensor]:
+    """Images of the average generator."""
+
+    def preview() -> Tensor:
+        cond = teacher.backbone.default_conditions(PREVIEW_IMAGES)
+        return teacher.decode(one_step(networks.ema, cond, range(len(cond))))
+
+    return preview
 
 
 def distill_stage(
@@ -301,10 +181,6 @@ def distill_stage(
         for limit, average in {config.ema: networks.ema, **networks.further}.items():
             ema_update(average, generator, ema_rate(averaged + step, limit))
 
-    def preview() -> Tensor:
-        cond = teacher.backbone.default_conditions(PREVIEW_IMAGES)
-        return teacher.decode(one_step(networks.ema, cond, range(len(cond))))
-
     distance = TeacherDistance(teacher, samples, config.validation, config.batch)
     validates = config.validation and not generator_frozen
     accumulate = config.accumulate
@@ -320,16 +196,7 @@ def distill_stage(
         updates,
         networks.modules(),
         after=average,
-        preview=preview,
+        preview=_preview(networks, teacher),
         measures=lambda: {"generator/ema_lag": ema_lag(networks.ema, generator)},
         validate=(lambda: distance(networks.ema)) if validates else None,
     )
-
-
-def _counts(section: str, config: object, positive: tuple[str, ...], non_negative: tuple[str, ...]) -> None:
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise InputError(f"{section}.{name} must be at least 1, got {getattr(config, name)}")
-    for name in non_negative:
-        if getattr(config, name) < 0:
-            raise InputError(f"{section}.{name} must not be negative, got {getattr(config, name)}")

@@ -7,16 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dd2.baselines.dd1.student import DD1Student
-from dd2.baselines.dd1.trajectory import Solver, data_of_noise
 from dd2.errors import InputError
 from dd2.sampling import one_step
-from dd2.seeding import image_noise
 from dd2.teachers.base import Teacher
-from dd2.teachers.filtering import Sampling
 from dd2.training.ema import ema_copy, ema_update
-from dd2.training.samples import Draw, TeacherSamples, sample_seed
 from dd2.training.schedule import OptimConfig, ema_rate
 from dd2.training.stage import Losses, Stage, Update
+from dd2.trajectory import Pairs
 
 PREVIEW_IMAGES = 40
 
@@ -46,20 +43,6 @@ class DD1TrainConfig:
             raise InputError(
                 f"train.ema must be in [0, 1) and regression_weight positive, got {self.ema} and {self.regression_weight}"
             )
-
-
-def pairs_by_ode(teacher: Teacher, sampling: Sampling, steps: int, solver: Solver) -> Draw:
-    """How the data of pairs are drawn: the ODE's data of the noise that belongs to each seed."""
-
-    def draw(cond: Tensor, seeds: list[int]) -> Tensor:
-        return data_of_noise(teacher, noise_of(teacher, seeds), cond, sampling, steps=steps, solver=solver)
-
-    return draw
-
-
-def noise_of(teacher: Teacher, seeds: list[int]) -> Tensor:
-    """The noise (B, n, C) of each seed: pairs are kept as ids alone, their noise is drawn again."""
-    return image_noise(seeds, (teacher.order.n, teacher.codebook.shape[1])).to(teacher.codebook.device)
 
 
 def dd1_loss(student: DD1Student, ids: Tensor, noise: Tensor, cond: Tensor, random: torch.Generator, weight: float) -> Losses:
@@ -93,16 +76,12 @@ def dd1_loss(student: DD1Student, ids: Tensor, noise: Tensor, cond: Tensor, rand
     return loss, {name: value.detach() for name, value in numbers.items()}
 
 
-def dd1_stage(
-    student: DD1Student, teacher: Teacher, pairs: TeacherSamples, seed: int, config: DD1TrainConfig
-) -> tuple[Stage, DD1Student]:
-    """The training of a student on pairs of a run's seed, and the average that it ends with."""
+def dd1_stage(student: DD1Student, teacher: Teacher, pairs: Pairs, config: DD1TrainConfig) -> tuple[Stage, DD1Student]:
+    """The training of a student on pairs, and the average that it ends with."""
     average = ema_copy(student)
 
     def loss(random: torch.Generator) -> Losses:
-        rows = pairs.random_rows(config.batch, random)
-        ids, labels = pairs.take(rows, random.device)
-        noise = noise_of(teacher, [sample_seed(seed, int(row)) for row in rows])
+        noise, ids, labels = pairs.batch(config.batch, random)
         return dd1_loss(student, ids, noise, teacher.backbone.conditions(labels), random, config.regression_weight)
 
     def preview() -> Tensor:

@@ -1,9 +1,12 @@
-"""DD1's map from noise to data: the flow-matching ODE of Eq. 1's velocity, solved token by token in AR order.
+"""The teacher's deterministic map from noise to data: the flow-matching ODE of Eq. 1's velocity, token by token in AR order.
 
-Its training code was never released; this follows the paper's text (METHOD 2 and 7).
+It is what DD1 regresses (arXiv 2412.17153, whose training code was never released; this follows its text), and what a DD2
+generator can start from (`dd2.stages.regress`).
 """
 
 import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,13 +14,79 @@ from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.scores import velocity
+from dd2.seeding import image_noise
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.training.samples import TeacherSamples, sample_seed
 
 Solver = Literal["euler", "heun"]
 
 START = 1 - 2**-20
 """Noise level where the ODE starts. Eq. 1 needs t < 1, and at t = 1 the velocity is its limit, x - E[c]."""
+
+
+@dataclass(frozen=True)
+class OdeConfig:
+    """How noise is turned into data."""
+
+    solver: Solver = "heun"
+    """heun (two velocities a step) or euler."""
+    steps: int = 50
+    """Steps per token from noise to data."""
+
+    def __post_init__(self) -> None:
+        """Refuse fewer than one step."""
+        if self.steps < 1:
+            raise InputError(f"ode.steps must be at least 1, got {self.steps}")
+
+
+class Pairs:
+    """Noise with its data, made by the ODE once and kept on disk as the data's ids: the noise is drawn again from its seed.
+
+    Args:
+        folder: where they are kept.
+        teacher: standardised already, as that decides the scale of the noise.
+        sampling: the distribution whose ODE is solved.
+        ode: solver and steps.
+        count: pairs.
+        seed: the run's seed.
+        batch: pairs made at a time.
+        standardised_by: number of teacher samples that decided the standardisation.
+
+    Raises:
+        InputError: the folder holds other pairs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Teacher,
+        sampling: Sampling,
+        ode: OdeConfig,
+        count: int,
+        seed: int,
+        *,
+        batch: int = 64,
+        standardised_by: int = 0,
+    ) -> None:
+        self.teacher, self.seed = teacher, seed
+
+        def draw(cond: Tensor, seeds: list[int]) -> Tensor:
+            return data_of_noise(teacher, noise_of(teacher, seeds), cond, sampling, steps=ode.steps, solver=ode.solver)
+
+        how = {"ode": list(asdict(ode).values()), "standardise_samples": standardised_by}
+        self.samples = TeacherSamples.prepare(folder, teacher, sampling, count, seed, batch, draw=draw, title="pairs", how=how)
+
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Random pairs on the random stream's device: noise (size, n, C), its ids (size, n), labels (size,)."""
+        rows = self.samples.random_rows(size, random)
+        ids, labels = self.samples.take(rows, random.device)
+        return noise_of(self.teacher, [sample_seed(self.seed, int(row)) for row in rows]), ids, labels
+
+
+def noise_of(teacher: Teacher, seeds: list[int]) -> Tensor:
+    """The noise (B, n, C) that belongs to each seed."""
+    return image_noise(seeds, (teacher.order.n, teacher.codebook.shape[1])).to(teacher.codebook.device)
 
 
 @torch.no_grad()

@@ -1,19 +1,21 @@
 """Proposition 1 made measurable: distil a teacher whose sequences can all be enumerated."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dd2.sampling import one_step
-from dd2.stages.config import CSDConfig, TuneConfig
-from dd2.stages.recipe import Networks, distill_stage, tune_stages
+from dd2.stages.config import CSDConfig, RegressConfig, TuneConfig
+from dd2.stages.recipe import Networks, distill_stage, regress_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.table import TableTeacher, total_variation
 from dd2.tokenizers.base import nearest_ids
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import TeacherSamples
+from dd2.trajectory import Pairs
 
 
 def distil_table(
@@ -23,6 +25,7 @@ def distil_table(
     tune: TuneConfig,
     csd: CSDConfig,
     *,
+    regress: RegressConfig | None = None,
     seed: int = 0,
     measured: Callable[[int, float], None] = lambda step, distance: None,
     measure_every: int = 10**9,
@@ -33,6 +36,7 @@ def distil_table(
         run: run folder.
         joint: (V, …, V) the teacher's distribution over n tokens.
         head, tune, csd: sizes and hyper-parameters.
+        regress: the generator's start from the teacher's ODE; None is the paper's start.
         seed: seed of everything.
         measured: told the generator's total variation every `measure_every` iterations.
 
@@ -50,6 +54,13 @@ def distil_table(
     for stage in tune_stages(student, teacher, samples, tune):
         trainer.run(stage)
     networks = Networks.from_tuned(student)
+    if regress:
+        pairs = Pairs(run / "pairs", teacher, csd.sampling, regress.ode, regress.pairs, seed, batch=4096)
+        trainer.run(regress_stage(networks, teacher, pairs, regress))
+        networks.restart_from_average()
+        alone = replace(csd, iterations=regress.guidance_iterations)
+        trainer.run(distill_stage(networks, teacher, samples, alone, name="guidance", generator_frozen=True))
+    measured(0, distance_of(networks.ema, teacher))
     stage = distill_stage(networks, teacher, samples, csd)
     average = stage.after
 

@@ -40,23 +40,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(processes: int, *arguments: object) -> subprocess.Popen:
-    """Dd2 under torchrun, in a process group of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        processes,
-        "--master-port",
-        free_port(),
-        "-m",
-        "dd2",
-    ]
+def launch(*arguments: object) -> subprocess.Popen:
+    """Torchrun, in a process group of its own."""
+    command = [str(part) for part in (sys.executable, "-m", "torch.distributed.run", *arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [str(part) for part in (*command, *arguments)], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def start(processes: int, *arguments: object) -> subprocess.Popen:
+    """Dd2 under torchrun."""
+    return launch("--nproc-per-node", processes, "--master-port", free_port(), "-m", "dd2", *arguments)
 
 
 def finish(run: Path, processes: int, *arguments: object) -> str:
@@ -99,11 +92,20 @@ def flags(tmp_path_factory) -> list[str]:
     return flags_of(tiny_teacher(), tmp_path_factory.mktemp("teacher") / "teacher")
 
 
-@pytest.mark.parametrize(("build", "parallel"), [(tiny_teacher, "ddp"), (tiny_var, "fsdp2")])
-def test_two_processes_train_as_one(tmp_path, build, parallel):
-    flags = flags_of(build(), tmp_path / "teacher")
+REGRESSED = (
+    *("--regress.iterations", "2", "--regress.pairs", "32", "--regress.batch", "4", "--regress.accumulate", "2"),
+    *("--regress.ode.steps", "4", "--regress.guidance-iterations", "2", "--sample-in-loop"),
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "parallel", "more"),
+    [(tiny_teacher, ("ddp",), ()), (tiny_var, ("fsdp2", "--loop.recompute", "--loop.save-async", "yes"), REGRESSED)],
+)
+def test_two_processes_train_as_one(tmp_path, build, parallel, more):
+    flags = [*flags_of(build(), tmp_path / "teacher"), *more]
     assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0
-    finish(tmp_path / "two", 2, *flags, "--loop.parallel", parallel)
+    finish(tmp_path / "two", 2, *flags, "--loop.parallel", *parallel)
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["stage"] for row in one] == [row["stage"] for row in two]
     for a, b in zip(one, two, strict=True):
@@ -158,6 +160,35 @@ def test_pre_emption_saves_once_for_all(tmp_path, flags):
     (saved,) = checkpoint.steps(run / "checkpoints" / "tune")
     assert f"saved at step {saved} of 100000" in errors
     assert f"resume with: dd2 distill {run}/config.yaml" in errors
+
+
+def test_two_agents_make_one_job(tmp_path, flags):
+    """As on two hosts: two torchrun agents that know each other by an address alone, a process each; one of them is killed."""
+    assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0
+    run = tmp_path / "run"
+
+    def agents(*more: object) -> list[subprocess.Popen]:
+        port = free_port()
+        return [
+            launch("--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port,
+                   "-m", "dd2", "distill", "--out", run, *flags, *more)
+            for node in (0, 1)
+        ]  # fmt: skip
+
+    jobs = agents("--loop.parallel", "fsdp2")
+    wait_for(run / "checkpoints" / "distill" / "00000002", jobs[0])
+    for number in (*workers(jobs[1]), jobs[1].pid):  # a host is gone, worker and agent
+        os.kill(number, signal.SIGKILL)
+    jobs[0].communicate(timeout=120)
+    jobs[1].communicate(timeout=60)
+    assert jobs[0].returncode != 0
+    assert not (run / "generator").exists()
+    for job in agents("--loop.parallel", "fsdp2"):
+        job.communicate(timeout=240)
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(tmp_path / "one")]
+    a, b = weights(tmp_path / "one"), weights(run)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
 NAN = """

@@ -1,9 +1,12 @@
 """A teacher whose joint distribution over all V^n sequences is a table: Proposition 1 can be checked exactly on it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dd2.teachers.base import Teacher
+from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig
 from dd2.tokenizers.base import Tokenizer, nearest_ids
 
@@ -66,6 +69,24 @@ class TableTeacher(Teacher):
         p = torch.stack(rows, 1)
         p = torch.where(p.sum(-1, keepdim=True) > 0, p, torch.full_like(p, 1 / p.shape[-1]))
         return p.log()
+
+    @torch.no_grad()
+    def walk(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        choose: Callable[[slice, Tensor], Tensor],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+        last_step: int | None = None,
+    ) -> Tensor:
+        """As `Teacher.walk`: a table needs no cache."""
+        ids = torch.zeros(len(cond), self.order.n, dtype=torch.long)
+        if prefix is not None:
+            ids[:, :first_step] = nearest_ids(prefix, self.codebook)
+        for step in self.order.steps[first_step:last_step]:
+            ids[:, step] = choose(step, self.log_p(self.codebook[ids], cond, sampling)[:, step])
+        return ids[:, first_step:last_step]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Sequences (count, n) from the joint distribution."""

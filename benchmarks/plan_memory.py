@@ -3,12 +3,13 @@
     python benchmarks/plan_memory.py
 
 Each case is a process of its own that runs two iterations of stage 2, optimisers included, and reports by how much its resident
-memory grew at most. Prints a table and writes benchmarks/results/plan_memory.json.
+memory grew at most. Writes benchmarks/results/plan_memory.json and the table in docs/scale.md.
 """
 
 import argparse
 import copy
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from dd2.training.samples import TeacherSamples
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"channels": 8, "multipliers": (1, 1, 1, 1, 1), "z_channels": 8, "groups": 4, "image_size": 256}
 CASES = {
+    "tiny batch": {"family": "llamagen", "batch": 2, "d": "sid", "recompute": True},
     "llamagen": {"family": "llamagen", "batch": 8, "d": "sid"},
     "llamagen, recompute": {"family": "llamagen", "batch": 8, "d": "sid", "recompute": True},
     "llamagen, dmd, 4 draws": {"family": "llamagen", "batch": 8, "d": "dmd", "generator_draws": 4},
@@ -98,15 +100,19 @@ def main() -> None:
         print(grown(CASES[chosen]))
         return
     rows = []
-    print("| case | planned | measured | planned / measured |\n|---|---:|---:|---:|")
+    lines = ["| case | planned | measured | planned / measured |", "|---|---:|---:|---:|"]
     for name, case in CASES.items():
         command = [sys.executable, __file__, "--case", name]
         measured = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         planned = needs(config_of(case), copy.deepcopy(build(case["family"])).to("meta")).total
         rows.append({"case": name, "planned": planned, "measured": measured, "ratio": planned / measured})
-        print(f"| {name} | {planned / 1e9:.2f} GB | {measured / 1e9:.2f} GB | {planned / measured:.2f} |", flush=True)
+        lines.append(f"| {name} | {planned / 1e9:.2f} GB | {measured / 1e9:.2f} GB | {planned / measured:.2f} |")
+        print(lines[-1], flush=True)
     results = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "rows": rows}
     (ROOT / "benchmarks" / "results" / "plan_memory.json").write_text(json.dumps(results, indent=2) + "\n")
+    page = ROOT / "docs" / "scale.md"
+    marked = re.compile(r"(<!-- plan_memory -->\n).*?(<!-- /plan_memory -->)", re.DOTALL)
+    page.write_text(marked.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], page.read_text()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ PANELS = (
     ("tune", "student/loss", "Stage 1: velocity regression (GTS)"),
     ("dd1", "student/cross_entropy", "DD1: cross-entropy of the first head"),
     ("dd1", "student/squared_error", "DD1: squared error of the second head"),
+    ("regress", "generator/right_codes", "Before stage 2: codes that the regression gets right"),
+    ("distill", "validation", "Stage 2: distance in the teacher's features"),
+    ("distill", "generator/score_difference", "Stage 2: score difference"),
     ("distill", "guidance/loss", "Stage 2: guidance network (FCS)"),
     ("distill", "generator/loss", "Stage 2: generator (CSD)"),
     ("distill", "generator/to_nearest_code", "Stage 2: distance to the nearest code"),
@@ -21,6 +24,16 @@ EXPLAINED = {
     ),
     "DD1: cross-entropy of the first head": "Falls like any regression; what is left at the end is what one pass cannot tell.",
     "DD1: squared error of the second head": "The same, in standard deviations of tokens.",
+    "Before stage 2: codes that the regression gets right": (
+        "Rises and levels off at what one pass can tell of the teacher's own map from noise to data."
+    ),
+    "Stage 2: distance in the teacher's features": (
+        "The progress meter: the average generator's Fréchet distance to teacher samples, at every checkpoint. Falls, and then "
+        "stays; if it rises for long, export the best checkpoint (dd2 export RUN OUT --step best)."
+    ),
+    "Stage 2: score difference": (
+        "Root mean square of the two posterior means' difference: should fall as generator and teacher come together."
+    ),
     "Stage 2: guidance network (FCS)": (
         "Starts high, drops within tens of iterations, then falls slowly as the generator's tokens become codes. Its level is "
         "the variance of eps - x_0 given x_t. A slow rise means the guidance network falls behind: raise K or its rate."

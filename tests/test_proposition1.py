@@ -5,6 +5,7 @@ import torch
 
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.table import TableTeacher, independent, total_variation
+from dd2.trajectory import data_of_noise
 from enumeration import distil_table
 from proposition1 import configurations, random_joint
 
@@ -30,6 +31,12 @@ def test_table_teacher_is_its_table():
     log_p = teacher.log_p(teacher.codebook[every], cond[:64], Sampling())
     product = log_p.gather(-1, every.unsqueeze(-1)).sum((1, 2)).exp()
     torch.testing.assert_close(product, joint.flatten())
+    drawn = teacher.generate(cond[:20_000], Sampling(), range(20_000))
+    assert total_variation(drawn, joint) < 0.03  # whose own sampling error is about 0.02
+    noise = torch.randn(20_000, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert total_variation(data_of_noise(teacher, noise, cond[:20_000], Sampling(), steps=30), joint) < 0.03
+    kept = teacher.codebook[drawn[:, :1]]
+    assert teacher.generate(cond[:20_000], Sampling(), range(20_000), prefix=kept, first_step=1).equal(drawn[:, 1:])
     impossible = TableTeacher(EQUAL_PAIRS)
     assert torch.isfinite(impossible.logits(torch.randn(9, 2, 2), cond[:9]).amax(-1)).all()
 

@@ -108,7 +108,7 @@ class Trainer:
         if step == stage.iterations:
             return before
         self.log.rewind(stage.name, step)
-        start, logged = time.perf_counter() - before, step
+        start, logged, then = time.perf_counter() - before, step, before
         with (
             self._signals(),
             CheckpointWriter(folder, self.config.keep, self._saves_in_background) as writer,
@@ -127,9 +127,9 @@ class Trainer:
                 if step % self.config.log_every == 0 or last or step == 1 or "validation" in numbers:
                     row = {name: float(value) for name, value in {**numbers, **stage.measures()}.items()}
                     elapsed = round(time.perf_counter() - start, 3)
-                    spent = self.times.mean(step - logged)
+                    spent = self.times.mean(step - logged) | {"seconds/iteration": (elapsed - then) / (step - logged)}
                     self.log.append({"stage": stage.name, "step": step, **row, **spent, "seconds": elapsed})
-                    logged = step
+                    logged, then = step, elapsed
                     shown = {name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name}
                     bar.set_postfix(shown, refresh=False)
                 if stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last):

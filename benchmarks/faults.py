@@ -158,9 +158,9 @@ def _write(row: dict) -> None:
     lines = [
         "# Kill -9 at random moments",
         "",
-        "`python benchmarks/faults.py --kills N --processes P --parallel KIND --save-async yes|no`: a tiny distillation is killed",
-        "at random moments and started again until it ends; metrics and weights must equal those of an undisturbed run bit for",
-        "bit, or the script stops. With several processes one worker is killed, and the job must end by itself.",
+        "`python benchmarks/faults.py --kills N --processes P --parallel KIND --save-async yes|no`: a tiny distillation is",
+        "killed at random moments and started again until it ends; metrics and weights must equal those of an undisturbed run",
+        "bit for bit, or the script stops. With several processes one worker is killed, and the job must end by itself.",
         "",
         "| setting | kills | inside a save | runs | all bit-exact | longest until the job had ended |",
         "|---|---:|---:|---:|---|---:|",

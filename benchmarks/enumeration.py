@@ -1,7 +1,6 @@
 """Proposition 1 made measurable: distil a teacher whose sequences can all be enumerated."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dd2.sampling import one_step
 from dd2.stages.config import CSDConfig, RegressConfig, TuneConfig
-from dd2.stages.recipe import Networks, distill_stage, regress_stage, tune_stages
+from dd2.stages.recipe import Networks, catching_up_stage, distill_stage, regress_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.table import TableTeacher, total_variation
 from dd2.tokenizers.base import nearest_ids
@@ -58,8 +57,7 @@ def distil_table(
         pairs = Pairs(run / "pairs", teacher, csd.sampling, regress.ode, regress.pairs, seed, batch=4096)
         trainer.run(regress_stage(networks, teacher, pairs, regress))
         networks.restart_from_average()
-        alone = replace(csd, iterations=regress.guidance_iterations)
-        trainer.run(distill_stage(networks, teacher, samples, alone, name="guidance", generator_frozen=True))
+        trainer.run(catching_up_stage(networks, teacher, samples, csd, regress))
     measured(0, distance_of(networks.ema, teacher))
     stage = distill_stage(networks, teacher, samples, csd)
     average = stage.after

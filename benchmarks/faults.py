@@ -1,6 +1,6 @@
 """Kill -9 at random moments, saves included: is every resumed run, bit for bit, the undisturbed one?
 
-    python benchmarks/faults.py [--kills 50] [--processes 1] [--parallel ddp] [--save-async no]
+    python benchmarks/faults.py [--kills 50] [--processes 1] [--parallel ddp] [--save-async never]
 
 A tiny distillation (all stages, alignment too, a checkpoint every second iteration) is killed again and again at random moments
 and started again until it ends; then the next one is, until there were enough kills. With several processes one of torchrun's
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp")
-    parser.add_argument("--save-async", choices=("yes", "no"), default="no")
+    parser.add_argument("--save-async", choices=("always", "never"), default="never")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
@@ -83,7 +83,7 @@ def main() -> None:
                 sys.exit(f"run {runs} ended differently from the undisturbed one after {kills} kills: see {run}")
             print(f"{kills} kills, {inside_saves} of them inside a save, {runs} runs, all bit-exact", flush=True)
     setting = f"{arguments.processes} process{'es' if arguments.processes > 1 else ''}, {arguments.parallel}"
-    setting += ", saved in the background" if arguments.save_async == "yes" else ""
+    setting += ", saved in the background" if arguments.save_async == "always" else ""
     row = {
         "setting": setting,
         "kills": kills,
@@ -158,7 +158,7 @@ def _write(row: dict) -> None:
     lines = [
         "# Kill -9 at random moments",
         "",
-        "`python benchmarks/faults.py --kills N --processes P --parallel KIND --save-async yes|no`: a tiny distillation is",
+        "`python benchmarks/faults.py --kills N --processes P --parallel KIND --save-async WHEN`: a tiny distillation is",
         "killed at random moments and started again until it ends; metrics and weights must equal those of an undisturbed run",
         "bit for bit, or the script stops. With several processes one worker is killed, and the job must end by itself.",
         "",

@@ -45,7 +45,7 @@ CASES = {
 
 
 def build(family: str) -> Teacher:
-    """A teacher of an eighth of the released widths, with full-length sequences."""
+    """A teacher of width 384 with full-length sequences."""
     if family == "llamagen":
         tokenizer = VQTokenizer(VQConfig(codebook_size=4096, code_dim=8, **SMALL))  # pyright: ignore[reportArgumentType]
         sizes = LlamaGenConfig(depth=8, width=384, heads=6, rows=16, columns=16)

@@ -100,7 +100,7 @@ REGRESSED = (
 
 @pytest.mark.parametrize(
     ("build", "parallel", "more"),
-    [(tiny_teacher, ("ddp",), ()), (tiny_var, ("fsdp2", "--loop.recompute", "--loop.save-async", "yes"), REGRESSED)],
+    [(tiny_teacher, ("ddp",), ()), (tiny_var, ("fsdp2", "--loop.recompute", "--loop.save-async", "always"), REGRESSED)],
 )
 def test_two_processes_train_as_one(tmp_path, build, parallel, more):
     flags = [*flags_of(build(), tmp_path / "teacher"), *more]

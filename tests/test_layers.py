@@ -76,10 +76,12 @@ def test_recomputing_runs_the_layers_again():
 def test_compiled_layers_give_the_same_gradients(build, recompute):
     """Traced and differentiated ahead of time, without a code generator, which a CPU takes too long for."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, compiled = gradients(build, False, False, "dmd"), gradients(build, recompute, True, "dmd")
     for a, b in zip(plain, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    # One graph for each kind of pass (with and without gradient, …), not for each layer; dynamo gives up after 8.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 def test_compilation_is_refused_where_it_is_of_no_use(capsys, tmp_path):
@@ -88,6 +90,7 @@ def test_compilation_is_refused_where_it_is_of_no_use(capsys, tmp_path):
         ("train-classifier", ["--loop.recompute"], "trains none"),
         ("distill", ["--stage1", "x", "--sample-in-loop"], "give one of them"),
         ("distill", ["--distill.validation", "1"], "at least 2"),
+        ("distill", ["--teacher-samples", "1"], "at least 2 teacher_samples"),
         ("distill", ["--loop.save-async", "maybe"], "save-async"),
     ):
         assert main([command, "--device", "cpu", "--out", str(tmp_path / "run"), *flags]) == 2
@@ -116,8 +119,8 @@ def test_stage_one_trains_on_samples_of_the_loop():
     student = Student.from_teacher(teacher, TINY_HEAD)
     config = TuneConfig(iterations=1, batch=4, accumulate=1, draws=1, sampling=Sampling())
     (stage,) = tune_stages(student, teacher, LiveSamples(teacher, Sampling()), config)
-    loss, _ = stage.updates[0].loss(torch.Generator().manual_seed(0))
-    assert torch.isfinite(loss)
+    losses = [float(stage.updates[0].loss(torch.Generator().manual_seed(seed))[0].detach()) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_validation_distance_is_the_frechet_distance_in_the_teachers_features():

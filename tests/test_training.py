@@ -5,17 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from dd2.checkpoints.native import save_teacher
+from dd2.config import load_config
 from dd2.errors import InputError, Interrupted, NumericalError
-from dd2.files import atomic_folder, write_atomic
+from dd2.files import atomic_folder, save_tensors, write_atomic
+from dd2.jobs.distill import DistillConfig
+from dd2.jobs.run_folder import start_run
 from dd2.teachers.filtering import Sampling
 from dd2.training import checkpoint
 from dd2.training.ema import ema_copy, ema_lag, ema_update
@@ -298,7 +304,7 @@ def validated(values: dict[int, float]) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize("save_async", ["no", "yes"])
+@pytest.mark.parametrize("save_async", ["never", "always"])
 def test_the_best_checkpoint_stays(tmp_path, save_async):
     values = {4: 3.0, 8: 1.0, 12: 1.0, 16: 2.0, 20: 5.0, 24: 4.0}
     trainer(tmp_path, keep=2, save_async=save_async).run(validated(values))
@@ -309,16 +315,74 @@ def test_the_best_checkpoint_stays(tmp_path, save_async):
     assert logged == values
 
 
-def test_saving_in_the_background_saves_the_same(tmp_path):
-    for name, save_async in (("no", "no"), ("yes", "yes")):
-        trainer(tmp_path / name, keep=9, save_async=save_async).run(regression())
-    for step in checkpoint.steps(tmp_path / "no" / "checkpoints" / "fit"):
-        for file in (tmp_path / "no" / "checkpoints" / "fit" / f"{step:08d}").glob("*.safetensors"):
-            there = tmp_path / "yes" / file.relative_to(tmp_path / "no")
-            assert there.read_bytes() == file.read_bytes()
+def test_saving_in_the_background_saves_what_was_there(tmp_path, monkeypatch):
+    """The thread is held back until training has gone on; it must write the weights of the step that it was begun at."""
+    trainer(tmp_path / "never", keep=9).run(regression())
+    changed, threads = threading.Event(), []
+
+    def held_back(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        threads.append(threading.current_thread().name)
+        assert changed.wait(30)
+        save_tensors(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", held_back)
+    stage = regression()
+    after = stage.after
+
+    def gone_on(step: int) -> None:
+        after(step)
+        changed.clear() if (step + 1) % 4 == 0 else changed.set()
+
+    stage.after = gone_on
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "__exit__", lambda writer, *_: changed.set() or writer.wait())
+    trainer(tmp_path / "always", keep=9, save_async="always").run(stage)
+    assert set(threads) == {"checkpoint"}
+    folders = [tmp_path / name / "checkpoints" / "fit" for name in ("never", "always")]
+    assert checkpoint.steps(folders[0]) == checkpoint.steps(folders[1])
+    for file in folders[0].rglob("*.safetensors"):
+        assert (folders[1] / file.relative_to(folders[0])).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("save_async", ["no", "yes"])
+def test_stopping_validates_nothing_and_resumes_exactly(tmp_path):
+    """There may be seconds left before the job is killed, and an undisturbed run has no row there."""
+
+    def judged() -> Stage:
+        stage = regression(12)
+        weight = stage.modules["average"].state_dict()["0.weight"]
+        stage.validate = lambda: float(weight.sum())
+        return stage
+
+    trainer(tmp_path / "whole", log_every=100).run(judged())
+    stage, t = judged(), trainer(tmp_path / "run", log_every=100)
+    after = stage.after
+
+    def stop(step: int) -> None:
+        after(step)
+        t._stop = step == 5
+
+    stage.after = stop
+    with pytest.raises(Interrupted):
+        t.run(stage)
+    trainer(tmp_path / "run", log_every=100).run(judged())
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 4, 8, 12]
+
+
+def test_an_older_run_lacks_younger_fields(tmp_path):
+    """It had their defaults, so it is resumed with them, and not with other values."""
+    config = load_config(DistillConfig, "digits", ["--out", str(tmp_path / "run")])
+    start_run(tmp_path / "run", config, "distill")
+    file = tmp_path / "run" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    del values["regress"], values["distill"]["validation"]
+    file.write_text(yaml.safe_dump(values))
+    start_run(tmp_path / "run", config, "distill")
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=r"regress.iterations was 0, now 5"):
+        start_run(tmp_path / "run", replace(config, regress=replace(config.regress, iterations=5)), "distill")
+
+
+@pytest.mark.parametrize("save_async", ["never", "always"])
 def test_a_full_disk_ends_the_run_and_spares_what_was_saved(tmp_path, save_async):
     """The system refuses files beyond 600 bytes from step 7 on; a real process, as the limit cannot be lifted again."""
     script = f"""

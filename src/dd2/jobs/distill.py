@@ -16,7 +16,7 @@ from dd2.files import atomic_folder
 from dd2.jobs.adapt import adapt, check_adaptation
 from dd2.jobs.run_folder import read_seconds, start_run, write_seconds
 from dd2.stages.config import AdaptConfig, AlignConfig, CSDConfig, RegressConfig, TuneConfig
-from dd2.stages.recipe import Networks, distill_stage, regress_stage, tune_stages
+from dd2.stages.recipe import Networks, catching_up_stage, distill_stage, regress_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import steps
@@ -55,8 +55,8 @@ class DistillConfig:
     sample_batch: int = 64
     """Sequences sampled from the teacher at a time."""
     sample_in_loop: bool = False
-    """Draw the sequences of stage 1 anew for every batch instead of from the teacher samples on disk, of which a few thousand are
-    then enough: they give the tokens' standardisation and the reference of distill.validation."""
+    """Draw the sequences of stage 1 anew for every batch instead of from the teacher samples on disk. Those then give the tokens'
+    standardisation, the reference of distill.validation and stage 2's labels: as many as cover all labels are enough."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """The velocity head."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -77,6 +77,8 @@ class DistillConfig:
         for name in ("teacher_samples", "sample_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.teacher_samples == 1 and self.distill.validation:
+            raise InputError("distill.validation needs at least 2 teacher_samples: one has no spread")
         if self.sample_in_loop and self.stage1:
             raise InputError("sample_in_loop is about stage 1, which stage1 takes from another run; give one of them")
         if self.align.iterations and not self.align.then_iterations:
@@ -91,7 +93,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         resume: the command that resumes it, if it is not dd2 distill.
 
     Returns:
-        Seconds of "samples", "tune" and "distill" (and "adapt", "regress") over all sessions.
+        Seconds of "samples", "tune" and "distill" (and "adapt", "pairs", "regress") over all sessions.
     """
     device = pick_device(config.device)
     teacher = open_teacher(config.teacher, device, config.captions)
@@ -107,7 +109,8 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         teacher, spent = adapt(teacher, config.adapt, trainer)
         seconds["adapt"] = spent
     if config.stage1:
-        samples, seconds = _copied(Path(config.stage1), config.out, teacher)
+        samples, spent = _copied(Path(config.stage1), config.out, teacher)
+        seconds |= spent
     else:
         start = time.perf_counter()
         samples = TeacherSamples.prepare(
@@ -179,7 +182,7 @@ def _stage1_model(stage1: Path, like: Student, device: torch.device) -> Student:
 
 
 def _pairs(config: DistillConfig, teacher: Teacher, standardised_by: int, seconds: dict[str, float]) -> Pairs:
-    """The ODE's pairs of noise and data; their seconds are counted as samples."""
+    """The ODE's pairs of noise and data."""
     start = time.perf_counter()
     pairs = Pairs(
         config.out / "pairs",
@@ -191,7 +194,7 @@ def _pairs(config: DistillConfig, teacher: Teacher, standardised_by: int, second
         batch=config.sample_batch,
         standardised_by=standardised_by,
     )
-    seconds["samples"] += time.perf_counter() - start
+    seconds["pairs"] = seconds.get("pairs", 0.0) + time.perf_counter() - start
     write_seconds(config.out, seconds)
     return pairs
 
@@ -202,11 +205,8 @@ def _regress(
     """The generator learns the ODE's map, then the guidance network that generator's score."""
     seconds = trainer.run(regress_stage(networks, teacher, pairs, config.regress))
     networks.restart_from_average()
-    iterations = config.regress.guidance_iterations
-    if iterations:
-        guidance = replace(config.distill.guidance, decay="constant")
-        alone = replace(config.distill, iterations=iterations, guidance=guidance)
-        seconds += trainer.run(distill_stage(networks, teacher, samples, alone, name="guidance", generator_frozen=True))
+    if config.regress.guidance_iterations:
+        seconds += trainer.run(catching_up_stage(networks, teacher, samples, config.distill, config.regress))
     return seconds
 
 

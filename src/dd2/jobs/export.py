@@ -34,7 +34,8 @@ class ExportConfig:
     average: str = "ema"
     """ema; one of distill.further_emas by its number, e.g. 0.999; or none, the weights as trained."""
     step: str = "newest"
-    """Iteration of the checkpoint; newest, or best: the one of the lowest distill.validation."""
+    """Iteration of the checkpoint; newest, or best: the one whose average (distill.ema) has the lowest distill.validation. After
+    alignment these are the checkpoints of the further training."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Format on disk; loading always gives float32."""
 
@@ -87,4 +88,5 @@ def _checkpoint(config: ExportConfig) -> Path:
         if step is not None and int(step) in steps(folder):
             return folder / f"{int(step):08d}"
     found = "; ".join(f"{stage}: {', '.join(map(str, steps(folder)))}" for stage, folder in known.items() if steps(folder))
-    raise InputError(f"{config.run} keeps no checkpoint {config.step} of stage 2 (kept: {found or 'none'})")
+    why = ", or none was judged: distill.validation is 0" if config.step == "best" else ""
+    raise InputError(f"{config.run} keeps no checkpoint {config.step} of stage 2 (kept: {found or 'none'}){why}")

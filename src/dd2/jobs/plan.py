@@ -119,9 +119,13 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     half = 0.5 if config.loop.precision == "bfloat16" else 1.0
     codes, channels = len(teacher.codebook), teacher.codebook.shape[1]
     log_p = 4.0 * batch * teacher.order.n * codes
+    # The residual stream is float32 whatever the autocast: a layer keeps it twice, or once if the layer is computed again.
     layers, kept = len(student.backbone.transformer_layers), passes["backbone"].saved
-    if config.loop.recompute and layers:  # what goes into each layer, and the inside of one at a time
-        kept = kept / layers + 4.0 * layers * batch * teacher.order.n * student.backbone.width
+    stream = 4.0 * layers * batch * _positions(teacher) * student.backbone.width
+    if config.loop.recompute and layers:
+        kept = (kept - 2 * stream) / layers  # the inside of one layer at a time
+    else:
+        kept, stream = kept - 2 * stream, 2 * stream
     guidance = kept + passes["guidance_head"].saved
     # SiD's gradient needs the guidance head's activations; DMD's is a difference of two values.
     generator = kept + passes["one_head"].saved + (passes["generator_head"].saved if csd.d == "sid" else 0.0)
@@ -131,7 +135,7 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
         "averages": averages * network / shards,
         "gradients": 2 * network / shards,
         "Adam": 4 * network / shards,
-        "activations": half * max(guidance, generator),
+        "activations": half * max(guidance, generator) + stream,
         "log p and Eq. 1": (1 + guided) * log_p
         + 4.0 * 3 * min(DEFAULT_MAX_ELEMENTS, csd.generator_draws * batch * teacher.order.n * codes)
         + 4.0 * csd.generator_draws * batch * teacher.order.n * channels * 8,
@@ -176,6 +180,12 @@ def _condition(teacher: Teacher, count: int) -> torch.Tensor:
     if isinstance(config, LlamaGenConfig) and config.caption_dim:
         return torch.empty(count, config.caption_length, config.caption_dim, device="meta")
     return torch.zeros(count, dtype=torch.long, device="meta")
+
+
+def _positions(teacher: Teacher) -> int:
+    """Positions that the transformer reads, a caption's included."""
+    config = getattr(teacher.backbone, "config", None)
+    return teacher.order.n + (config.condition_positions - 1 if isinstance(config, LlamaGenConfig) else 0)
 
 
 def _count(module: nn.Module) -> int:

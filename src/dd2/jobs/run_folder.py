@@ -55,7 +55,8 @@ def _start(out: Path, config: Any, command: str) -> None:
     _lock(out)
     file = out / "config.yaml"
     if file.exists():
-        before, now = read_yaml(file), flat(config)
+        # A field that is missing there is younger than that run, which had its default.
+        before, now = flat(type(config)()) | read_yaml(file), flat(config)
         changed = [key for key in now if before.get(key) != now[key] and not _may_change(key)]
         if changed:
             key = changed[0]

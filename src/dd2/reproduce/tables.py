@@ -96,7 +96,8 @@ def value(numbers: dict[str, Any], method: str, column: str) -> float | None:
         return (worst - found["frechet"]) / (worst - floor)
     if column == "seconds":
         learned = method.startswith(("generator", "ar_diffusion"))
-        return sum(numbers["seconds"].get(part, 0.0) for part in ("samples", "tune", "regress", "distill")) if learned else None
+        parts = ("samples", "tune", "pairs", "regress", "distill")
+        return sum(numbers["seconds"].get(part, 0.0) for part in parts) if learned else None
     if column == "milliseconds":
         timed = {"generator": "generator", "teacher": "teacher"}.get(method)
         return 1000 * numbers["speed"][0]["seconds_per_image"][timed] if timed and "speed" in numbers else None

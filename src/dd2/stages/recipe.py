@@ -1,7 +1,7 @@
 """The recipe of Sec. 5: which networks each stage trains, with which losses."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -120,6 +120,14 @@ def regress_stage(networks: Networks, teacher: Teacher, pairs: Pairs, config: Re
     modules = {"generator": networks.generator, "generator_ema": networks.ema}
     preview = _preview(networks, teacher)
     return Stage("regress", config.iterations, [update], modules, after=average, preview=preview)
+
+
+def catching_up_stage(
+    networks: Networks, teacher: Teacher, samples: TeacherSamples, csd: CSDConfig, config: RegressConfig
+) -> Stage:
+    """After the regression: the guidance network alone learns the generator's score, at a constant rate."""
+    alone = replace(csd, iterations=config.guidance_iterations, guidance=replace(csd.guidance, decay="constant"))
+    return distill_stage(networks, teacher, samples, alone, name="guidance", generator_frozen=True)
 
 
 def _preview(networks: Networks, teacher: Teacher) -> Callable[[], Tensor]:

@@ -1,12 +1,13 @@
 """How good a generator is in the eyes of its teacher: a number to watch during training, and to choose checkpoints by."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dd2.evaluation.frechet import GaussianFit, fit_gaussian, frechet_distance
+from dd2.processes import rank, sum_over_processes, world_size
 from dd2.sampling import one_step
 from dd2.student import OneStepNetwork
 from dd2.teachers.base import Teacher
@@ -33,30 +34,36 @@ class TeacherDistance:
 
     def __init__(self, teacher: Teacher, samples: TeacherSamples, count: int, batch: int) -> None:
         self.teacher, self.samples = teacher, samples
-        self.batches = torch.arange(min(count, len(samples.ids))).split(batch)
+        self.count = min(count, len(samples.ids)) // world_size() * world_size()
+        own = torch.arange(self.count).tensor_split(world_size())[rank()]  # equally many for each, as sharded networks need
+        self.batches = own.split(batch)
 
     @cached_property
     def reference(self) -> GaussianFit:
         """Of the teacher's sequences."""
-        return fit_gaussian(self._features(*self.samples.take(rows, self._device)) for rows in self.batches)
+        return self._fit(lambda rows, labels: self.samples.take(rows, self._device)[0])
 
     def __call__(self, generator: OneStepNetwork) -> float:
-        """The distance of a generator now, of the same images each time."""
-        return frechet_distance(fit_gaussian(self._generated(generator)), self.reference)
+        """The distance of a generator now, of the same images each time. All processes must ask; each draws its share."""
 
-    def _generated(self, generator: OneStepNetwork) -> Iterator[Tensor]:
-        for rows in self.batches:
-            _, labels = self.samples.take(rows, self._device)
+        def drawn(rows: Tensor, labels: Tensor) -> Tensor:
             seeds = [FIRST_SEED + row for row in rows.tolist()]
             tokens = one_step(generator, self.teacher.backbone.conditions(labels), seeds)
-            yield self._features(nearest_ids(tokens.float(), self.teacher.codebook), labels)
+            return nearest_ids(tokens.float(), self.teacher.codebook)
+
+        return frechet_distance(self._fit(drawn), self.reference)
 
     @property
     def _device(self) -> torch.device:
         return self.teacher.codebook.device
 
     @torch.no_grad()
-    def _features(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """(B, n) ids -> (B, D)."""
-        cond = self.teacher.backbone.conditions(labels)
-        return self.teacher.features(self.teacher.codebook[ids], cond).float().mean(1)
+    def _fit(self, ids_of: Callable[[Tensor, Tensor], Tensor]) -> GaussianFit:
+        """Of the features of all rows' ids, given (rows, labels)."""
+        features = torch.zeros(self.count, self.teacher.backbone.width, device=self._device)
+        for rows in self.batches:
+            labels = self.samples.take(rows, self._device)[1]
+            tokens, cond = self.teacher.codebook[ids_of(rows, labels)], self.teacher.backbone.conditions(labels)
+            features[rows] = self.teacher.features(tokens, cond).float().mean(1)
+        sum_over_processes([features])
+        return fit_gaussian([features])

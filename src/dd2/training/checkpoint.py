@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,8 +46,10 @@ class CheckpointWriter:
         """Wait for the last checkpoint; after an exception, for this process's own work alone."""
         if kind is None:
             self.wait()
-        elif self._thread:
-            self._thread.join()
+            return
+        self.finish()
+        if self._error:
+            print(f"a checkpoint could not be written: {self._error}", file=sys.stderr)
 
     def save(self, stage: Stage, step: int, seconds: float, validation: float | None = None) -> Path:
         """Write the state after `step` iterations.
@@ -88,13 +91,17 @@ class CheckpointWriter:
         """
         if not self.background:
             return
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        self.finish()
         if error := self._error:
             self._error = None
             raise error
         barrier()
+
+    def finish(self) -> None:
+        """Let this process's thread end, whatever became of its checkpoint."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
 
     def _write_and_keep_error(self, *arguments: Any) -> None:
         try:
@@ -136,7 +143,7 @@ def best_step(folder: Path) -> int | None:
         try:
             value = json.loads((folder / f"{step:08d}" / STATE_FILE).read_text()).get("validation")
         except (OSError, ValueError):
-            continue  # a damaged checkpoint is nobody's best
+            continue
         if value is not None:
             found.append((value, step))
     return min(found)[1] if found else None

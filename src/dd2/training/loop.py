@@ -36,7 +36,7 @@ class LoopConfig:
     """Iterations between checkpoints; each stage's last iteration is always saved."""
     keep: int = 2
     """Newest checkpoints kept per stage; the best one by distill.validation stays as well."""
-    save_async: Literal["auto", "yes", "no"] = "auto"
+    save_async: Literal["auto", "always", "never"] = "auto"
     """Write checkpoints in the background while training goes on; all networks and optimisers are then copied to the main memory
     first. auto: on a GPU."""
     preview_every: int = 500
@@ -60,8 +60,8 @@ class LoopConfig:
         for field in ("log_every", "save_every", "keep"):
             if getattr(self, field) < 1:
                 raise InputError(f"loop.{field} must be at least 1, got {getattr(self, field)}")
-        if self.save_async not in ("auto", "yes", "no"):
-            raise InputError(f'loop.save_async must be "auto", "yes" or "no", got {self.save_async!r}')
+        if self.save_async not in ("auto", "always", "never"):
+            raise InputError(f'loop.save_async must be "auto", "always" or "never", got {self.save_async!r}')
         if self.parallel not in ("ddp", "fsdp2"):
             raise InputError(f'loop.parallel must be "ddp" or "fsdp2", got {self.parallel!r}')
 
@@ -83,6 +83,7 @@ class Trainer:
         self.log = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
         self.times = PartTimes(device)
         self._stop = False
+        self._writer: CheckpointWriter | None = None
 
     def run(self, stage: Stage) -> float:
         """Run `stage` to its last iteration, from its newest checkpoint if it has one.
@@ -109,9 +110,10 @@ class Trainer:
             return before
         self.log.rewind(stage.name, step)
         start, logged, then = time.perf_counter() - before, step, before
+        self._writer = CheckpointWriter(folder, self.config.keep, self._saves_in_background)
         with (
             self._signals(),
-            CheckpointWriter(folder, self.config.keep, self._saves_in_background) as writer,
+            self._writer as writer,
             self.times.measured(),
             progress(stage.name, stage.iterations, "it", step) as bar,
         ):
@@ -121,8 +123,8 @@ class Trainer:
                 step += 1
                 last = step == stage.iterations
                 stop = any_of(self._stop)  # all processes stop after the same iteration
-                saving = step % self.config.save_every == 0 or last or stop
-                if saving and stage.validate:
+                due = step % self.config.save_every == 0 or last
+                if due and stage.validate:  # not when stopping: there may be seconds left, and no other run has that row
                     numbers["validation"] = stage.validate()
                 if step % self.config.log_every == 0 or last or step == 1 or "validation" in numbers:
                     row = {name: float(value) for name, value in {**numbers, **stage.measures()}.items()}
@@ -136,7 +138,7 @@ class Trainer:
                     images = stage.preview()  # sharded networks need all processes for it
                     if rank() == 0:
                         save_grid(images, self.folder / "samples" / f"{stage.name}-{step:08d}.png", columns=10)
-                if saving:
+                if due or stop:
                     validation = numbers.get("validation")
                     writer.save(stage, step, time.perf_counter() - start, None if validation is None else float(validation))
                 bar.update()
@@ -150,7 +152,7 @@ class Trainer:
     @property
     def _saves_in_background(self) -> bool:
         wanted = self.config.save_async
-        return wanted == "yes" or (wanted == "auto" and self.device.type == "cuda")
+        return wanted == "always" or (wanted == "auto" and self.device.type == "cuda")
 
     def _prepare_layers(self, stage: Stage) -> None:
         """Let the transformers of a stage recompute and compile as configured."""
@@ -230,6 +232,8 @@ class Trainer:
             (loss / update.accumulate).backward(inputs=update.parameters)
 
     def _diagnosis(self, stage: Stage, update: Update, step: int, name: str) -> str:
+        if self._writer:
+            self._writer.finish()
         saved = checkpoint.steps(self.folder / "checkpoints" / stage.name)
         where = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint of this stage exists yet"
         what = "the gradient" if name == "grad_norm" else "the loss"
@@ -240,7 +244,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT stops at once."""
+        """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT stops once nothing is being written."""
 
         def ask(number: int, frame: object) -> None:
             if self._stop and number == signal.SIGINT:

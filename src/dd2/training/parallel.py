@@ -52,8 +52,9 @@ def shard(network: Student, device: torch.device) -> Student:
 
 def shard_backbone(backbone: Backbone, device: torch.device) -> None:
     """Shard a backbone; from then on all processes must call it together, equally often."""
+    mesh = _mesh(device)
     for unit in (*backbone.transformer_layers, backbone):
-        fully_shard(unit, mesh=_mesh(device), reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(backbone, "next_features")
     # Features are slices; nobody changes them in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.files import write_atomic
 from dd2.processes import barrier, rank, world_size
@@ -137,7 +138,8 @@ class LiveSamples:
             for limit in (self.teacher.backbone.num_labels, 2**62)
         )
         cond = self.teacher.backbone.conditions(labels.to(device))
-        return self.teacher.generate(cond, self.sampling, seeds.tolist()), labels.to(device)
+        with full_precision(device):  # as the samples on disk
+            return self.teacher.generate(cond, self.sampling, seeds.tolist()), labels.to(device)
 
 
 def sample_seed(seed: int, row: int) -> int:

@@ -3,12 +3,13 @@
     dd2 distill configs/digits_long.yaml --loop.keep 30
     python benchmarks/digits_curve.py runs/digits_long [--count 5000]
 
-Prints a table and writes docs/results/digits_long_curve.json and .png. Distances at other counts are not comparable:
-fewer samples raise the floor.
+Writes docs/results/digits_long_curve.json and .png, and the table in docs/results/digits.md. "Validation" is what training
+measured itself (distill.validation). Distances at other counts are not comparable: fewer samples raise the floor.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from dd2.checkpoints.runs import embedded, open_run
 from dd2.evaluation.features import classifier_features
 from dd2.evaluation.frechet import fit_gaussian, frechet_distance
 from dd2.evaluation.score import Scorer
-from dd2.training.checkpoint import steps
+from dd2.training.checkpoint import STATE_FILE, steps
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples, weights_digest
 
@@ -61,7 +62,11 @@ def main() -> None:
         row["step"]: row["seconds"] for row in MetricsLog(arguments.run / "metrics.jsonl").rows() if row["stage"] == "distill"
     }
     rows = []
-    print("| step | minutes | FD, EMA | gap closed | NLL | accuracy | FD, raw weights |\n|---:|---:|---:|---:|---:|---:|---:|")
+    lines = [
+        "| step | minutes | FD, EMA | gap closed | NLL | accuracy | validation | FD, raw weights |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    print("\n".join(lines))
     for step in steps(folder):
         found = {}
         for name in ("generator", "generator_ema"):
@@ -75,18 +80,22 @@ def main() -> None:
             "frechet_raw": found["generator"]["frechet"],
             "teacher_nll": ema["nll"],
             "accuracy": ema["accuracy"],
+            "validation": json.loads((folder / f"{step:08d}" / STATE_FILE).read_text())["validation"],
         }
         row["gap_closed"] = (worst - row["frechet_ema"]) / (worst - floor)
         rows.append(row)
-        print(
+        lines.append(
             f"| {step} | {row['minutes']:.1f} | {row['frechet_ema']:.2f} | {row['gap_closed']:.3f} | {row['teacher_nll']:.1f} "
-            f"| {row['accuracy']:.3f} | {row['frechet_raw']:.2f} |",
-            flush=True,
+            f"| {row['accuracy']:.3f} | {row['validation']:.4f} | {row['frechet_raw']:.2f} |"
         )
+        print(lines[-1], flush=True)
     baselines = {"floor": floor, "onestep_marginal": worst, "teacher_nll": teacher["nll"]}
     result = {"count": arguments.count, **baselines, "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "digits_long_curve.json").write_text(json.dumps(result, indent=2) + "\n")
+    page = RESULTS / "digits.md"
+    marked = re.compile(r"(<!-- digits_long_curve -->\n).*?(<!-- /digits_long_curve -->)", re.DOTALL)
+    page.write_text(marked.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], page.read_text()))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, label in (("frechet_ema", "generator, EMA"), ("frechet_raw", "generator, raw weights")):

@@ -29,6 +29,7 @@ from enumeration import distil_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "proposition1.json"
+NAMES = {"dmd": "DMD", "sid": "SiD"}
 STARTS = {"stage1": "from stage 1", "ode": "from the teacher's ODE"}
 
 
@@ -144,7 +145,7 @@ def plot(results: dict[str, Any]) -> None:
     for name, result in results["curves"].items():
         start, d = name.split("/")
         line = "-" if start == "stage1" else "--"
-        axes.plot(*zip(*result["curve"], strict=True), line, marker="o", markersize=3, label=f"{d.upper()}, {STARTS[start]}")
+        axes.plot(*zip(*result["curve"], strict=True), line, marker="o", markersize=3, label=f"{NAMES[d]}, {STARTS[start]}")
     axes.axhline(results["independent"], color="0.5", linestyle=":", label="independent tokens")
     axes.axhline(0.03, color="0.8", linewidth=0.8)
     axes.set(xlabel="generator steps", ylabel="total variation distance", yscale="log", title="Proposition 1, V = 4, n = 3")

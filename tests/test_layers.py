@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dd2.cli import main
+from dd2.device import pick_device
 from dd2.evaluation.frechet import fit_gaussian, frechet_distance
 from dd2.sampling import one_step
 from dd2.stages.config import CSDConfig, TuneConfig
@@ -139,3 +140,15 @@ def test_validation_distance_is_the_frechet_distance_in_the_teachers_features():
     expected = frechet_distance(fit_gaussian([features(drawn)]), fit_gaussian([features(ids[:256])]))
     assert found == pytest.approx(expected, rel=1e-6)
     assert TeacherDistance(teacher, samples, 10_000, batch=64)(copy.deepcopy(generator)) > 0  # as many as there are
+
+
+def test_every_process_has_its_own_gpu(monkeypatch):
+    """Without a GPU: what is asked of CUDA, of a process whose local rank is 3."""
+    current = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    for name in ("auto", "cuda", "cuda:1"):
+        assert pick_device(name) == current[-1]
+    assert current == [torch.device("cuda:3"), torch.device("cuda:3"), torch.device("cuda:1")]

@@ -9,18 +9,24 @@ from dd2.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a configuration names; "auto" is CUDA where there is one, and each process of torchrun its own.
+    """The device that a configuration names, made the current one; "auto" is CUDA where there is one.
+
+    Each process of torchrun has its own GPU: "auto" and "cuda" are the one of its local rank.
 
     Raises:
         InputError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not available here; use auto, cpu, or cuda on a machine with a GPU") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events, synchronisation and NCCL refer to the current one
     return device
 
 

@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,7 +71,7 @@ def config_of(case: dict) -> PlanConfig:
 
 def grown(case: dict) -> float:
     """Bytes by which this process grows at most while it trains."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     config = config_of(case)
     teacher = build(case["family"]).eval().requires_grad_(False)
     teacher.backbone.standardise(teacher.tokenizer.codebook)
@@ -88,7 +87,13 @@ def grown(case: dict) -> float:
             loss.backward(inputs=update.parameters)
             update.optimizer.step()
         stage.after(index)
-    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak() - before
+
+
+def peak() -> float:
+    """Bytes that this program was resident with at most. Not getrusage's: a child begins with its parent's maximum there."""
+    status = Path("/proc/self/status").read_text()
+    return 1024.0 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
 
 
 def main() -> None:

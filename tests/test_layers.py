@@ -152,3 +152,12 @@ def test_every_process_has_its_own_gpu(monkeypatch):
     for name in ("auto", "cuda", "cuda:1"):
         assert pick_device(name) == current[-1]
     assert current == [torch.device("cuda:3"), torch.device("cuda:3"), torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("build", [tiny_teacher, tiny_var, tiny_text])
+def test_positions_are_what_the_layers_read(build):
+    teacher = build()
+    lengths = []
+    teacher.backbone.transformer_layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    teacher.features(torch.randn(3, teacher.order.n, 4), teacher.backbone.conditions(torch.arange(3)))
+    assert lengths == [teacher.backbone.positions]

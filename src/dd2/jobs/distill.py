@@ -33,9 +33,8 @@ class DistillConfig:
 
     Gives the teacher a continuous input layer if it has none (stage 0), samples it, tunes an AR-diffusion model on those
     samples (stage 1), lets the generator regress the teacher's ODE if regress.iterations say so, then trains generator and
-    guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and
-    dd2 evaluate read), ar_diffusion/, metrics.jsonl, checkpoints/, samples/, config.yaml and versions.json, and teacher/ after a
-    stage 0. Run the same command again to resume.
+    guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and dd2 evaluate read), ar_diffusion/, metrics.jsonl,
+    checkpoints/, samples/, config.yaml and versions.json, and teacher/ after a stage 0. Run the same command again to resume.
     """
 
     teacher: str = "digits"

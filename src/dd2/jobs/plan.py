@@ -121,7 +121,7 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     log_p = 4.0 * batch * teacher.order.n * codes
     # The residual stream is float32 whatever the autocast: a layer keeps it twice, or once if the layer is computed again.
     layers, kept = len(student.backbone.transformer_layers), passes["backbone"].saved
-    stream = 4.0 * layers * batch * _positions(teacher) * student.backbone.width
+    stream = 4.0 * layers * batch * student.backbone.positions * student.backbone.width
     if config.loop.recompute and layers:
         kept = (kept - 2 * stream) / layers  # the inside of one layer at a time
     else:
@@ -180,12 +180,6 @@ def _condition(teacher: Teacher, count: int) -> torch.Tensor:
     if isinstance(config, LlamaGenConfig) and config.caption_dim:
         return torch.empty(count, config.caption_length, config.caption_dim, device="meta")
     return torch.zeros(count, dtype=torch.long, device="meta")
-
-
-def _positions(teacher: Teacher) -> int:
-    """Positions that the transformer reads, a caption's included."""
-    config = getattr(teacher.backbone, "config", None)
-    return teacher.order.n + (config.condition_positions - 1 if isinstance(config, LlamaGenConfig) else 0)
 
 
 def _count(module: nn.Module) -> int:

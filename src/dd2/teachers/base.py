@@ -85,6 +85,11 @@ class Backbone(nn.Module, ABC):
         """
 
     @property
+    def positions(self) -> int:
+        """Positions that the layers read in a whole pass."""
+        return self.order.n
+
+    @property
     def transformer_layers(self) -> nn.ModuleList:
         """The transformer layers in order: the units that are sharded, compiled and recomputed."""
         lists = [child for child in self.children() if isinstance(child, nn.ModuleList)]

@@ -241,6 +241,10 @@ class LlamaGenBackbone(Backbone):
             )
         return self.captions
 
+    @property
+    def positions(self) -> int:
+        return self.order.n - 1 + self.config.condition_positions
+
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(self.order.inputs(tokens), cond, None)[:, self.config.condition_positions - 1 :]
 

@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 bench: setup
 	$(BIN)/python benchmarks/proposition1.py

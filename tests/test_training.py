@@ -369,13 +369,13 @@ def test_stopping_validates_nothing_and_resumes_exactly(tmp_path):
 
 
 def test_an_older_run_lacks_younger_fields(tmp_path):
-    """It had their defaults, so it is resumed with them, and not with other values."""
-    config = load_config(DistillConfig, "digits", ["--out", str(tmp_path / "run")])
-    start_run(tmp_path / "run", config, "distill")
+    """It had their defaults, so its own file resumes it with them, and other values are refused."""
+    start_run(tmp_path / "run", load_config(DistillConfig, "digits", ["--out", str(tmp_path / "run")]), "distill")
     file = tmp_path / "run" / "config.yaml"
     values = yaml.safe_load(file.read_text())
     del values["regress"], values["distill"]["validation"]
     file.write_text(yaml.safe_dump(values))
+    config = load_config(DistillConfig, str(file))
     start_run(tmp_path / "run", config, "distill")
     file.write_text(yaml.safe_dump(values))
     with pytest.raises(InputError, match=r"regress.iterations was 0, now 5"):

@@ -2,20 +2,22 @@
 
     python benchmarks/plan_memory.py
 
-Each case is a process of its own that runs two iterations of stage 2, optimisers included, and reports by how much its resident
-memory grew at most. Writes benchmarks/results/plan_memory.json and the table in docs/scale.md.
+Each case is a process that builds the networks and runs two iterations of stage 2, optimisers included. It runs twice: once the
+profiler adds up what tensors hold at most, which is what is planned; once the system tells by how much the process grew at most,
+with the libraries' buffers and what malloc keeps. Writes benchmarks/results/plan_memory.json and the table in docs/scale.md.
 """
 
 import argparse
-import copy
 import json
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dd2.jobs.plan import PlanConfig, needs
 from dd2.stages.config import CSDConfig
@@ -69,9 +71,8 @@ def config_of(case: dict) -> PlanConfig:
     return replace(config, loop=replace(config.loop, recompute=case.get("recompute", False)))
 
 
-def grown(case: dict) -> float:
-    """Bytes by which this process grows at most while it trains."""
-    before = peak()
+def train(case: dict) -> None:
+    """Two iterations of stage 2."""
     config = config_of(case)
     teacher = build(case["family"]).eval().requires_grad_(False)
     teacher.backbone.standardise(teacher.tokenizer.codebook)
@@ -87,31 +88,54 @@ def grown(case: dict) -> float:
             loss.backward(inputs=update.parameters)
             update.optimizer.step()
         stage.after(index)
+
+
+def tensors(case: dict) -> float:
+    """Bytes that all tensors of the training hold at most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        train(case)
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return float(max(accumulate(event.nbytes() for event in changes)))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def resident(case: dict) -> float:
+    """Bytes by which this process grows at most. Not getrusage's: a child begins with its parent's maximum there."""
+
+    def peak() -> float:
+        status = Path("/proc/self/status").read_text()
+        return 1024.0 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
+
+    before = peak()
+    train(case)
     return peak() - before
 
 
-def peak() -> float:
-    """Bytes that this program was resident with at most. Not getrusage's: a child begins with its parent's maximum there."""
-    status = Path("/proc/self/status").read_text()
-    return 1024.0 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
+MEASURES = {"tensors": tensors, "resident": resident}
 
 
 def main() -> None:
     """Measure every case in a process of its own and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    chosen = parser.parse_args().case
-    if chosen:
-        print(grown(CASES[chosen]))
+    parser.add_argument("--measure", choices=MEASURES, default="tensors", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(MEASURES[arguments.measure](CASES[arguments.case]))
         return
     rows = []
-    lines = ["| case | planned | measured | planned / measured |", "|---|---:|---:|---:|"]
+    lines = ["| case | planned | tensors | planned / tensors | growth of the process |", "|---|---:|---:|---:|---:|"]
     for name, case in CASES.items():
-        command = [sys.executable, __file__, "--case", name]
-        measured = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        planned = needs(config_of(case), copy.deepcopy(build(case["family"])).to("meta")).total
-        rows.append({"case": name, "planned": planned, "measured": measured, "ratio": planned / measured})
-        lines.append(f"| {name} | {planned / 1e9:.2f} GB | {measured / 1e9:.2f} GB | {planned / measured:.2f} |")
+        planned = needs(config_of(case), build(case["family"]).to("meta")).total
+        row = {"case": name, "planned": planned}
+        for measure in MEASURES:
+            command = [sys.executable, __file__, "--case", name, "--measure", measure]
+            row[measure] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        rows.append(row)
+        cells = [f"{row[key] / 1e9:.2f} GB" for key in ("planned", "tensors", "resident")]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {planned / row['tensors']:.2f} | {cells[2]} |")
         print(lines[-1], flush=True)
     results = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "rows": rows}
     (ROOT / "benchmarks" / "results" / "plan_memory.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -119,6 +119,25 @@ def test_two_processes_train_as_one(tmp_path, build, parallel, more):
     assert json.loads((tmp_path / "two" / "versions.json").read_text())["processes"] == 2
 
 
+def test_compiled_shards_train_as_plain_networks_do(tmp_path, flags):
+    """On two processes, traced ahead of time (tests/compiled_dd2.py), against one process without any of it."""
+    short = [*flags, "--distill.iterations", "2", "--align.iterations", "0", "--align.then-iterations", "0"]
+    assert main(["distill", "--out", str(tmp_path / "plain"), *short]) == 0
+    compiled = ("--loop.parallel", "fsdp2", "--loop.compile", "--loop.recompute")
+    worker = Path(__file__).with_name("compiled_dd2.py")
+    process = launch(
+        "--nproc-per-node", 2, "--master-port", free_port(), worker, "distill", "--out", tmp_path / "run", *short, *compiled
+    )
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, errors
+    graphs = [int(number) for number in re.findall(r"graphs: (\d+)", errors)]
+    assert len(graphs) == 2
+    assert min(graphs) > 0
+    for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "run"), strict=True):
+        assert a.pop("stage") == b.pop("stage")
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+
+
 def test_a_killed_process_ends_the_job_and_the_resumed_run_is_bit_exact(tmp_path, flags):
     """Sharded over two processes; benchmarks/faults.py does it often, whole copies too."""
     whole, killed, sharded = tmp_path / "whole", tmp_path / "killed", ("--loop.parallel", "fsdp2")

@@ -93,13 +93,13 @@ def test_plans_say_what_to_change(capsys):
 
 
 def test_memory_is_that_of_a_real_process():
-    """By how much a process grows that trains; benchmarks/plan_memory.py does it for more cases."""
+    """What the tensors of a training hold at most, and a little more; benchmarks/plan_memory.py asks more cases."""
     case = CASES["tiny batch"]
     measured = subprocess.run(
         [sys.executable, plan_memory.__file__, "--case", "tiny batch"], capture_output=True, text=True, check=True
     ).stdout
     teacher = plan_memory.build(case["family"]).to("meta")
-    assert needs(plan_memory.config_of(case), teacher).total == pytest.approx(float(measured), rel=0.25)
+    assert 1 <= needs(plan_memory.config_of(case), teacher).total / float(measured.split()[-1]) < 1.2
 
 
 @pytest.fixture(scope="module")

@@ -382,6 +382,19 @@ def test_an_older_run_lacks_younger_fields(tmp_path):
         start_run(tmp_path / "run", replace(config, regress=replace(config.regress, iterations=5)), "distill")
 
 
+def test_a_run_is_resumed_only_if_wanted(tmp_path):
+    """--resume never for a first start; the run's own file resumes it all the same."""
+    first = load_config(DistillConfig, "digits", ["--out", str(tmp_path / "run"), "--resume", "never"])
+    assert first.loop.resume == "never"
+    start_run(tmp_path / "run", first, "distill")
+    with pytest.raises(InputError, match="holds a run; go on with it by --resume auto, or choose another --out"):
+        start_run(tmp_path / "run", first, "distill")
+    start_run(tmp_path / "run", load_config(DistillConfig, str(tmp_path / "run" / "config.yaml")), "distill")
+    start_run(
+        tmp_path / "run", load_config(DistillConfig, "digits", ["--out", str(tmp_path / "run"), "--resume", "auto"]), "distill"
+    )
+
+
 @pytest.mark.parametrize("save_async", ["never", "always"])
 def test_a_full_disk_ends_the_run_and_spares_what_was_saved(tmp_path, save_async):
     """The system refuses files beyond 600 bytes from step 7 on; a real process, as the limit cannot be lifted again."""

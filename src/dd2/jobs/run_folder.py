@@ -12,7 +12,7 @@ import numpy
 import torch
 
 import dd2
-from dd2.config import flat, read_yaml, to_yaml
+from dd2.config import flat, read_yaml, to_yaml, with_fields
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import writable_folder, write_atomic
@@ -30,12 +30,13 @@ def start_run(out: Path, config: Any, command: str) -> str:
         The command that resumes the run.
 
     Raises:
-        InputError: the folder cannot be written, is in use, or holds a run with another configuration.
+        InputError: the folder cannot be written, is in use, or holds a run that may not be resumed or has another configuration.
     """
     if not 0 <= config.seed < 2**63:
         raise InputError(f"seed must be in 0 to 2^63 - 1, got {config.seed}")
     _check_loop(config.loop, pick_device(config.device), command)
     _start(out, config, command)
+    # That file says auto, whatever this command was told.
     return f"dd2 {command} {shlex.quote(str(out / 'config.yaml'))}"
 
 
@@ -55,6 +56,8 @@ def _start(out: Path, config: Any, command: str) -> None:
     _lock(out)
     file = out / "config.yaml"
     if file.exists():
+        if config.loop.resume == "never":
+            raise InputError(f"{out} holds a run; go on with it by --resume auto, or choose another --out")
         # A field that is missing there is younger than that run, which had its default.
         before, now = flat(type(config)()) | read_yaml(file), flat(config)
         changed = [key for key in now if before.get(key) != now[key] and not _may_change(key)]
@@ -65,7 +68,7 @@ def _start(out: Path, config: Any, command: str) -> None:
                 + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
                 + "; resume with the old values, or choose another --out"
             )
-    write_atomic(file, to_yaml(config))
+    write_atomic(file, to_yaml(with_fields(config, {"loop.resume": "auto"})))
     versions = {
         "dd2": dd2.__version__,
         "python": platform.python_version(),

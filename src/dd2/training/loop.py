@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.images import save_grid
@@ -28,8 +29,11 @@ from dd2.training.timing import PartTimes, part
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How a run is logged and saved."""
+    """How a run is resumed, logged and saved."""
 
+    resume: Annotated[Literal["auto", "never"], tyro.conf.arg(aliases=["--resume"])] = "auto"
+    """auto: go on from the newest whole checkpoint of the run folder, if there is one, and say which were skipped and why. never:
+    refuse a folder that holds a run."""
     log_every: int = 10
     """Iterations between rows of metrics.jsonl."""
     save_every: int = 1000
@@ -60,6 +64,8 @@ class LoopConfig:
         for field in ("log_every", "save_every", "keep"):
             if getattr(self, field) < 1:
                 raise InputError(f"loop.{field} must be at least 1, got {getattr(self, field)}")
+        if self.resume not in ("auto", "never"):
+            raise InputError(f'loop.resume must be "auto" or "never", got {self.resume!r}')
         if self.save_async not in ("auto", "always", "never"):
             raise InputError(f'loop.save_async must be "auto", "always" or "never", got {self.save_async!r}')
         if self.parallel not in ("ddp", "fsdp2"):

@@ -1,0 +1,165 @@
+"""A GPU that is not there: tensors compute on the CPU and remember where they would be, so that mixing devices is an error.
+
+On a machine without a GPU nothing else finds a tensor that was left behind. The rules are CUDA's: all tensors of an operation
+are on one device, save 0-dim ones of the CPU and indices of the CPU; a generator belongs to the tensor that it fills; NumPy reads
+the CPU alone. Values, and so training, are those of the CPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.weak import WeakTensorKeyDictionary
+
+GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+FACTORIES = {"rand", "randn", "randint", "randperm", "normal_", "uniform_", "bernoulli_", "random_", "multinomial", "bernoulli"}
+READERS = {"numpy", "__array__", "tolist"}
+
+
+class Generator(torch.Generator):
+    """A random generator that knows its virtual device."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> "Generator":
+        """A CPU generator in fact."""
+        made = super().__new__(cls)
+        made.virtual = torch.device(device)  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """The virtual one."""
+        return self.virtual  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class VirtualGPU(TorchFunctionMode):
+    """While it lasts, device="cuda" works; `transfers` counts what came back to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there = WeakTensorKeyDictionary()
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """Where a tensor would be."""
+        return GPU if tensor in self.there else CPU
+
+    def mark(self, result: Any, device: torch.device) -> Any:
+        """Say where the tensors of a result are."""
+        for tensor in tensors_of(result):
+            if device.type == "cuda":
+                self.there[tensor] = True
+            else:
+                self.there.pop(tensor, None)
+        return result
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Check the devices, compute on the CPU, and mark the result."""
+        named = dict(kwargs or {})
+        name = (resolve_name(func) or getattr(func, "__name__", "")).removesuffix(".__get__").removesuffix(".__set__").split(".")[-1]
+        setting = getattr(func, "__name__", "") == "__set__"
+        if name == "device" and not setting:
+            return self.device_of(args[0])
+        if name == "is_cuda":
+            return args[0] in self.there
+        if name in ("data", "grad") and setting:
+            if isinstance(args[1], Tensor) and name == "data":
+                self.mark(args[0], self.device_of(args[1]))
+            return func(*args, **named)
+        inputs = tensors_of((args, named))
+        asked, args, named = redirected(name, args, named)
+        if name == "cpu":
+            asked = CPU
+        if name == "cuda":
+            return self.mark(args[0].clone(), GPU)
+        here = asked or self.common(name, args, inputs)
+        self.check_generator(name, named.get("generator"), here)
+        if name in READERS and name != "tolist" and here.type == "cuda":
+            raise RuntimeError(f"{name} of a tensor on the GPU")
+        result = func(*args, **named)
+        if asked and inputs and isinstance(result, Tensor) and result is args[0] and self.device_of(result) != asked:
+            result = result.clone() if not result.requires_grad else result.view_as(result)
+        if isinstance(result, Tensor) and result is (args[0] if args else None) and not asked:
+            return result  # in place
+        return self.mark(result, here)
+
+    def common(self, name: str, args: tuple, inputs: list[Tensor]) -> torch.device:
+        """The one device of an operation's tensors.
+
+        Raises:
+            RuntimeError: there are several.
+        """
+        if name in ("copy_", "_has_compatible_shallow_copy_type"):
+            return self.device_of(args[0])
+        if name in ("__getitem__", "__setitem__", "index_put_", "index_put", "index"):
+            target = self.device_of(args[0])
+            for tensor in inputs[1:]:
+                if self.device_of(tensor).type == "cuda" and target.type == "cpu":
+                    raise RuntimeError(f"{name}: a GPU tensor indexes or fills one of the CPU")
+            if name.startswith("__set") and isinstance(args[-1], Tensor) and args[-1].ndim and self.device_of(args[-1]) != target:
+                raise RuntimeError(f"{name}: value and target are on different devices")
+            return target
+        devices = {self.device_of(tensor) for tensor in inputs if tensor.ndim} or {self.device_of(t) for t in inputs} or {CPU}
+        scalars = {self.device_of(tensor) for tensor in inputs if not tensor.ndim}
+        if len(devices) > 1 or (CPU in devices and any(t.ndim for t in inputs) and GPU in scalars):
+            shapes = [(tuple(t.shape), self.device_of(t).type) for t in inputs]
+            raise RuntimeError(f"{name}: tensors on different devices, {shapes}")
+        return next(iter(devices))
+
+    @staticmethod
+    def check_generator(name: str, generator: torch.Generator | None, here: torch.device) -> None:
+        """Refuse a generator of another device."""
+        if generator is not None and name in FACTORIES and generator.device.type != here.type:
+            raise RuntimeError(f"{name}: a {generator.device.type} generator for a {here.type} tensor")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for entry in value for tensor in tensors_of(entry)]
+    if isinstance(value, dict):
+        return [tensor for entry in value.values() for tensor in tensors_of(entry)]
+    return []
+
+
+def redirected(name: str, args: tuple, named: dict[str, Any]) -> tuple[torch.device | None, tuple, dict[str, Any]]:
+    """The device that a call asks for, and the call with the CPU in its place."""
+    asked = named.get("device")
+    if asked is not None:
+        named["device"] = CPU
+    if name == "to":
+        places = [i for i, a in enumerate(args) if i and isinstance(a, torch.device | str)]
+        others = [i for i, a in enumerate(args) if i and isinstance(a, Tensor)]
+        if places:
+            asked = args[places[0]]
+            args = tuple(CPU if i == places[0] else a for i, a in enumerate(args))
+        assert not others, "to(tensor) is not known here"
+    return (None if asked is None else torch.device(asked)), args, named
+
+
+@contextlib.contextmanager
+def virtual_gpu() -> Iterator[VirtualGPU]:
+    """A process with one GPU."""
+    autocast = torch.autocast
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+        def record(self) -> None: ...
+        def elapsed_time(self, _: "Event") -> float:
+            return 1.0
+
+    def on_cpu(device: str, *arguments: Any, **named: Any) -> Any:
+        return autocast("cpu", *arguments, **named)
+
+    with (
+        mock.patch("torch.Generator", Generator),
+        mock.patch("torch.autocast", on_cpu),
+        mock.patch.multiple("torch.cuda", is_available=lambda: True, set_device=lambda _: None, synchronize=lambda *_: None),
+        mock.patch("torch.cuda.Event", Event),
+        VirtualGPU() as mode,
+    ):
+        yield mode

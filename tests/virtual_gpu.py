@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 FACTORIES = {"rand", "randn", "randint", "randperm", "normal_", "uniform_", "bernoulli_", "random_", "multinomial", "bernoulli"}
+NEW_PARAMETER = torch.nn.Parameter.__new__
 READERS = {"numpy", "__array__", "tolist"}
 
 
@@ -60,9 +61,9 @@ class VirtualGPU(TorchFunctionMode):
         named = dict(kwargs or {})
         name = (resolve_name(func) or getattr(func, "__name__", "")).removesuffix(".__get__").removesuffix(".__set__").split(".")[-1]
         setting = getattr(func, "__name__", "") == "__set__"
-        if name == "device" and not setting:
+        if func == Tensor.device.__get__:
             return self.device_of(args[0])
-        if name == "is_cuda":
+        if func == Tensor.is_cuda.__get__:
             return args[0] in self.there
         if name in ("data", "grad") and setting:
             if isinstance(args[1], Tensor) and name == "data":
@@ -91,7 +92,7 @@ class VirtualGPU(TorchFunctionMode):
         Raises:
             RuntimeError: there are several.
         """
-        if name in ("copy_", "_has_compatible_shallow_copy_type"):
+        if name in ("copy_", "__deepcopy__", "_has_compatible_shallow_copy_type"):
             return self.device_of(args[0])
         if name in ("__getitem__", "__setitem__", "index_put_", "index_put", "index"):
             target = self.device_of(args[0])
@@ -107,6 +108,11 @@ class VirtualGPU(TorchFunctionMode):
             shapes = [(tuple(t.shape), self.device_of(t).type) for t in inputs]
             raise RuntimeError(f"{name}: tensors on different devices, {shapes}")
         return next(iter(devices))
+
+    def parameter(self, cls: type, data: Tensor | None = None, requires_grad: bool = True) -> Tensor:
+        """A parameter where its data is; its construction is no operation."""
+        made = NEW_PARAMETER(cls, data, requires_grad)
+        return made if data is None else self.mark(made, self.device_of(data))
 
     @staticmethod
     def check_generator(name: str, generator: torch.Generator | None, here: torch.device) -> None:
@@ -161,5 +167,6 @@ def virtual_gpu() -> Iterator[VirtualGPU]:
         mock.patch.multiple("torch.cuda", is_available=lambda: True, set_device=lambda _: None, synchronize=lambda *_: None),
         mock.patch("torch.cuda.Event", Event),
         VirtualGPU() as mode,
+        mock.patch.object(torch.nn.Parameter, "__new__", lambda *given, **named: mode.parameter(*given, **named)),
     ):
         yield mode

@@ -6,6 +6,7 @@ the CPU alone. Values, and so training, are those of the CPU.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,9 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
-FACTORIES = {"rand", "randn", "randint", "randperm", "normal_", "uniform_", "bernoulli_", "random_", "multinomial", "bernoulli"}
 NEW_PARAMETER = torch.nn.Parameter.__new__
-READERS = {"numpy", "__array__", "tolist"}
 
 
 class Generator(torch.Generator):
@@ -31,17 +30,18 @@ class Generator(torch.Generator):
         return made
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The virtual one."""
         return self.virtual  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class VirtualGPU(TorchFunctionMode):
-    """While it lasts, device="cuda" works; `transfers` counts what came back to the CPU."""
+    """While it lasts, device="cuda" works; `operations` counts by device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.there = WeakTensorKeyDictionary()
+        self.operations: Counter[str] = Counter()
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where a tensor would be."""
@@ -59,31 +59,30 @@ class VirtualGPU(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Check the devices, compute on the CPU, and mark the result."""
         named = dict(kwargs or {})
-        name = (resolve_name(func) or getattr(func, "__name__", "")).removesuffix(".__get__").removesuffix(".__set__").split(".")[-1]
-        setting = getattr(func, "__name__", "") == "__set__"
-        if func == Tensor.device.__get__:
+        called = resolve_name(func) or getattr(func, "__name__", "")
+        if called == "torch.Tensor.device.__get__":
             return self.device_of(args[0])
-        if func == Tensor.is_cuda.__get__:
+        if called == "torch.Tensor.is_cuda.__get__":
             return args[0] in self.there
-        if name in ("data", "grad") and setting:
-            if isinstance(args[1], Tensor) and name == "data":
-                self.mark(args[0], self.device_of(args[1]))
+        if called == "torch.Tensor.data.__set__":
+            self.mark(args[0], self.device_of(args[1]))
+        if called.endswith("__set__"):
             return func(*args, **named)
+        name = called.removesuffix(".__get__").split(".")[-1]
         inputs = tensors_of((args, named))
-        asked, args, named = redirected(name, args, named)
-        if name == "cpu":
-            asked = CPU
-        if name == "cuda":
-            return self.mark(args[0].clone(), GPU)
+        asked, args, named = self.redirected(name, args, named)
         here = asked or self.common(name, args, inputs)
-        self.check_generator(name, named.get("generator"), here)
-        if name in READERS and name != "tolist" and here.type == "cuda":
+        generator = named.get("generator")
+        if isinstance(generator, Generator) and generator.device.type != here.type:
+            raise RuntimeError(f"{name}: a {generator.device.type} generator for a {here.type} tensor")
+        if name in ("numpy", "__array__") and here.type == "cuda":
             raise RuntimeError(f"{name} of a tensor on the GPU")
         result = func(*args, **named)
-        if asked and inputs and isinstance(result, Tensor) and result is args[0] and self.device_of(result) != asked:
-            result = result.clone() if not result.requires_grad else result.view_as(result)
-        if isinstance(result, Tensor) and result is (args[0] if args else None) and not asked:
-            return result  # in place
+        self.operations[here.type] += 1
+        if isinstance(result, Tensor) and args and result is args[0]:
+            if not asked or asked == self.device_of(result):
+                return result  # in place, or there already
+            result = result.clone()
         return self.mark(result, here)
 
     def common(self, name: str, args: tuple, inputs: list[Tensor]) -> torch.device:
@@ -109,16 +108,23 @@ class VirtualGPU(TorchFunctionMode):
             raise RuntimeError(f"{name}: tensors on different devices, {shapes}")
         return next(iter(devices))
 
+    def redirected(self, name: str, args: tuple, named: dict[str, Any]) -> tuple[torch.device | None, tuple, dict[str, Any]]:
+        """The device that a call asks for, and the call with the CPU in its place."""
+        asked = named.get("device")
+        if asked is not None:
+            named["device"] = CPU
+        if name == "cpu":
+            asked = CPU
+        elif name == "to" and len(args) > 1 and isinstance(args[1], torch.device | str):
+            asked, args = args[1], (args[0], CPU, *args[2:])
+        elif name == "to" and len(args) > 1 and isinstance(args[1], Tensor):
+            asked = self.device_of(args[1])
+        return (None if asked is None else torch.device(asked)), args, named
+
     def parameter(self, cls: type, data: Tensor | None = None, requires_grad: bool = True) -> Tensor:
         """A parameter where its data is; its construction is no operation."""
         made = NEW_PARAMETER(cls, data, requires_grad)
         return made if data is None else self.mark(made, self.device_of(data))
-
-    @staticmethod
-    def check_generator(name: str, generator: torch.Generator | None, here: torch.device) -> None:
-        """Refuse a generator of another device."""
-        if generator is not None and name in FACTORIES and generator.device.type != here.type:
-            raise RuntimeError(f"{name}: a {generator.device.type} generator for a {here.type} tensor")
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -130,21 +136,6 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return [tensor for entry in value.values() for tensor in tensors_of(entry)]
     return []
-
-
-def redirected(name: str, args: tuple, named: dict[str, Any]) -> tuple[torch.device | None, tuple, dict[str, Any]]:
-    """The device that a call asks for, and the call with the CPU in its place."""
-    asked = named.get("device")
-    if asked is not None:
-        named["device"] = CPU
-    if name == "to":
-        places = [i for i, a in enumerate(args) if i and isinstance(a, torch.device | str)]
-        others = [i for i, a in enumerate(args) if i and isinstance(a, Tensor)]
-        if places:
-            asked = args[places[0]]
-            args = tuple(CPU if i == places[0] else a for i, a in enumerate(args))
-        assert not others, "to(tensor) is not known here"
-    return (None if asked is None else torch.device(asked)), args, named
 
 
 @contextlib.contextmanager
@@ -164,7 +155,13 @@ def virtual_gpu() -> Iterator[VirtualGPU]:
     with (
         mock.patch("torch.Generator", Generator),
         mock.patch("torch.autocast", on_cpu),
-        mock.patch.multiple("torch.cuda", is_available=lambda: True, set_device=lambda _: None, synchronize=lambda *_: None),
+        mock.patch.multiple(
+            "torch.cuda",
+            is_available=lambda: True,
+            get_device_name=lambda: "virtual",
+            set_device=lambda _: None,
+            synchronize=lambda *_: None,
+        ),
         mock.patch("torch.cuda.Event", Event),
         VirtualGPU() as mode,
         mock.patch.object(torch.nn.Parameter, "__new__", lambda *given, **named: mode.parameter(*given, **named)),

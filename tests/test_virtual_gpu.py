@@ -1,0 +1,89 @@
+"""The commands on a GPU, as far as a machine without one can tell: no tensor is left behind on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from dd2.checkpoints.native import save_teacher
+from dd2.cli import main
+from dd2.sampling import one_step
+from dd2.student import Student
+from dd2.training.metrics import MetricsLog
+from models import TINY_HEAD, tiny_teacher, tiny_text, tiny_var
+from virtual_gpu import virtual_gpu
+
+DISTILL = [
+    "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
+    "--tune.iterations", "2", "--tune.batch", "4", "--tune.accumulate", "2", "--regress.iterations", "2",
+    "--regress.pairs", "32", "--regress.batch", "4", "--regress.ode.steps", "2", "--regress.guidance-iterations", "2",
+    "--distill.iterations", "4", "--distill.k", "2", "--distill.batch", "4", "--distill.validation", "20",
+    "--align.iterations", "2", "--align.then-iterations", "2",
+    "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "2",
+]  # fmt: skip
+
+
+def test_the_rules():
+    with virtual_gpu():
+        there, here = torch.randn(3, 4, device="cuda"), torch.zeros(4)
+        assert (
+            (there * 2).device.type == (there + torch.tensor(1.0)).device.type == there[torch.tensor([0])].device.type == "cuda"
+        )
+        assert there.cpu().device.type == here.to("cuda").to(here).device.type == here.device.type == "cpu"
+        network = torch.nn.Linear(4, 2).to("cuda")
+        network(there).sum().backward()
+        assert network.weight.device == network.weight.grad.device == there.device  # pyright: ignore
+        for mixed in (
+            lambda: there + here,
+            lambda: network(here),
+            lambda: torch.cat([there, here.view(1, 4)]),
+            lambda: here[torch.tensor([0], device="cuda")],
+            lambda: here * there.sum(),
+            lambda: torch.randn(3, generator=torch.Generator(), device="cuda"),
+            lambda: torch.randn(3, generator=torch.Generator("cuda")),
+            lambda: there.numpy(),
+        ):
+            with pytest.raises(RuntimeError):
+                mixed()
+
+
+def test_a_tensor_left_behind_is_found():
+    teacher = tiny_teacher()
+    student = Student.from_teacher(teacher, TINY_HEAD)
+    with virtual_gpu():
+        student.to("cuda")
+        student.backbone.token_mean.data = student.backbone.token_mean.cpu()
+        with pytest.raises(RuntimeError, match="different devices"):
+            one_step(student, torch.tensor([0], device="cuda"), [0])
+
+
+@pytest.mark.parametrize(
+    ("build", "precision", "more"),
+    [
+        (tiny_teacher, "float32", ["--distill.d", "dmd", "--distill.generator-draws", "2"]),
+        (tiny_var, "bfloat16", ["--distill.snap-guidance", "--loop.recompute", "--sample-in-loop"]),
+    ],
+)
+def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
+    save_teacher(tmp_path / "teacher", build())
+    run = tmp_path / "run"
+    with virtual_gpu() as gpu:
+        flags = ["--teacher", str(tmp_path / "teacher"), "--out", str(run), "--loop.precision", precision]
+        assert main(["distill", *flags, *DISTILL, *more]) == 0
+        assert gpu.operations["cuda"] > 5 * gpu.operations["cpu"] > 0
+        assert main(["sample", str(run), "--count", "6", "--steps", "2", "--out", str(tmp_path / "grid.png")]) == 0
+        assert main(["evaluate", str(run), "--count", "30", "--skip", "1", "--path-length", "4"]) == 0
+    rows = MetricsLog(run / "metrics.jsonl").rows()
+    assert {row["stage"] for row in rows} == {"tune", "regress", "guidance", "distill", "align", "distill_aligned"}
+    assert all("seconds/backward" in row for row in rows)  # timed by events
+    assert json.loads((run / "metrics.json").read_text())["frechet"]["generator"] > 0
+
+
+def test_captions():
+    teacher = tiny_text()
+    student = Student.from_teacher(teacher, TINY_HEAD)
+    with virtual_gpu():
+        teacher.to("cuda")
+        student.to("cuda")
+        cond = teacher.backbone.default_conditions(2)
+        assert one_step(student, cond, [0, 1]).device.type == cond.device.type == "cuda"

@@ -45,7 +45,7 @@ class VirtualGPU(TorchFunctionMode):
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where a tensor would be."""
-        return GPU if tensor in self.there else CPU
+        return GPU if tensor in self.there else tensor.device
 
     def mark(self, result: Any, device: torch.device) -> Any:
         """Say where the tensors of a result are."""
@@ -112,11 +112,11 @@ class VirtualGPU(TorchFunctionMode):
         """The device that a call asks for, and the call with the CPU in its place."""
         asked = named.get("device")
         if asked is not None:
-            named["device"] = CPU
+            named["device"] = real(asked)
         if name == "cpu":
             asked = CPU
         elif name == "to" and len(args) > 1 and isinstance(args[1], torch.device | str):
-            asked, args = args[1], (args[0], CPU, *args[2:])
+            asked, args = args[1], (args[0], real(args[1]), *args[2:])
         elif name == "to" and len(args) > 1 and isinstance(args[1], Tensor):
             asked = self.device_of(args[1])
         return (None if asked is None else torch.device(asked)), args, named
@@ -125,6 +125,11 @@ class VirtualGPU(TorchFunctionMode):
         """A parameter where its data is; its construction is no operation."""
         made = NEW_PARAMETER(cls, data, requires_grad)
         return made if data is None else self.mark(made, self.device_of(data))
+
+
+def real(device: torch.device | str) -> torch.device:
+    """Where a tensor is in fact."""
+    return CPU if torch.device(device).type == "cuda" else torch.device(device)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -101,9 +101,10 @@ class VirtualGPU(TorchFunctionMode):
             if name.startswith("__set") and isinstance(args[-1], Tensor) and args[-1].ndim and self.device_of(args[-1]) != target:
                 raise RuntimeError(f"{name}: value and target are on different devices")
             return target
-        devices = {self.device_of(tensor) for tensor in inputs if tensor.ndim} or {self.device_of(t) for t in inputs} or {CPU}
+        shaped = {self.device_of(tensor) for tensor in inputs if tensor.ndim}
         scalars = {self.device_of(tensor) for tensor in inputs if not tensor.ndim}
-        if len(devices) > 1 or (CPU in devices and any(t.ndim for t in inputs) and GPU in scalars):
+        devices = shaped or scalars or {CPU}
+        if len(devices) > 1 or (shaped == {CPU} and GPU in scalars):
             shapes = [(tuple(t.shape), self.device_of(t).type) for t in inputs]
             raise RuntimeError(f"{name}: tensors on different devices, {shapes}")
         return next(iter(devices))

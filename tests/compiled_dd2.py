@@ -5,7 +5,7 @@ import sys
 import torch
 
 from dd2.cli import main
-from dd2.jobs import run_folder
+from dd2.commands import run_folder
 from dd2.training.layers import prepare_layers
 
 if __name__ == "__main__":

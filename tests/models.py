@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from dd2.student import HeadConfig
-from dd2.teachers.base import Teacher
 from dd2.teachers.captions import Captions
-from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import CaptionLabels
+from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
@@ -33,7 +34,7 @@ TINY_LLAMAGEN = LlamaGenConfig(depth=2, width=32, heads=2, ffn_multiple=16, rows
 TINY_VAR = VARConfig(depth=2, width=32, heads=2, mlp_ratio=2.0, num_classes=3)
 
 
-def tiny_teacher(seed: int = 0, **changes: Any) -> Teacher:
+def tiny_teacher(seed: int = 0, **changes: Any) -> CodeTeacher:
     """A random teacher with a peaked distribution, 4 x 4 tokens, V = 12, C = 4, 3 classes."""
     torch.manual_seed(seed)
     config = LlamaGenConfig(**{**TINY_LLAMAGEN.__dict__, **changes})
@@ -41,25 +42,24 @@ def tiny_teacher(seed: int = 0, **changes: Any) -> Teacher:
     return _peaked(teacher)
 
 
-def tiny_var(seed: int = 0, **changes: Any) -> Teacher:
+def tiny_var(seed: int = 0, **changes: Any) -> CodeTeacher:
     """A random next-scale teacher with a peaked distribution: scales 1, 2, 4 (21 tokens), V = 12, C = 4, 3 classes."""
     torch.manual_seed(seed)
     config = VARConfig(**{**TINY_VAR.__dict__, **changes})
     return _peaked(var_teacher(config, MultiScaleTokenizer(TINY_MULTISCALE)))
 
 
-def tiny_text(seed: int = 0) -> Teacher:
+def tiny_text(seed: int = 0) -> CodeTeacher:
     """`tiny_teacher` conditioned on three captions of one to three words, padded on the left."""
     teacher = tiny_teacher(seed, caption_dim=6, caption_length=5)
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(3, 5, 6, generator=generator)
     mask = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]])
-    assert isinstance(teacher.backbone, LlamaGenBackbone)
-    teacher.backbone.captions = Captions(features * mask.unsqueeze(-1), mask)
+    teacher.conditions = CaptionLabels(5, 6, Captions(features * mask.unsqueeze(-1), mask))
     return teacher
 
 
-def _peaked(teacher: Teacher) -> Teacher:
+def _peaked(teacher: CodeTeacher) -> CodeTeacher:
     nn.init.normal_(teacher.output.weight, std=0.4)  # pyright: ignore[reportArgumentType]
     for name, parameter in teacher.backbone.named_parameters():
         if parameter.ndim > 1 and "scale_mul" not in name:

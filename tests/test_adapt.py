@@ -13,11 +13,12 @@ from PIL import Image
 from dd2.checkpoints.native import load_teacher, save_teacher
 from dd2.checkpoints.runs import embedded, open_run
 from dd2.cli import main
+from dd2.commands.adapt import adapt
 from dd2.errors import InputError
-from dd2.jobs.adapt import adapt
-from dd2.stages.adapt import adapted_copy, compare, table_of
-from dd2.stages.config import AdaptConfig
-from dd2.teachers.base import Teacher
+from dd2.method.adapt import compare
+from dd2.method.config import AdaptConfig
+from dd2.teachers.adaptation import adapted_copy, table_of
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, llamagen_teacher
 from dd2.training.loop import LoopConfig, Trainer
@@ -27,7 +28,7 @@ from models import tiny_text
 
 
 @pytest.fixture(scope="module")
-def original() -> Teacher:
+def original() -> CodeTeacher:
     """The embedded digits teacher as an official model would be: an embedding row per code, a shuffled and noisy one."""
     digits = load_teacher(embedded("teacher"))
     assert isinstance(digits.backbone, LlamaGenBackbone)
@@ -134,7 +135,7 @@ def test_from_official_files_to_a_one_step_generator_with_one_config(tmp_path, m
         "head": {"depth": 1, "width": 16, "frequencies": 4},
         "adapt": {"fit_iterations": 50, "sequences": 64, "iterations": 3, "batch": 8, "accumulate": 1},
         "tune": few,
-        "distill": {**few, "k": 1},
+        "csd": {**few, "k": 1},
         "loop": {"preview_every": 0},
     }
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
@@ -147,7 +148,7 @@ def test_from_official_files_to_a_one_step_generator_with_one_config(tmp_path, m
     assert main(evaluated) == 0
     sys.modules.pop("features_of_test")
     numbers = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {"adapt", "tune", "distill", "evaluate"} <= numbers["seconds"].keys()
+    assert {"adapt", "tune", "csd", "evaluate"} <= numbers["seconds"].keys()
     capsys.readouterr()
     assert main(["distill", str(tmp_path / "one.yaml")]) == 0  # finished: it finds everything done
     assert main(["sample", str(tmp_path / "run"), "--steps", "3", "--count", "4", "--out", str(tmp_path / "grid.png")]) == 0

@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dd2.checkpoints.native import Generator, load_teacher, save_generator, save_teacher, save_tokenizer
+from dd2.checkpoints.native import Role, load_teacher, save_generator, save_teacher, save_tokenizer
+from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import embedded
 from dd2.cli import COMMANDS, main
+from dd2.commands.dd1 import DD1RunConfig
+from dd2.commands.distill import DistillConfig
+from dd2.commands.train_teacher import TrainTeacherConfig
+from dd2.commands.train_tokenizer import TrainTokenizerConfig
 from dd2.config import find_yaml, flat, load_config, to_yaml
-from dd2.jobs.dd1 import DD1JobConfig
-from dd2.jobs.distill import DistillConfig
-from dd2.jobs.train_teacher import TrainTeacherConfig
-from dd2.jobs.train_tokenizer import TrainTokenizerConfig
+from dd2.generator import Generator
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig
@@ -42,12 +44,16 @@ def run(tmp_path_factory, teacher_folder) -> Path:
     folder = tmp_path_factory.mktemp("run")
     teacher = load_teacher(teacher_folder)
     samples = TeacherSamples.prepare(folder / "teacher_samples", teacher, Sampling(), 200, 0)
-    teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
-    for name in ("generator", "ar_diffusion"):
-        save_generator(folder / name, Generator(Student.from_teacher(teacher, TINY_HEAD), teacher.tokenizer))
+    teacher.standardise(samples.kept)
+    roles: tuple[Role, ...] = ("generator", "ar_diffusion")
+    for name in roles:
+        save_generator(
+            folder / name, Generator(Student.from_teacher(teacher, TINY_HEAD), teacher.tokenizer, teacher.conditions), role=name
+        )
     (folder / "config.yaml").write_text(to_yaml(DistillConfig(teacher=str(teacher_folder), out=folder)))
+    RunRecord("distill", str(teacher_folder), "", Sampling(), TINY_HEAD).write(folder)
     (folder / "versions.json").write_text(json.dumps({"threads": 1}))
-    (folder / "seconds.json").write_text(json.dumps({"tune": 1.0, "distill": 2.0}))
+    (folder / "seconds.json").write_text(json.dumps({"tune": 1.0, "csd": 2.0}))
     return folder
 
 
@@ -68,8 +74,8 @@ def test_errors_are_one_line_where_the_terminal_knows_ascii_alone(tmp_path):
     command = [sys.executable, "-m", "dd2", "distill", "--out", str(tmp_path / "r")]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for flags, said in (
-        (["--distill.ema", "1"], "distill.ema must be in [0, 1), got 1.0"),
-        (["--distill.k", "x"], "--distill.k"),
+        (["--csd.ema", "1"], "csd.ema must be in [0, 1), got 1.0"),
+        (["--csd.k", "x"], "--csd.k"),
     ):
         done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 2
@@ -81,10 +87,10 @@ def test_errors_are_one_line_where_the_terminal_knows_ascii_alone(tmp_path):
 def test_bad_commands_and_flags(capsys, tmp_path):
     out = ("--out", tmp_path / "r")
     assert "the commands are demo, distill" in refused(capsys, "distil")
-    assert "--distill.lrr" in refused(capsys, "distill", *out, "--distill.lrr", 3)
-    assert "--distill.k" in refused(capsys, "distill", *out, "--distill.k", "many")
-    assert "distill.k must be at least 1, got 0" in refused(capsys, "distill", *out, "--distill.k", 0)
-    assert "sid" in refused(capsys, "distill", *out, "--distill.d", "kl")
+    assert "--csd.lrr" in refused(capsys, "distill", *out, "--csd.lrr", 3)
+    assert "--csd.k" in refused(capsys, "distill", *out, "--csd.k", "many")
+    assert "csd.k must be at least 1, got 0" in refused(capsys, "distill", *out, "--csd.k", 0)
+    assert "sid" in refused(capsys, "distill", *out, "--csd.d", "kl")
     assert "lr must be a positive number" in refused(capsys, "distill", *out, "--tune.optim.lr", -1)
     assert "betas must lie in [0, 1)" in refused(capsys, "distill", *out, "--tune.optim.betas", 0.9, 1.5)
     assert "0 < low < high < 1" in refused(capsys, "distill", *out, "--tune.noise-level.low", 0)
@@ -93,7 +99,7 @@ def test_bad_commands_and_flags(capsys, tmp_path):
     assert "teacher_samples must be at least 1" in refused(capsys, "distill", *out, "--teacher-samples", 0)
     assert "align.then_iterations" in refused(capsys, "distill", *out, "--align.iterations", 5)
     assert "loop.save_every must be at least 1" in refused(capsys, "distill", *out, "--loop.save-every", 0)
-    assert "distill.ema must be in [0, 1)" in refused(capsys, "distill", *out, "--distill.ema", 1)
+    assert "csd.ema must be in [0, 1)" in refused(capsys, "distill", *out, "--csd.ema", 1)
     assert "seed must be in 0" in refused(capsys, "distill", *out, "--seed", -1)
     assert "dropout" in refused(capsys, "train-teacher", *out, "--teacher.dropout", 2)
     assert "kv_heads" in refused(capsys, "train-teacher", *out, "--teacher.kv-heads", -1)
@@ -113,14 +119,14 @@ def test_bad_configurations(capsys, tmp_path):
         return refused(capsys, "distill", file, "--out", tmp_path / "r")
 
     assert "does not exist; give a YAML file, or one of dd2's own" in refused(capsys, "distill", tmp_path / "no.yaml")
-    assert f"{file}: there is no field distill.lrr; did you mean distill" in with_content("distill: {lrr: 1}")
-    assert f"{file}: " in (line := with_content("distill: {k: many}"))
-    assert "--distill.k" in line
-    assert "is not valid YAML" in with_content("distill: {k: 1")
+    assert f"{file}: there is no field csd.lrr; did you mean csd" in with_content("csd: {lrr: 1}")
+    assert f"{file}: " in (line := with_content("csd: {k: many}"))
+    assert "--csd.k" in line
+    assert "is not valid YAML" in with_content("csd: {k: 1")
     assert "must be a mapping" in with_content("- 1\n- 2")
     assert "has no value" in with_content("seed:")
     assert "is not valid YAML" in with_content("seed: 2026-13-45")
-    assert "there is no field distill" in with_content("distill: 3")
+    assert "there is no field csd" in with_content("csd: 3")
     file.write_bytes(b"\xff\xfe\x00")
     assert "is not valid YAML" in refused(capsys, "distill", file)
     assert "there is no field" in refused(capsys, "distill", "digits_tokenizer")
@@ -172,7 +178,7 @@ def test_bad_folders_and_weights(capsys, tmp_path, teacher_folder):
 
 def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     out = ("--out", tmp_path / "x.png")
-    assert "--run" in refused(capsys, "sample", *out)
+    assert "Missing from dd2 sample: RUN" in refused(capsys, "sample", *out)
     assert "does not exist" in refused(capsys, "sample", tmp_path / "none", *out)
     assert "has no config.json" in refused(capsys, "sample", tmp_path, *out)
     assert "label 3 is not a class of this model; its classes are 0 to 2" in refused(
@@ -185,7 +191,7 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     assert "goes with method generator only" in refused(capsys, "sample", run, *out, "--steps", 2, "--method", "teacher")
     assert "must end in .png or .npz" in refused(capsys, "sample", run, "--out", tmp_path / "x.jpeg")
     assert "cannot be written to" in refused(capsys, "sample", run, "--out", "/proc/dd2/x.png")
-    assert "has no config.yaml" in refused(capsys, "sample", run / "generator", *out, "--method", "teacher")
+    assert "has no run.json" in refused(capsys, "sample", run / "generator", *out, "--method", "teacher")
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text("teacher: digits")
@@ -238,12 +244,12 @@ def test_bad_training_data(capsys, tmp_path):
 
 
 def test_another_configuration_does_not_resume_a_run(capsys, tmp_path, teacher_folder):
-    from dd2.jobs.run_folder import start_run
+    from dd2.commands.run_folder import start_run
 
     config = DistillConfig(teacher=str(teacher_folder), out=tmp_path)
     start_run(tmp_path, config, "distill")
     start_run(tmp_path, config, "distill")
-    changed = ("--teacher", teacher_folder, "--out", tmp_path, "--distill.k", 3, "--seed", 4)
+    changed = ("--teacher", teacher_folder, "--out", tmp_path, "--csd.k", 3, "--seed", 4)
     line = refused(capsys, "distill", *changed)
     assert "seed was 0, now 4 (and 1 more)" in line
     start_run(tmp_path, replace(config, loop=LoopConfig(save_every=3)), "distill")  # changes nothing that is computed
@@ -264,7 +270,7 @@ def test_help_is_worth_reading(capsys):
     for name, command in COMMANDS.items():
         assert main([*name.split(), "--help"]) == 0
         text = capsys.readouterr().out
-        assert "--out" in text or name in ("evaluate", "inspect")
+        assert "--out" in text or "OUT" in text or name in ("evaluate", "inspect")
         assert len(text) > 500
         assert (command.load()[0].__doc__ or "?").strip().splitlines()[0] in text
     assert main(["--version"]) == 0
@@ -272,7 +278,7 @@ def test_help_is_worth_reading(capsys):
 
 
 CONFIGS = {file.stem: file.read_text() for file in find_yaml("digits").parent.glob("*.yaml")}
-DISTILL_CONFIGS = sorted(name for name, text in CONFIGS.items() if "\ndistill:" in text)
+DISTILL_CONFIGS = sorted(name for name, text in CONFIGS.items() if "\ncsd:" in text)
 DD1_CONFIGS = sorted(name for name, text in CONFIGS.items() if "\npairs:" in text)
 
 
@@ -282,12 +288,12 @@ def test_packaged_configurations_load_and_survive_a_round_trip(name, tmp_path):
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(DistillConfig, str(tmp_path / "again.yaml")) == config
     assert set(flat(config)) == set(flat(DistillConfig()))
-    assert load_config(DistillConfig, f"configs/{name}.yaml", ["--distill.k", "9"]).distill.k == 9
+    assert load_config(DistillConfig, f"configs/{name}.yaml", ["--csd.k", "9"]).csd.k == 9
 
 
 @pytest.mark.parametrize("name", DD1_CONFIGS)
 def test_packaged_baselines_load(name):
-    config = load_config(DD1JobConfig, name)
+    config = load_config(DD1RunConfig, name)
     assert config.heads.logits_steps > 0
     assert config.out.name == name
 
@@ -331,7 +337,7 @@ def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
     numbers = json.loads((run / "metrics.json").read_text())
     assert set(numbers["frechet"]) == {"floor", "onestep_marginal", "ar_diffusion", "generator", "generator_nearest"}
     assert {"teacher", "generator"} <= numbers["teacher_nll"].keys() & numbers["accuracy"].keys()
-    assert set(numbers["seconds"]) == {"tune", "distill", "evaluate", "total"}
+    assert set(numbers["seconds"]) == {"tune", "csd", "evaluate", "total"}
     f = numbers["frechet"]
     assert numbers["gap_closed"] == pytest.approx((f["onestep_marginal"] - f["generator"]) / (f["onestep_marginal"] - f["floor"]))
     assert f["floor"] < f["generator"]  # untrained

@@ -9,16 +9,18 @@ from torch.distributions import Normal
 
 from dd2.baselines.dd1.student import DD1Config, DD1Student
 from dd2.baselines.dd1.train import DD1TrainConfig, dd1_loss, dd1_stage
-from dd2.checkpoints.native import Generator, load_generator, save_generator, save_teacher
+from dd2.checkpoints.native import load_generator, save_generator, save_teacher
 from dd2.cli import main
 from dd2.errors import InputError
-from dd2.sampling import one_step, two_passes
-from dd2.teachers.base import Teacher
+from dd2.generator import Generator
+from dd2.sampling import one_step, token_noise, two_passes
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import sample_seed
 from dd2.training.schedule import OptimConfig
-from dd2.trajectory import OdeConfig, Pairs, data_of_noise, flow_to_codes, noise_of
+from dd2.trajectory import OdeConfig, Pairs, data_of_noise, flow_to_codes
 from models import tiny_teacher, tiny_var
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -58,8 +60,8 @@ def test_normal_noise_becomes_the_distribution():
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
 def test_pairs_step_by_step_are_those_of_the_whole_sequence(build):
     """Every position's code is the ODE's under the distribution that the finished sequence's prefix gives it."""
-    teacher: Teacher = build()
-    sampling, noise = Sampling(top_k=5), noise_of(teacher, [3, 4, 5, 6])
+    teacher: CodeTeacher = build()
+    sampling, noise = Sampling(top_k=5), token_noise(teacher.backbone, [3, 4, 5, 6])
     ids = data_of_noise(teacher, noise, LABELS, sampling, steps=8)
     log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
     assert torch.equal(flow_to_codes(noise, log_p, teacher.codebook, steps=8, solver="heun"), ids)
@@ -68,7 +70,7 @@ def test_pairs_step_by_step_are_those_of_the_whole_sequence(build):
 
 def test_pairs_keep_ids_and_draw_their_noise_again(tmp_path):
     teacher = tiny_teacher()
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     pairs = Pairs(tmp_path, teacher, Sampling(top_k=5), OdeConfig(steps=6), 40, seed=2)
     noise, ids, labels = pairs.batch(9, torch.Generator().manual_seed(0))
     assert torch.equal(data_of_noise(teacher, noise, labels, Sampling(top_k=5), steps=6), ids)
@@ -78,9 +80,10 @@ def test_pairs_keep_ids_and_draw_their_noise_again(tmp_path):
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
 def test_a_position_reads_itself_and_earlier_steps_only(build):
-    teacher: Teacher = build()
+    teacher: CodeTeacher = build()
     order = teacher.order
     tokens = torch.randn(2, order.n, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert isinstance(teacher.backbone, ReadsOwnToken)
     features = teacher.backbone.own_features(tokens, LABELS[:2], lambda index, x: x)
     assert features.shape == (2, order.n, 32)
     for position in (0, 3, order.n - 1):
@@ -92,16 +95,16 @@ def test_a_position_reads_itself_and_earlier_steps_only(build):
         assert grad[1].abs().sum() == 0
 
 
-def student_of(teacher: Teacher, **config: int) -> DD1Student:
+def student_of(teacher: CodeTeacher, **config: int) -> DD1Student:
     torch.manual_seed(0)
     return DD1Student.from_teacher(teacher, DD1Config(**config))
 
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
 def test_losses_reach_what_they_should(build):
-    teacher: Teacher = build().requires_grad_(True)
+    teacher: CodeTeacher = build().requires_grad_(True)
     student = student_of(teacher, logits_steps=1, second_step=2)
-    noise = noise_of(teacher, [0, 1, 2, 3])
+    noise = token_noise(teacher.backbone, [0, 1, 2, 3])
     ids = data_of_noise(teacher, noise, LABELS, Sampling(), steps=4)
     loss, numbers = dd1_loss(student, ids, noise, LABELS, torch.Generator().manual_seed(1), weight=2.0)
     assert loss.item() == pytest.approx(float(numbers["cross_entropy"] + 2 * numbers["squared_error"]))
@@ -132,15 +135,15 @@ def test_heads_and_passes_share_the_sequence():
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
 def test_a_saved_student_draws_the_same(tmp_path, build):
-    teacher: Teacher = build()
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher: CodeTeacher = build()
+    teacher.standardise()
     student = student_of(teacher, logits_steps=2).eval()
-    save_generator(tmp_path / "generator", Generator(student, teacher.tokenizer))
+    save_generator(tmp_path / "generator", Generator(student, teacher.tokenizer, teacher.conditions))
     loaded = load_generator(tmp_path / "generator")
     assert isinstance(loaded.student, DD1Student)
     assert torch.equal(one_step(loaded.student, LABELS, range(4)), one_step(student, LABELS, range(4)))
     with pytest.raises(InputError, match="no AR-diffusion model"):
-        _ = loaded.ar_student
+        _ = loaded.as_teacher
     config = json.loads((tmp_path / "generator" / "config.json").read_text())
     (tmp_path / "generator" / "config.json").write_text(json.dumps(config | {"method": "dd3"}))
     with pytest.raises(InputError, match="unknown method 'dd3'"):
@@ -150,16 +153,16 @@ def test_a_saved_student_draws_the_same(tmp_path, build):
 def test_training_learns_the_map(tmp_path):
     """On a fixed set of pairs the student gives most data back from their noise, and hardly any from other noise."""
     teacher = tiny_teacher()
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     pairs = Pairs(tmp_path / "pairs", teacher, Sampling(), OdeConfig(steps=10), 48, seed=5)
     student = student_of(teacher, logits_steps=16)
     config = DD1TrainConfig(iterations=200, batch=48, ema=0.9, optim=OptimConfig(lr=3e-3, decay="cosine"))
     stage, average = dd1_stage(student, teacher, pairs, config)
     Trainer(tmp_path, 5, LoopConfig(preview_every=0), torch.device("cpu"), "").run(stage)
-    ids, labels = pairs.samples.take(torch.arange(48), torch.device("cpu"))
+    ids, labels = pairs.samples.kept.long(), pairs.samples.labels
 
     def agreement(seeds: list[int]) -> float:
-        tokens = average.as_generator(noise_of(teacher, seeds), labels)
+        tokens = average.as_generator(token_noise(teacher.backbone, seeds), labels)
         return float((torch.cdist(tokens, teacher.codebook).argmin(-1) == ids).float().mean())
 
     known = agreement([sample_seed(5, row) for row in range(48)])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from dd2.checkpoints.native import save_teacher
 from dd2.cli import main
 from dd2.errors import InputError
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.training import checkpoint
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
@@ -28,8 +28,8 @@ from test_training import regression
 SMALL = [
     "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
     "--tune.iterations", "4", "--tune.batch", "4", "--tune.accumulate", "2", "--tune.sampling.cfg-scale", "None",
-    "--distill.iterations", "6", "--distill.k", "2", "--distill.batch", "4", "--distill.accumulate", "2",
-    "--distill.sampling.cfg-scale", "None", "--align.iterations", "2", "--align.then-iterations", "2",
+    "--csd.iterations", "6", "--csd.k", "2", "--csd.batch", "4", "--csd.accumulate", "2",
+    "--csd.sampling.cfg-scale", "None", "--align.iterations", "2", "--align.then-iterations", "2",
     "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "3",
 ]  # fmt: skip
 
@@ -82,7 +82,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "generator" / "model.safetensors")
 
 
-def flags_of(teacher: Teacher, folder: Path) -> list[str]:
+def flags_of(teacher: CodeTeacher, folder: Path) -> list[str]:
     save_teacher(folder, teacher)
     return ["--teacher", str(folder), *SMALL]
 
@@ -121,7 +121,7 @@ def test_two_processes_train_as_one(tmp_path, build, parallel, more):
 
 def test_compiled_shards_train_as_plain_networks_do(tmp_path, flags):
     """On two processes, traced ahead of time (tests/compiled_dd2.py), against one process without any of it."""
-    short = [*flags, "--distill.iterations", "2", "--align.iterations", "0", "--align.then-iterations", "0"]
+    short = [*flags, "--csd.iterations", "2", "--align.iterations", "0", "--align.then-iterations", "0"]
     assert main(["distill", "--out", str(tmp_path / "plain"), *short]) == 0
     compiled = ("--loop.parallel", "fsdp2", "--loop.compile", "--loop.recompute")
     worker = Path(__file__).with_name("compiled_dd2.py")
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_job_and_the_resumed_run_is_bit_exact(tmp_path
     whole, killed, sharded = tmp_path / "whole", tmp_path / "killed", ("--loop.parallel", "fsdp2")
     finish(whole, 2, *flags, *sharded)
     process = start(2, "distill", "--out", killed, *flags, *sharded)
-    wait_for(killed / "checkpoints" / "distill" / "00000002", process)
+    wait_for(killed / "checkpoints" / "csd" / "00000002", process)
     os.kill(workers(process)[-1], signal.SIGKILL)
     process.communicate(timeout=90)  # the other one does not wait for it forever
     assert not (killed / "generator").exists()
@@ -158,7 +158,7 @@ def test_checkpoints_load_on_other_process_counts(tmp_path, flags):
     assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0
     run = tmp_path / "run"
     process = start(2, "distill", "--out", run, *flags, "--loop.parallel", "fsdp2")
-    wait_for(run / "checkpoints" / "distill" / "00000002", process)
+    wait_for(run / "checkpoints" / "csd" / "00000002", process)
     for number in (*workers(process), process.pid):
         os.kill(number, signal.SIGKILL)
     process.communicate(timeout=60)
@@ -195,7 +195,7 @@ def test_two_agents_make_one_job(tmp_path, flags):
         ]  # fmt: skip
 
     jobs = agents("--loop.parallel", "fsdp2")
-    wait_for(run / "checkpoints" / "distill" / "00000002", jobs[0])
+    wait_for(run / "checkpoints" / "csd" / "00000002", jobs[0])
     for number in (*workers(jobs[1]), jobs[1].pid):  # a host is gone, worker and agent
         os.kill(number, signal.SIGKILL)
     jobs[0].communicate(timeout=120)

@@ -21,8 +21,8 @@ from dd2.data import digits
 from dd2.errors import InputError
 from dd2.evaluation import inception
 from dd2.evaluation.features import classifier_features, inception_features, open_features, read_features
-from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
 from dd2.evaluation.images import ImageSet
+from dd2.frechet import FeatureStatistics, frechet_distance
 from dd2.images import export_npz, save_folder, save_npz, to_uint8
 
 
@@ -63,7 +63,7 @@ def test_the_distance_is_the_same_in_every_form(tmp_path, capsys):
         fits.append(statistics.fit())
     expected = frechet_distance(*fits)
     references = [write(b, tmp_path / name) for name in ("ref", "ref2.zip", "ref3.npz")]
-    assert main(["reference", str(references[0]), "--out", str(tmp_path / "stats.npz")]) == 0
+    assert main(["reference", str(references[0]), str(tmp_path / "stats.npz")]) == 0
     for name in ("a", "a2.zip", "a3.npz"):
         images = write(a, tmp_path / name)
         for reference in (*references, tmp_path / "stats.npz"):
@@ -81,7 +81,7 @@ def test_statistics_with_images_for_precision_and_recall(tmp_path):
     images, others = draw(1), draw(2)
     write(images, tmp_path / "a")
     write(others, tmp_path / "b")
-    assert main(["reference", str(tmp_path / "b"), "--out", str(tmp_path / "plain.npz")]) == 0
+    assert main(["reference", str(tmp_path / "b"), str(tmp_path / "plain.npz")]) == 0
     with np.load(tmp_path / "plain.npz") as stats:
         np.savez(tmp_path / "virtual.npz", **{k: stats[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}, arr_0=to_uint8(others))
     found, plain = evaluated(tmp_path / "a", tmp_path / "virtual.npz"), evaluated(tmp_path / "a", tmp_path / "b")
@@ -141,7 +141,7 @@ def test_bad_images_and_references(tmp_path, capsys):
     assert "both mu and sigma" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "half.npz")
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     assert "must be (F,) and (F, F)" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "odd.npz")
-    assert "out must end in .npz" in refused(capsys, "reference", a, "--out", tmp_path / "x.txt")
+    assert "out must end in .npz" in refused(capsys, "reference", a, tmp_path / "x.txt")
 
 
 class Mixed6(nn.Module):

@@ -8,11 +8,12 @@ import torch
 from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import skipped
 from dd2.errors import InputError
-from dd2.evaluation.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.evaluation.plots import curves
 from dd2.evaluation.speed import seconds_per_call
+from dd2.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from dd2.teachers.filtering import Sampling
+from dd2.training.samples import TeacherSamples
 from models import tiny_teacher, tiny_var
 
 
@@ -82,20 +83,30 @@ def test_marginal_sampler_draws_the_frequencies_of_class_and_position():
     ids = torch.randint(5, (400, 3), generator=g)
     ids[labels == 1, 0] = 2  # one class always has code 2 at position 0
     ids[:, 2] = ids[:, 1]  # correlated positions, which the baseline must lose
-    sampler = MarginalSampler(ids.to(torch.uint16), labels)
-    drawn = sampler.sample(torch.arange(20_000) % 2, range(20_000))
+    samples = TeacherSamples(tiny_teacher(), ids.to(torch.uint16), labels)
+    drawn = MarginalSampler(samples).kept(torch.arange(20_000) % 2, range(20_000)).long()
     odd = drawn[1::2]
     assert (odd[:, 0] == 2).all()
     expected = ids[labels == 1, 1].bincount(minlength=5) / 200
     torch.testing.assert_close(odd[:, 1].bincount(minlength=5) / 10_000, expected, atol=0.02, rtol=0)
     together = (odd[:, 1] == odd[:, 2]).float().mean()
     assert together == pytest.approx(float(expected.square().sum()), abs=0.02)
+    of_all = MarginalSampler(samples, "dataset").kept(torch.arange(20_000) % 2, range(20_000)).long()
+    for odd_or_even in (of_all[::2], of_all[1::2]):  # every class has the frequencies of the whole data set
+        torch.testing.assert_close(
+            odd_or_even[:, 0].bincount(minlength=5) / 10_000, ids[:, 0].bincount(minlength=5) / 400, atol=0.02, rtol=0
+        )
+    latents = torch.randn(400, 3, 2, generator=g)
+    continuous = MarginalSampler(TeacherSamples(tiny_teacher(), latents, labels)).kept(torch.tensor([0, 1]), [5, 6])
+    for row, label in ((0, 0), (1, 1)):
+        for position in range(3):  # each is a teacher sample's own token at that place
+            assert (continuous[row, position] == latents[labels == label, position]).all(-1).sum() == 1
 
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
 def test_skip_m_is_the_start_of_the_teachers_own_sequence(build):
     teacher, cond = build(), torch.tensor([0, 1, 2])
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     ids = teacher.generate(cond, Sampling(), range(3))
     kept = teacher.order.steps[-2].start
     codes = teacher.tokenizer.codebook[ids[:, :kept]]
@@ -118,6 +129,6 @@ def test_speed_takes_turns_and_the_median():
 
 
 def test_curves_need_no_particular_stage():
-    rows = [{"stage": "distill", "step": i, "guidance/loss": 1 / i, "generator/loss": 0.1} for i in range(1, 10)]
+    rows = [{"stage": "csd", "step": i, "guidance/loss": 1 / i, "generator/loss": 0.1} for i in range(1, 10)]
     assert curves(rows).startswith(b"\x89PNG")
     assert curves([]).startswith(b"\x89PNG")

@@ -7,8 +7,8 @@ from torch import Tensor
 from dd2.checkpoints import load_llamagen
 from dd2.checkpoints.foreign import official_shapes
 from dd2.checkpoints.llamagen import gpt_config, gpt_origins, vq_config, vq_ignored
-from dd2.teachers.base import Teacher
 from dd2.teachers.captions import caption_condition
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -18,7 +18,7 @@ from golden_weights import golden_model, golden_sizes, golden_state, golden_valu
 NAMES = ("llamagen_tiny", "llamagen_t2i_tiny")
 
 
-def load(name: str) -> Teacher:
+def load(name: str) -> CodeTeacher:
     vq = golden_model("llamagen_tiny", "vq_shapes")
     return load_llamagen({"model": golden_model(name, "gpt_shapes")}, {"model": vq}, num_heads=2, image_size=16)
 
@@ -29,7 +29,7 @@ def name(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def teacher(name) -> Teacher:
+def teacher(name) -> CodeTeacher:
     return load(name)
 
 
@@ -53,11 +53,13 @@ def test_tokenizer():
 
 @pytest.mark.parametrize("standardised", [False, True])
 def test_logits(teacher, values, standardised):
-    codebook = teacher.tokenizer.codebook
-    teacher.backbone.standardise(codebook if standardised else torch.tensor([[-1.0] * 8, [1.0] * 8]))
+    if standardised:
+        teacher.standardise()
+    else:
+        teacher.backbone.normalise_by(torch.zeros(8), torch.ones(8))
     tokens, cond = teacher.codebook[values["ids"]], values["cond"]
     close(teacher.logits(tokens, cond), values["logits"])
-    close(teacher.logits(tokens, teacher.null_condition(cond)), values["logits_uncond"])
+    close(teacher.logits(tokens, teacher.backbone.null_condition(cond)), values["logits_uncond"])
 
 
 def test_greedy_guided_generation(name, teacher, values):

@@ -16,18 +16,18 @@ from dd2.checkpoints.var import (
     vqvae_ignored,
     vqvae_origins,
 )
-from dd2.order import shared_phi
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
+from dd2.tokenizers.pyramid import shared_phi
 from golden_weights import golden_model, golden_sizes, golden_state, golden_values
 
 SIZES = golden_sizes("var_tiny")
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
+def teacher() -> CodeTeacher:
     transformer, vqvae = golden_model("var_tiny", "var_shapes"), golden_model("var_tiny", "vqvae_shapes")
     return load_var(transformer, vqvae, patch_nums=SIZES["patch_nums"])
 
@@ -50,12 +50,14 @@ def test_tokenizer(teacher, values):
 
 @pytest.mark.parametrize("standardised", [False, True])
 def test_logits_and_inputs(teacher, values, standardised):
-    codebook = teacher.tokenizer.codebook
-    teacher.backbone.standardise(codebook if standardised else torch.tensor([[-1.0] * 8, [1.0] * 8]))
+    if standardised:
+        teacher.standardise()
+    else:
+        teacher.backbone.normalise_by(torch.zeros(8), torch.ones(8))
     tokens, labels = teacher.codebook[values["ids"]], values["labels"]
     close(teacher.order.inputs(teacher.backbone.to_codes(tokens)), values["var_input"])
     close(teacher.logits(tokens, labels), values["logits"])
-    close(teacher.logits(tokens, teacher.null_condition(labels)), values["logits_uncond"])
+    close(teacher.logits(tokens, teacher.backbone.null_condition(labels)), values["logits_uncond"])
 
 
 def test_greedy_guided_image(teacher, values):

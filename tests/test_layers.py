@@ -7,13 +7,14 @@ import torch
 
 from dd2.cli import main
 from dd2.device import pick_device
-from dd2.evaluation.frechet import fit_gaussian, frechet_distance
+from dd2.frechet import fit_gaussian, frechet_distance
+from dd2.method.config import CSDConfig, TuneConfig
+from dd2.method.recipe import Networks, csd_stage, tune_stages
+from dd2.method.validation import FIRST_SEED, TeacherDistance
 from dd2.sampling import one_step
-from dd2.stages.config import CSDConfig, TuneConfig
-from dd2.stages.recipe import Networks, distill_stage, tune_stages
-from dd2.stages.validation import FIRST_SEED, TeacherDistance
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.layers import layer_stacks
 from dd2.tokenizers.base import nearest_ids
 from dd2.training.layers import prepare_layers
 from dd2.training.samples import LiveSamples, TeacherSamples
@@ -25,13 +26,13 @@ CSD = CSDConfig(k=1, batch=3, accumulate=1, guidance_draws=2, sampling=Sampling(
 def gradients(build, recompute: bool, compiled: bool, d) -> list[torch.Tensor]:
     """Of both networks of stage 2 after one loss each."""
     teacher = build()
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     torch.manual_seed(1)
     student = Student.from_teacher(teacher, TINY_HEAD)
     torch.nn.init.normal_(student.head.output.weight, std=0.1)
     networks = Networks.from_tuned(student)
-    samples = TeacherSamples(torch.zeros(6, teacher.order.n, dtype=torch.long), torch.arange(6) % 3)
-    stage = distill_stage(networks, teacher, samples, CSDConfig(**{**CSD.__dict__, "d": d}))
+    samples = TeacherSamples(teacher, torch.zeros(6, teacher.order.n, dtype=torch.long), torch.arange(6) % 3)
+    stage = csd_stage(networks, teacher, samples, CSDConfig(**{**CSD.__dict__, "d": d}))
     for network in (networks.generator, networks.guidance, networks.ema):
         network.train()  # dropout, where there is any
         prepare_layers(network.backbone, recompute, compiled, compiler="aot_eager")
@@ -59,7 +60,8 @@ def test_recomputing_runs_the_layers_again():
     teacher = tiny_teacher()
     student = Student.from_teacher(teacher, TINY_HEAD)
     calls = []
-    for layer in student.backbone.transformer_layers:
+    (stack,) = layer_stacks(student)
+    for layer in stack:
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     tokens = torch.randn(2, 16, 4)
     for recompute, expected in ((False, 2), (True, 4)):
@@ -90,7 +92,7 @@ def test_compilation_is_refused_where_it_is_of_no_use(capsys, tmp_path):
         ("distill", ["--loop.compile"], "is for CUDA"),
         ("train-classifier", ["--loop.recompute"], "trains none"),
         ("distill", ["--stage1", "x", "--sample-in-loop"], "give one of them"),
-        ("distill", ["--distill.validation", "1"], "at least 2"),
+        ("distill", ["--csd.validation", "1"], "at least 2"),
         ("distill", ["--teacher-samples", "1"], "at least 2 teacher_samples"),
         ("distill", ["--loop.save-async", "maybe"], "save-async"),
     ):
@@ -102,11 +104,12 @@ def test_compilation_is_refused_where_it_is_of_no_use(capsys, tmp_path):
 def test_samples_of_the_loop_follow_the_teacher():
     teacher = tiny_teacher()
     live = LiveSamples(teacher, Sampling(top_k=4))
-    ids, labels = live.batch(5000, torch.Generator().manual_seed(0), torch.device("cpu"))
-    again, _ = live.batch(5000, torch.Generator().manual_seed(0), torch.device("cpu"))
-    other, _ = live.batch(5000, torch.Generator().manual_seed(1), torch.device("cpu"))
-    assert torch.equal(ids, again)
-    assert not torch.equal(ids, other)
+    tokens, labels = live.batch(5000, torch.Generator().manual_seed(0))
+    again, _ = live.batch(5000, torch.Generator().manual_seed(0))
+    other, _ = live.batch(5000, torch.Generator().manual_seed(1))
+    assert torch.equal(tokens, again)
+    assert not torch.equal(tokens, other)
+    ids = teacher.ids(tokens)
     assert set(labels.tolist()) == {0, 1, 2}
     zeros = torch.zeros(1, 16, 4)
     for label in range(3):  # the first token's frequencies are its probabilities
@@ -127,8 +130,8 @@ def test_stage_one_trains_on_samples_of_the_loop():
 def test_validation_distance_is_the_frechet_distance_in_the_teachers_features():
     teacher = tiny_teacher()
     ids = teacher.generate(torch.arange(300) % 3, Sampling(), range(300))
-    samples = TeacherSamples(ids, torch.arange(300) % 3)
-    teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
+    samples = TeacherSamples(teacher, ids, torch.arange(300) % 3)
+    teacher.standardise(ids)
     generator = Student.from_teacher(teacher, TINY_HEAD).eval()
     found = TeacherDistance(teacher, samples, 256, batch=100)(generator)
 
@@ -158,6 +161,6 @@ def test_every_process_has_its_own_gpu(monkeypatch):
 def test_positions_are_what_the_layers_read(build):
     teacher = build()
     lengths = []
-    teacher.backbone.transformer_layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-    teacher.features(torch.randn(3, teacher.order.n, 4), teacher.backbone.conditions(torch.arange(3)))
+    layer_stacks(teacher)[0][0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    teacher.features(torch.randn(3, teacher.order.n, 4), teacher.conditions(torch.arange(3)))
     assert lengths == [teacher.backbone.positions]

@@ -5,13 +5,24 @@ import torch
 from torch import Tensor, nn
 
 from dd2.losses import csd_loss, fcs_loss, gts_loss, noised
+from dd2.scores import ConditionalScore
+
+
+class Known(ConditionalScore):
+    """A posterior mean that is a function of x_t."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def x0_hat(self, x_t, t):
+        return self.function(x_t)
 
 
 def gaussian_x0_hat(mean: float, variance: float, t: Tensor):
     """Posterior mean of x_0 ~ N(mean, variance) under RectFlow: exact, with slope dx0_hat/dx_t."""
     level = t.unsqueeze(-1)
     slope = (1 - level) * variance / ((1 - level) ** 2 * variance + level**2)
-    return slope, lambda x_t: mean + slope * (x_t - (1 - level) * mean)
+    return slope, Known(lambda x_t: mean + slope * (x_t - (1 - level) * mean))
 
 
 @pytest.fixture
@@ -30,7 +41,7 @@ def test_sid_gradient_on_gaussians(case, alpha):
     csd_loss(q, t, eps, teacher, guidance, d="sid", alpha=alpha)[0].backward()
     with torch.no_grad():
         q_t = noised(q, t, eps)
-        a, b = teacher(q_t), guidance(q_t)
+        a, b = teacher.x0_hat(q_t, t), guidance.x0_hat(q_t, t)
         w = 1 / (q - a).abs().mean(-1, keepdim=True)
         da, db = slope_a * (1 - t.unsqueeze(-1)), slope_b * (1 - t.unsqueeze(-1))  # d/dq through q_t
         # w (a-b)((a-q) - alpha (a-b)), product rule, w constant
@@ -45,7 +56,7 @@ def test_dmd_gradient_is_the_weighted_score_difference(case):
     loss.backward()
     with torch.no_grad():
         level, q_t = t.unsqueeze(-1), noised(q, t, eps)
-        a, b = teacher(q_t), guidance(q_t)
+        a, b = teacher.x0_hat(q_t, t), guidance.x0_hat(q_t, t)
         w = 1 / (q - a).abs().mean(-1, keepdim=True)
         scores = [((1 - level) * x - q_t) / level**2 for x in (b, a)]
         # s_guidance - s_teacher = (1 - t) / t^2 (b - a)
@@ -70,7 +81,7 @@ def test_sid_expectation_vanishes_at_the_optimal_guidance():
 def test_nothing_but_q_receives_a_gradient(case, d):
     q, t, eps = case
     networks = [nn.Linear(3, 3), nn.Linear(3, 3)]
-    csd_loss(q, t, eps, networks[0], networks[1], d=d)[0].backward()
+    csd_loss(q, t, eps, Known(networks[0]), Known(networks[1]), d=d)[0].backward()
     assert q.grad is not None
     assert q.grad.abs().sum() > 0
     assert all(p.grad is None for network in networks for p in network.parameters())
@@ -84,8 +95,8 @@ def test_sid_gradient_flows_through_both_networks(case):
     grads = []
     for a, b in (
         (teacher, guidance),
-        (lambda x: teacher(x.detach()), guidance),
-        (teacher, lambda x: guidance(x.detach())),
+        (Known(lambda x: teacher.x0_hat(x.detach(), t)), guidance),
+        (teacher, Known(lambda x: guidance.x0_hat(x.detach(), t))),
     ):
         (grad,) = torch.autograd.grad(csd_loss(q, t, eps, a, b, alpha=1.2)[0], q)
         grads.append(grad)
@@ -107,4 +118,4 @@ def test_regression_losses_detach_their_targets():
 def test_unknown_distance():
     x = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="sid"):
-        csd_loss(x, torch.full((1,), 0.5), x, lambda y: y, lambda y: y, d="kl")  # pyright: ignore[reportArgumentType]
+        csd_loss(x, torch.full((1,), 0.5), x, Known(lambda y: y), Known(lambda y: y), d="kl")  # pyright: ignore[reportArgumentType]

@@ -9,13 +9,13 @@ from PIL import Image
 
 from dd2 import OneStepPipeline
 from dd2.cli import main
+from dd2.commands.train_classifier import TrainClassifierConfig
 from dd2.config import load_config
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
-from dd2.jobs.train_classifier import TrainClassifierConfig
 from dd2.training.metrics import MetricsLog
 
-SHORT = ["--tune.iterations", "150", "--distill.iterations", "150", "--teacher-samples", "8192", "--loop.preview-every", "150"]
+SHORT = ["--tune.iterations", "150", "--csd.iterations", "150", "--teacher-samples", "8192", "--loop.preview-every", "150"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_what_the_digits_reach(run):
 def test_a_run_documents_itself(run):
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "metrics.json", "report.html", "seconds.json"):
         assert (run / name).stat().st_size > 50
-    for name in ("samples.png", "curves.png", "samples/tune-00000150.png", "samples/distill-00000150.png"):
+    for name in ("samples.png", "curves.png", "samples/tune-00000150.png", "samples/csd-00000150.png"):
         with Image.open(run / name) as picture:
             assert picture.size[0] > 300
 
@@ -85,10 +85,10 @@ def test_hub_names_are_downloaded(run, monkeypatch):
 
 def test_from_scratch_trains_every_part(tmp_path, monkeypatch):
     """`dd2 demo --from-scratch`, every part shortened: the parts are trained, used and reported."""
-    from dd2.jobs import demo
+    from dd2.commands import demo
 
     short = {
-        "digits": ["--tune.iterations", "4", "--distill.iterations", "4", "--teacher-samples", "512"],
+        "digits": ["--tune.iterations", "4", "--csd.iterations", "4", "--teacher-samples", "512"],
         "digits_tokenizer": ["--iterations", "6"],
         "digits_teacher": ["--iterations", "6", "--token-images", "600", "--teacher.depth", "1", "--loop.preview-every", "0"],
     }

@@ -16,9 +16,8 @@ from dd2.checkpoints.runs import embedded
 from dd2.data import digits
 from dd2.data.idx import IdxImages
 from dd2.errors import InputError
-from dd2.evaluation.bank import Bank
+from dd2.evaluation.bank import feature_bank
 from dd2.evaluation.features import classifier_features
-from dd2.evaluation.frechet import FeatureStatistics, frechet_distance
 from dd2.evaluation.inception_score import inception_score
 from dd2.evaluation.kid import kernel_distance
 from dd2.evaluation.metrics import (
@@ -33,7 +32,9 @@ from dd2.evaluation.metrics import (
 from dd2.evaluation.neighbours import nearest_distance, neighbour_scores
 from dd2.evaluation.path_length import path_length, slerp
 from dd2.evaluation.reference import of_bank
+from dd2.frechet import FeatureStatistics, frechet_distance
 from dd2.seeding import image_noise, image_uniforms
+from dd2.training.store import Store
 
 
 class Passed(nn.Module):
@@ -154,8 +155,8 @@ def test_scores_of_a_bank(tmp_path):
         pool = random_features(1, 120)[index]
         return {"pool": pool, "spatial": pool[:, :5], "probabilities": pool.softmax(1)}
 
-    bank = Bank.prepare(tmp_path, "a", {"a": 1}, 120, 50, make)
-    reference = of_bank(Bank.prepare(tmp_path, "b", {"b": 1}, 120, 7, make), {})
+    bank = feature_bank(tmp_path, "a", {"a": 1}, 120, 50, make)
+    reference = of_bank(feature_bank(tmp_path, "b", {"b": 1}, 120, 7, make), {})
     found = scores(bank, reference, MetricConfig(fid_infinity=True))
     assert found["frechet"] == pytest.approx(0, abs=1e-6)
     assert found["sfid"] == pytest.approx(0, abs=1e-6)
@@ -174,8 +175,8 @@ def test_scores_of_a_bank(tmp_path):
     assert warnings(50_000, 2048, {"reference": "x.npz"}) == []
 
 
-def _narrow(folder) -> Bank:
-    return Bank.prepare(folder, "c", {"c": 1}, 20, 20, lambda index: {"pool": random_features(1, 20)[index, :3]})
+def _narrow(folder) -> Store:
+    return feature_bank(folder, "c", {"c": 1}, 20, 20, lambda index: {"pool": random_features(1, 20)[index, :3]})
 
 
 def test_a_bank_resumes_and_repairs(tmp_path, monkeypatch):
@@ -190,17 +191,17 @@ def test_a_bank_resumes_and_repairs(tmp_path, monkeypatch):
 
     repaired = False
     with pytest.raises(KeyboardInterrupt):
-        Bank.prepare(tmp_path, "a", {}, 35, 5, make)
+        feature_bank(tmp_path, "a", {}, 35, 5, make)
     repaired = True
     drawn.clear()
-    bank = Bank.prepare(tmp_path, "a", {}, 35, 5, make)
+    bank = feature_bank(tmp_path, "a", {}, 35, 5, make)
     assert drawn == list(range(10, 35))  # the first file was whole
     assert bank.load("pool").flatten().tolist() == list(range(35))
     bank.files[1].write_bytes(bank.files[1].read_bytes()[:40])
     drawn.clear()
-    assert torch.equal(Bank.prepare(tmp_path, "a", {}, 35, 4, make).load("pool"), bank.load("pool"))
+    assert torch.equal(feature_bank(tmp_path, "a", {}, 35, 4, make).load("pool"), bank.load("pool"))
     assert drawn == list(range(10, 20))
-    assert Bank.prepare(tmp_path, "a", {"other": 1}, 5, 5, make).files[0].parent != bank.files[0].parent
+    assert feature_bank(tmp_path, "a", {"other": 1}, 5, 5, make).files[0].parent != bank.files[0].parent
 
 
 def test_slerp_keeps_the_gaussian_norm():

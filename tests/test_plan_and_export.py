@@ -15,10 +15,10 @@ import plan_memory
 from dd2.checkpoints.native import load_generator, save_teacher
 from dd2.checkpoints.released import RELEASED, sketch
 from dd2.cli import main
+from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
-from dd2.jobs.plan import PlanConfig, needs
-from dd2.stages.config import CSDConfig
-from dd2.stages.recipe import Networks, distill_stage
+from dd2.method.config import CSDConfig
+from dd2.method.recipe import Networks, csd_stage
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.footprint import footprint
@@ -45,12 +45,12 @@ def test_operations_are_those_of_a_real_iteration(build):
     """Counted on real tensors, forward and backward, K guidance updates and one generator update."""
     teacher = build()
     csd = CSDConfig(k=2, batch=4, accumulate=1, guidance_draws=3, generator_draws=2, sampling=Sampling(), iterations=1)
-    config = replace(PlanConfig(), head=TINY_HEAD, distill=csd)
+    config = replace(PlanConfig(), head=TINY_HEAD, csd=csd)
     planned = needs(config, copy.deepcopy(teacher).to("meta"))
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     student = Student.from_teacher(teacher, TINY_HEAD)
-    samples = TeacherSamples(torch.zeros(8, teacher.order.n, dtype=torch.long), torch.arange(8) % 3)
-    stage = distill_stage(Networks.from_tuned(student), teacher, samples, csd)
+    samples = TeacherSamples(teacher, torch.zeros(8, teacher.order.n, dtype=torch.long), torch.arange(8) % 3)
+    stage = csd_stage(Networks.from_tuned(student), teacher, samples, csd)
     counter = FlopCounterMode(display=False)
     with counter:
         for update in stage.updates:
@@ -73,7 +73,7 @@ def test_plans_say_what_to_change(capsys):
     assert main(["plan", "llamagen_b", "--model", "llamagen_b", "--gpus", "8", "--memory", "20GB"]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said
-    assert "--distill.batch" in said
+    assert "--csd.batch" in said
     assert "fsdp2" in said
     config = load_config(PlanConfig, "llamagen_b", ["--model", "llamagen_b", "--gpus", "8"])
     whole = needs(config, sketch("llamagen_b"))
@@ -108,9 +108,9 @@ def run(tmp_path_factory) -> Path:
     save_teacher(folder / "teacher", tiny_teacher())
     flags = [
         *("--teacher", folder / "teacher", "--out", folder / "run", "--teacher-samples", 64, "--tune.iterations", 2),
-        *("--tune.batch", 4, "--tune.accumulate", 1, "--tune.sampling.cfg-scale", "None", "--distill.iterations", 6),
-        *("--distill.batch", 4, "--distill.accumulate", 1, "--distill.sampling.cfg-scale", "None", "--distill.k", 1),
-        *("--distill.further-emas", 0.05, 0.3, "--distill.generator.warmup", 0, "--loop.save-every", 2, "--loop.keep", 3),
+        *("--tune.batch", 4, "--tune.accumulate", 1, "--tune.sampling.cfg-scale", "None", "--csd.iterations", 6),
+        *("--csd.batch", 4, "--csd.accumulate", 1, "--csd.sampling.cfg-scale", "None", "--csd.k", 1),
+        *("--csd.further-emas", 0.05, 0.3, "--csd.generator.warmup", 0, "--loop.save-every", 2, "--loop.keep", 3),
         *("--head.depth", 1, "--head.width", 16, "--head.frequencies", 4, "--loop.preview-every", 0),
     ]
     assert main(["distill", *map(str, flags)]) == 0
@@ -129,7 +129,7 @@ def test_export_of_any_checkpoint_and_average(run, tmp_path, capsys):
     raw, short, long = (exported(a, "--average", a)[key] for a in ("none", "0.05", "0.3"))
     assert (raw - short).norm() < (raw - long).norm()  # the shorter average is nearer to the weights of now
     earlier = exported("earlier", "--step", "2")
-    state = run / "checkpoints" / "distill" / "00000004" / "state.json"
+    state = run / "checkpoints" / "csd" / "00000004" / "state.json"
     assert json.loads(state.read_text())["validation"] > 0
     state.write_text(json.dumps(json.loads(state.read_text()) | {"validation": 0.0}))
     best, fourth = exported("best", "--step", "best"), exported("fourth", "--step", "4")
@@ -156,5 +156,5 @@ def test_export_of_any_checkpoint_and_average(run, tmp_path, capsys):
 
 
 def test_averages_must_differ(capsys, tmp_path):
-    assert main(["distill", "digits", "--out", str(tmp_path / "r"), "--distill.further-emas", "0.999"]) == 2
+    assert main(["distill", "digits", "--out", str(tmp_path / "r"), "--csd.further-emas", "0.999"]) == 2
     assert "different numbers" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_table_teacher_is_its_table():
     joint = random_joint()
     teacher = TableTeacher(joint)
     cond = torch.zeros(50_000, dtype=torch.long)
-    uniforms_ids = teacher.sample(200_000, torch.Generator().manual_seed(0))
+    uniforms_ids = teacher.sequences(200_000, torch.Generator().manual_seed(0))
     assert total_variation(uniforms_ids, joint) < 0.01
     every = torch.cartesian_prod(*[torch.arange(4)] * 3)
     log_p = teacher.log_p(teacher.codebook[every], cond[:64], Sampling())

@@ -7,22 +7,24 @@ import torch
 from dd2.checkpoints.native import load_generator, save_teacher
 from dd2.checkpoints.runs import open_teacher
 from dd2.cli import main
-from dd2.stages.config import RegressConfig
-from dd2.stages.recipe import Networks, regress_stage
-from dd2.stages.regress import regress_loss
+from dd2.method.config import RegressConfig
+from dd2.method.recipe import Networks, regress_stage
+from dd2.method.regress import regress_loss
+from dd2.sampling import token_noise
 from dd2.student import HeadConfig, Student
+from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import sample_seed
 from dd2.training.schedule import OptimConfig
-from dd2.trajectory import OdeConfig, Pairs, data_of_noise, noise_of
+from dd2.trajectory import OdeConfig, Pairs, data_of_noise
 from models import TINY_HEAD, tiny_teacher
 
 
 def test_the_loss_is_the_squared_error_and_reaches_the_generator():
     teacher = tiny_teacher()
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     generator = Student.from_teacher(teacher, TINY_HEAD)
     torch.nn.init.normal_(generator.head.output.weight, std=0.1)
     noise, labels = torch.randn(3, 16, 4), torch.tensor([0, 1, 2])
@@ -40,29 +42,29 @@ def test_the_loss_is_the_squared_error_and_reaches_the_generator():
 def test_the_generator_learns_the_teachers_map(tmp_path):
     """On a fixed set of pairs it gives most data back from their noise."""
     teacher = tiny_teacher()
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     pairs = Pairs(tmp_path / "pairs", teacher, Sampling(), OdeConfig(steps=10), 32, seed=5)
     networks = Networks.from_tuned(Student.from_teacher(teacher, TINY_HEAD))
     optim = OptimConfig(lr=5e-3, decay="cosine")
     stage = regress_stage(networks, teacher, pairs, RegressConfig(iterations=200, batch=32, accumulate=1, ema=0.9, optim=optim))
     Trainer(tmp_path, 5, LoopConfig(preview_every=0), torch.device("cpu"), "").run(stage)
     networks.restart_from_average()
-    ids, labels = pairs.samples.take(torch.arange(32), torch.device("cpu"))
-    noise = noise_of(teacher, [sample_seed(5, row) for row in range(32)])
+    ids, labels = pairs.samples.kept.long(), pairs.samples.labels
+    noise = token_noise(teacher.backbone, [sample_seed(5, row) for row in range(32)])
     found = torch.cdist(networks.generator.as_generator(noise, labels), teacher.codebook).argmin(-1)
     assert (found == ids).float().mean() > 0.8
 
 
 def test_one_pass_learns_real_digits(tmp_path):
     """At a fixed seed, on the embedded teacher: most of what a short regression gets right holds for noise it never saw."""
-    teacher = open_teacher("digits", torch.device("cpu"))
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher = require_codes(open_teacher("digits", torch.device("cpu")), "this test")
+    teacher.standardise()
     pairs = Pairs(tmp_path / "pairs", teacher, Sampling(), OdeConfig(steps=12), 3072, seed=0, batch=512)
     torch.manual_seed(0)
     networks = Networks.from_tuned(Student.from_teacher(teacher, HeadConfig(depth=2, width=64, frequencies=16)))
     optim = OptimConfig(lr=2e-3, decay="cosine", warmup=20)
     stage = regress_stage(networks, teacher, pairs, RegressConfig(iterations=150, batch=64, accumulate=1, ema=0.98, optim=optim))
-    unseen = noise_of(teacher, list(range(512)))
+    unseen = token_noise(teacher.backbone, list(range(512)))
     labels = torch.arange(512) % 10
     ids = data_of_noise(teacher, unseen, labels, Sampling(), steps=12)
 
@@ -80,19 +82,19 @@ def test_the_command(tmp_path, capsys):
     save_teacher(tmp_path / "teacher", tiny_teacher())
     flags = [
         *("--teacher", tmp_path / "teacher", "--teacher-samples", 64, "--tune.iterations", 2, "--tune.batch", 4),
-        *("--tune.accumulate", 1, "--tune.sampling.cfg-scale", "None", "--distill.iterations", 3, "--distill.batch", 4),
-        *("--distill.accumulate", 1, "--distill.sampling.cfg-scale", "None", "--distill.k", 1, "--head.depth", 1),
+        *("--tune.accumulate", 1, "--tune.sampling.cfg-scale", "None", "--csd.iterations", 3, "--csd.batch", 4),
+        *("--csd.accumulate", 1, "--csd.sampling.cfg-scale", "None", "--csd.k", 1, "--head.depth", 1),
         *("--head.width", 16, "--head.frequencies", 4, "--loop.preview-every", 0, "--loop.log-every", 1),
         *("--regress.iterations", 4, "--regress.pairs", 32, "--regress.batch", 4, "--regress.accumulate", 1),
-        *("--regress.ode.steps", 4, "--regress.guidance-iterations", 2, "--distill.further-emas", 0.5),
+        *("--regress.ode.steps", 4, "--regress.guidance-iterations", 2, "--csd.further-emas", 0.5),
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["distill", "--out", str(whole), *map(str, flags)]) == 0
     rows = MetricsLog(whole / "metrics.jsonl").reproducible_rows()
-    assert [row["stage"] for row in rows] == ["tune"] * 2 + ["regress"] * 4 + ["guidance"] * 2 + ["distill"] * 3
+    assert [row["stage"] for row in rows] == ["tune"] * 2 + ["regress"] * 4 + ["guidance"] * 2 + ["csd"] * 3
     assert "regress" in json.loads((whole / "seconds.json").read_text())
     assert main(["distill", "--out", str(parts), *map(str, flags)]) == 0
-    for gone in ("generator", "checkpoints/distill", "checkpoints/guidance"):
+    for gone in ("generator", "checkpoints/csd", "checkpoints/guidance"):
         for file in sorted((parts / gone).rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         (parts / gone).rmdir()

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dd2.checkpoints.native import Generator, save_teacher
+from dd2.checkpoints.native import save_teacher
 from dd2.checkpoints.runs import embedded
 from dd2.cli import main
 from dd2.config import with_fields
 from dd2.data import digits
 from dd2.evaluation.features import classifier_features
 from dd2.evaluation.gallery import interpolations, nearest_training
+from dd2.generator import Generator
 from dd2.reproduce import benches
 from dd2.reproduce.benches import Bench, open_bench
 from dd2.reproduce.page import Measured, collect, markdown, verdict
@@ -34,9 +35,9 @@ SMALL = {
     "tune.batch": 8,
     "tune.iterations": 4,
     "tune.draws": 1,
-    "distill.batch": 8,
-    "distill.iterations": 6,
-    "distill.k": 1,
+    "csd.batch": 8,
+    "csd.iterations": 6,
+    "csd.k": 1,
     "loop.preview_every": 0,
 }
 
@@ -84,7 +85,7 @@ def test_all_tables_of_a_bench(tiny_bench, tmp_path, capsys):
 def test_runs_that_share_a_stage_make_it_once(tiny_bench, tmp_path):
     workshop = Workshop(tiny_bench, tmp_path / "shop", 60, "cpu")
     base = workshop.run(Cell("dd2", 0))
-    other = workshop.run(Cell("dd2", 0, (("distill.k", 2),)))
+    other = workshop.run(Cell("dd2", 0, (("csd.k", 2),)))
     assert (base / "ar_diffusion" / "model.safetensors").read_bytes() == (
         other / "ar_diffusion" / "model.safetensors"
     ).read_bytes()
@@ -95,20 +96,20 @@ def test_runs_that_share_a_stage_make_it_once(tiny_bench, tmp_path):
     same = "generator/model.safetensors"
     assert (aligned / same).read_bytes() == (alone / same).read_bytes()  # going on is the same as doing all of it
     assert (aligned / same).read_bytes() != (base / same).read_bytes()
-    folders = {workshop.folder(Cell("dd2", seed, (("distill.k", k),))) for seed in (0, 1) for k in (1, 2)}
+    folders = {workshop.folder(Cell("dd2", seed, (("csd.k", k),))) for seed in (0, 1) for k in (1, 2)}
     assert len(folders) == 4
 
 
 def test_table_four_starts_the_networks_where_it_says(tiny_bench, tmp_path):
     workshop = Workshop(with_iterations(tiny_bench, 0), tmp_path / "shop", 60, "cpu")
     tuned = workshop.run(Cell("dd2", 0)) / "generator" / "model.safetensors"
-    fresh = workshop.run(Cell("dd2", 0, (("distill.initialised", "guidance"),))) / "generator" / "model.safetensors"
-    same = workshop.run(Cell("dd2", 0, (("distill.initialised", "generator"),))) / "generator" / "model.safetensors"
+    fresh = workshop.run(Cell("dd2", 0, (("csd.initialised", "guidance"),))) / "generator" / "model.safetensors"
+    same = workshop.run(Cell("dd2", 0, (("csd.initialised", "generator"),))) / "generator" / "model.safetensors"
     assert tuned.read_bytes() == same.read_bytes() != fresh.read_bytes()
 
 
 def with_iterations(bench: Bench, iterations: int) -> Bench:
-    return replace(bench, distill=with_fields(bench.distill, {"distill.iterations": iterations}))
+    return replace(bench, distill=with_fields(bench.distill, {"csd.iterations": iterations}))
 
 
 def test_verdicts_are_honest():
@@ -130,7 +131,7 @@ def test_numbers_of_a_row():
     numbers = {
         "metrics": {"generator": {"frechet": 10.0}, "teacher": {"frechet": 2.0}, "onestep_marginal": {"frechet": 42.0}},
         "frechet": {"onestep_marginal": 42.0, "floor": 2.0},
-        "seconds": {"samples": 1.0, "tune": 2.0, "distill": 4.0, "evaluate": 100.0},
+        "seconds": {"samples": 1.0, "tune": 2.0, "csd": 4.0, "evaluate": 100.0},
     }
     assert value(numbers, "generator", "gap") == 0.8
     assert value(numbers, "teacher", "gap") == 1
@@ -149,7 +150,7 @@ def test_numbers_of_a_row():
 def test_every_bench_describes_every_table(name):
     bench = open_bench(name, images="" if name.startswith("digits") else "images.zip")
     half = bench.scaled(bench.minutes / 2)
-    assert half.distill.distill.iterations == round(bench.distill.distill.iterations / 2)
+    assert half.distill.csd.iterations == round(bench.distill.csd.iterations / 2)
     assert half.dd1.train.iterations == round(bench.dd1.train.iterations / 2)
     for table in TABLES:
         made = open_table(table, bench)
@@ -190,7 +191,7 @@ def test_a_report_of_several_runs(page):
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "http" not in text
-    for heading in ("nearest training images", "a walk through the noise", "skip-1", "(2 steps)", "Speed"):
+    for heading in ("nearest training images", "a walk through the noise", "skip-1", "2 steps", "Speed"):
         assert heading in text
     assert text.count("data:image/png;base64,") == 1 + 2 * 2 + 2  # samples; two pictures and the curves of each run
 
@@ -227,7 +228,7 @@ def test_pictures_of_memorising_and_of_walks(tmp_path):
     assert copied.held_out > 1
     torch.testing.assert_close(copied.images[20:], copied.images[:20])
     for teacher in (tiny_teacher(), tiny_var()):
-        generator = Generator(Student.from_teacher(teacher, TINY_HEAD).eval(), teacher.tokenizer)
+        generator = Generator(Student.from_teacher(teacher, TINY_HEAD).eval(), teacher.tokenizer, teacher.conditions)
         walk = interpolations(generator, rows=2, columns=5)
         assert walk.shape == (10, 1, 16, 16)
         steps = (walk[1:5] - walk[:4]).square().mean((1, 2, 3))

@@ -139,7 +139,7 @@ def test_bad_input_is_refused():
     with_nan = log_p.clone()
     with_nan[3, 2] = math.nan
     cases = [
-        ((x_t[:, :4], t, log_p, codebook), "C = 5"),
+        ((x_t[:, :4], t, log_p, codebook), "codebook's C"),
         ((x_t, t[:-1], log_p, codebook), "t must have"),
         ((x_t, t, log_p[:, :-1], codebook), "log_p must be"),
         ((x_t, t, log_p, codebook[0]), "codebook must be"),

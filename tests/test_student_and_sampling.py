@@ -38,7 +38,7 @@ def test_from_teacher_copies_the_backbone_and_starts_at_velocity_zero():
 
 
 def test_head_of_the_paper_adds_few_parameters():
-    """App. E.1: 8M to 20M on VAR-d16 (width 1024, C = 32); MAR's default 3 x 1024 is 20.3M with its own condition."""
+    """Table 1: with the head VAR-d16 has 335M, so that the head holds about 23M (width 1024, C = 32)."""
     with torch.device("meta"):
         from dd2.student import VelocityHead
 
@@ -103,6 +103,10 @@ def test_refine_keeps_the_prefix_and_redraws_the_rest(student):
     assert torch.equal(tokens[:, 12:], codebook[ids[:, 12:]])
     rest = teacher.generate(LABELS, Sampling(), seeds, prefix=codebook[ids[:, :12]], first_step=12)
     assert torch.equal(ids[:, 12:], rest)
+    as_drawn = refine(student, teacher, LABELS, Sampling(), seeds, 5, prefix="generated")
+    read = teacher.generate(LABELS, Sampling(), seeds, prefix=alone[:, :12], first_step=12)
+    assert torch.equal(nearest_ids(as_drawn[:, 12:], codebook), read)
+    assert torch.equal(as_drawn[:, :12], alone[:, :12])
     everything = refine(student, teacher, LABELS, Sampling(), seeds, 17)
     assert torch.equal(nearest_ids(everything, codebook), teacher.generate(LABELS, Sampling(), seeds))
     for steps in (0, 18):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dd2.errors import InputError
-from dd2.order import NextScaleOrder, RasterOrder
-from dd2.teachers.base import Teacher
+from dd2.order import RasterOrder
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
 from dd2.teachers.llamagen import LlamaGenConfig
+from dd2.teachers.next_scale import NextScaleOrder
 from dd2.tokenizers.base import nearest_ids
 from dd2.tokenizers.vq import VQTokenizer
 from models import TINY_VQ, tiny_teacher, tiny_text, tiny_var
@@ -28,13 +29,13 @@ MAKERS = {
 
 
 @pytest.fixture(scope="module", params=MAKERS)
-def teacher(request) -> Teacher:
+def teacher(request) -> CodeTeacher:
     return MAKERS[request.param]()
 
 
 @pytest.fixture
 def cond(teacher) -> torch.Tensor:
-    return teacher.backbone.conditions(LABELS)
+    return teacher.conditions(LABELS)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg_scale=2.0, temperature=0.8, top_k=7, top_p=0.9)])
@@ -68,7 +69,7 @@ def test_position_sees_only_earlier_steps(teacher, cond):
         after = teacher.features(changed, cond)
         torch.testing.assert_close(before[:, : step.stop], after[:, : step.stop])
         assert ((before - after)[:, step.stop :].abs().amax((0, 2)) > 1e-4).all()
-    other_class = teacher.features(tokens, teacher.backbone.conditions((LABELS + 1) % 3))
+    other_class = teacher.features(tokens, teacher.conditions((LABELS + 1) % 3))
     assert ((before - other_class).abs().amax((0, 2)) > 1e-4).all()
 
 
@@ -92,7 +93,7 @@ def test_prefix_and_seed_decide_the_continuation(teacher, cond):
 def test_guidance_conventions(teacher, cond):
     """None is no guidance for everybody; numbers mean what the family's authors mean by them."""
     tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(5))]
-    logits, null = teacher.logits(tokens, cond), teacher.logits(tokens, teacher.null_condition(cond))
+    logits, null = teacher.logits(tokens, cond), teacher.logits(tokens, teacher.backbone.null_condition(cond))
     torch.testing.assert_close(teacher.log_p(tokens, cond, Sampling()), logits.log_softmax(-1))
     found = teacher.log_p(tokens, cond, Sampling(cfg_scale=1.5))
     if isinstance(teacher.order, NextScaleOrder):  # (1 + t) cond - t null, t = cfg k / (S - 1)
@@ -123,7 +124,7 @@ def test_guidance_can_end_early():
 def test_standardisation_changes_no_logit(teacher, cond):
     ids = torch.randint(12, (5, teacher.order.n), generator=torch.Generator().manual_seed(0))
     before = teacher.logits(teacher.codebook[ids], cond)
-    teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
+    teacher.standardise(ids)
     tokens = teacher.codebook[ids]
     torch.testing.assert_close(teacher.logits(tokens, cond), before, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(tokens.mean((0, 1)), torch.zeros(4), atol=1e-5, rtol=0)

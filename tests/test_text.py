@@ -18,8 +18,8 @@ from dd2.data import digits
 from dd2.evaluation.classifier import load_classifier
 from dd2.pipeline import OneStepPipeline
 from dd2.sampling import one_step
-from dd2.teachers.base import Teacher
 from dd2.teachers.captions import Captions, attention_mask, caption_condition, left_padded
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.train import ar_loss
@@ -31,14 +31,14 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def test_padding_is_never_read():
     teacher = tiny_text()
     labels = torch.tensor([0, 1, 2])
-    cond = teacher.backbone.conditions(labels)
+    cond = teacher.conditions(labels)
     tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(3))]
     features, mask = cond[..., :-1], cond[..., -1]
     other = torch.where(mask.unsqueeze(-1) > 0, features, torch.randn_like(features))
     torch.testing.assert_close(teacher.logits(tokens, caption_condition(other, mask)), teacher.logits(tokens, cond))
     read = teacher.logits(tokens, caption_condition(other, torch.ones_like(mask)))
     assert (read[:2] - teacher.logits(tokens, cond)[:2]).abs().amax((1, 2)).min() > 1e-3
-    null = teacher.null_condition(cond)
+    null = teacher.backbone.null_condition(cond)
     assert torch.equal(null[..., -1], mask)
     assert (null[0, :, :-1] == null[1, :, :-1]).all()
 
@@ -130,7 +130,7 @@ def captions(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(captions) -> Teacher:
+def teacher(captions) -> CodeTeacher:
     """A text-conditional LlamaGen of the digits, trained for some seconds."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(embedded("teacher") / "tokenizer")
@@ -138,7 +138,7 @@ def teacher(captions) -> Teacher:
         depth=3, width=48, heads=3, ffn_multiple=16, rows=4, columns=4, caption_dim=12, caption_length=6, class_dropout=0.1
     )
     teacher = llamagen_teacher(config, tokenizer)
-    teacher.backbone.use_captions(captions)
+    teacher.conditions.use_captions(captions)
     random = torch.Generator().manual_seed(0)
     images, labels = digits.batch("train", 2000, random)
     ids = tokenizer.encode(images)
@@ -147,7 +147,7 @@ def teacher(captions) -> Teacher:
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 400)
         rows = torch.randint(len(ids), (64,), generator=random)
-        loss, _ = ar_loss(teacher, ids[rows], teacher.backbone.conditions(labels[rows]), 0.1, random)
+        loss, _ = ar_loss(teacher, ids[rows], teacher.conditions(labels[rows]), 0.1, random)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -158,7 +158,7 @@ def test_dd2_distils_a_text_conditional_teacher(teacher, captions, tmp_path, cap
     save_teacher(tmp_path / "teacher", teacher)
     out = tmp_path / "run"
     arguments = ["distill", "configs/digits.yaml", "--teacher", tmp_path / "teacher", "--captions", captions, "--out", out]
-    arguments += ["--teacher-samples", 1024, "--tune.iterations", 60, "--distill.iterations", 40, "--loop.preview-every", 0]
+    arguments += ["--teacher-samples", 1024, "--tune.iterations", 60, "--csd.iterations", 40, "--loop.preview-every", 0]
     assert main([str(a) for a in arguments]) == 0
     run = open_run(out, torch.device("cpu"))
     labels = torch.arange(400) % 10
@@ -167,9 +167,9 @@ def test_dd2_distils_a_text_conditional_teacher(teacher, captions, tmp_path, cap
     def recognised(images: Tensor) -> float:
         return float((classifier(images).argmax(-1) == labels).float().mean())
 
-    cond = run.teacher.backbone.conditions(labels)
-    of_teacher = recognised(run.teacher.tokenizer.decode(run.teacher.generate(cond, Sampling(), range(400))))
-    of_generator = recognised(run.teacher.decode(one_step(run.generator.student, cond, range(400))))
+    cond = run.teacher.conditions(labels)
+    of_teacher = recognised(run.teacher.decode(run.teacher.sample(cond, Sampling(), range(400)), cond))
+    of_generator = recognised(run.teacher.decode(one_step(run.generator.student, cond, range(400)), cond))
     assert of_teacher > 0.5
     assert of_generator > 0.5 * of_teacher
     assert main(["evaluate", str(out), "--count", "200"]) == 0
@@ -191,5 +191,5 @@ def test_dd2_distils_a_text_conditional_teacher(teacher, captions, tmp_path, cap
 
 def test_captions_that_do_not_fit_are_refused(captions, tmp_path, capsys):
     with pytest.raises(Exception, match=r"this model needs \(N, 5, 6\)"):
-        tiny_text().backbone.use_captions(captions)
+        tiny_text().conditions.use_captions(captions)
     assert Captions.load(captions, 6, 12).digest() != Captions(torch.zeros(1, 6, 12), torch.ones(1, 6)).digest()

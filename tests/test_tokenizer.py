@@ -12,9 +12,10 @@ from torch import nn
 from dd2.data import digits
 from dd2.data.source import ImageFolder, open_data
 from dd2.errors import InputError
+from dd2.teachers.next_scale import order_of
 from dd2.tokenizers.base import TrainableTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
-from dd2.tokenizers.train import CodeUsage, VQLossConfig, revive, vq_loss
+from dd2.tokenizers.train import CodeUsage, VQLossConfig, vq_loss
 from dd2.tokenizers.vq import VQTokenizer
 from models import TINY_MULTISCALE, TINY_VQ
 
@@ -28,7 +29,7 @@ def tokenizer(request) -> TrainableTokenizer:
 def test_straight_through_and_commitment(tokenizer):
     images = torch.rand(4, 1, 16, 16) * 2 - 1
     usage = CodeUsage(12)
-    loss, numbers = vq_loss(tokenizer, usage, images, VQLossConfig(), torch.Generator().manual_seed(0))
+    loss, numbers = vq_loss(tokenizer, usage, images, VQLossConfig())
     loss.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
@@ -72,7 +73,7 @@ def test_each_scale_codes_what_the_earlier_ones_left():
 
 def test_next_scale_inputs_are_linear_in_the_codes_and_stop_where_the_tokens_do():
     torch.manual_seed(0)
-    order = MultiScaleTokenizer(TINY_MULTISCALE).order()
+    order = order_of(MultiScaleTokenizer(TINY_MULTISCALE))
     assert (order.n, order.num_steps, order.steps) == (21, 3, (slice(0, 1), slice(1, 5), slice(5, 21)))
     a, b = torch.randn(2, 3, 21, 4).unbind()
     zero = order.inputs(torch.zeros(3, 21, 4))  # φ's biases
@@ -89,12 +90,12 @@ def test_next_scale_inputs_are_linear_in_the_codes_and_stop_where_the_tokens_do(
 
 def test_attention_reads_whole_earlier_scales_however_it_is_computed(monkeypatch):
     torch.manual_seed(0)
-    order = MultiScaleTokenizer(TINY_MULTISCALE).order()
+    order = order_of(MultiScaleTokenizer(TINY_MULTISCALE))
     q, k, v = torch.randn(3, 2, 2, 21, 8).unbind()
     mask = torch.tensor([[(i > 0) + (i > 4) >= (j > 0) + (j > 4) for j in range(21)] for i in range(21)])
     expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     for dense_below in (0, 128):
-        monkeypatch.setattr("dd2.order.DENSE_BELOW", dense_below)
+        monkeypatch.setattr("dd2.teachers.next_scale.DENSE_BELOW", dense_below)
         torch.testing.assert_close(order.attend(q, k, v), expected)
         torch.testing.assert_close(order.attend(q[:, :, 1:], k, v), expected[:, :, 1:])
         torch.testing.assert_close(order.attend(q[:, :, 1:5], k[:, :, :5], v[:, :, :5]), expected[:, :, 1:5])
@@ -116,21 +117,25 @@ def test_dead_codes_come_back(tokenizer):
         tokenizer.embedding.weight[5:] = tokenizer.codebook[5] + 0.01 * torch.randn(7, 4, generator=random)
     before = tokenizer.embedding.weight.detach().clone()
     for _ in range(4):
-        vq_loss(tokenizer, usage, images, config, random)
+        vq_loss(tokenizer, usage, images, config)
+        usage.settle(tokenizer.embedding, config, random)
     moved = (tokenizer.embedding.weight != before).any(-1)
     assert moved.any()
     assert not moved[used[used < 5]].any()
-    dead = torch.zeros(12, dtype=torch.bool)
-    dead[3] = True
     z = torch.nn.functional.normalize(torch.randn(20, 4), dim=-1)
-    revive(tokenizer.embedding, dead, z, random)
-    assert (z == tokenizer.embedding.weight[3]).all(-1).any()
+    usage = CodeUsage(12)
+    usage.saw(torch.tensor([[0, 1, 2] * 4]), z[:10])
+    usage.saw(torch.tensor([[0, 1, 2] * 4]), z[10:])
+    usage.settle(tokenizer.embedding, VQLossConfig(usage_rate=0.0, revive_every=1), random)
+    assert all((z == tokenizer.embedding.weight[code]).all(-1).any() for code in range(3, 12))
+    assert len(tokenizer.embedding.weight[3:].unique(dim=0)) > 4  # of both micro-batches
 
 
 def test_perplexity_counts_codes_in_use():
     usage = CodeUsage(8)
     usage.share.zero_()
-    usage.update(torch.tensor([[0, 1, 2, 3]] * 5), 0.0)
+    usage.saw(torch.tensor([[0, 1, 2, 3]] * 5), torch.zeros(20, 4))
+    usage.settle(nn.Embedding(8, 4), VQLossConfig(usage_rate=0.0, revive_every=0), torch.Generator())
     assert usage.perplexity.item() == pytest.approx(4)
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dd2.checkpoints.native import save_teacher
+from dd2.commands.distill import DistillConfig
+from dd2.commands.run_folder import start_run
 from dd2.config import load_config
 from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.files import atomic_folder, save_tensors, write_atomic
-from dd2.jobs.distill import DistillConfig
-from dd2.jobs.run_folder import start_run
 from dd2.teachers.filtering import Sampling
 from dd2.training import checkpoint
 from dd2.training.ema import ema_copy, ema_lag, ema_update
@@ -162,38 +162,38 @@ def test_teacher_samples_are_reproducible_and_resumable(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "SHARD", 16)
     teacher = tiny_teacher()
     whole = TeacherSamples.prepare(tmp_path / "a", teacher, Sampling(), 40, seed=1, batch=16)
-    assert whole.ids.dtype == torch.uint16
-    assert whole.ids.shape == (40, 16)
+    assert whole.kept.dtype == torch.uint16
+    assert whole.kept.shape == (40, 16)
     assert torch.bincount(whole.labels).tolist() == [14, 13, 13]
     other = TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1, batch=5)
-    assert torch.equal(other.ids, whole.ids)
+    assert torch.equal(other.kept, whole.kept)
     shards = sorted((tmp_path / "b").glob("*.safetensors"))
     shards[1].write_bytes(shards[1].read_bytes()[:30])  # torn
     shards[2].unlink()  # never written
     kept = shards[0].stat().st_mtime_ns
     with pytest.raises(InputError, match="is damaged"):
-        TeacherSamples.load(tmp_path / "b")
+        TeacherSamples.load(tmp_path / "b", teacher)
     again = TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1)
-    assert torch.equal(again.ids, whole.ids)
+    assert torch.equal(again.kept, whole.kept)
     assert shards[0].stat().st_mtime_ns == kept
-    assert torch.equal(TeacherSamples.load(tmp_path / "b").ids, whole.ids)
+    assert torch.equal(TeacherSamples.load(tmp_path / "b", teacher).kept, whole.kept)
     content = bytearray(shards[1].read_bytes())
     content[-3] ^= 1  # one bit of one id
     shards[1].write_bytes(content)
-    assert torch.equal(TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1).ids, whole.ids)
+    assert torch.equal(TeacherSamples.prepare(tmp_path / "b", teacher, Sampling(), 40, seed=1).kept, whole.kept)
     for change in ({"seed": 2}, {"sampling": Sampling(top_k=3)}, {"teacher": tiny_teacher(seed=1)}):
         arguments = {"teacher": teacher, "sampling": Sampling(), "seed": 1, **change}
         with pytest.raises(InputError, match=f"another {next(iter(change))}"):
             TeacherSamples.prepare(tmp_path / "b", count=40, **arguments)
     with pytest.raises(InputError, match="no teacher samples"):
-        TeacherSamples.load(tmp_path / "none")
+        TeacherSamples.load(tmp_path / "none", teacher)
 
 
 SMALL_RUN = [
     "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
     "--tune.iterations", "6", "--tune.batch", "8", "--tune.accumulate", "1", "--tune.sampling.cfg-scale", "1",
-    "--distill.iterations", "8", "--distill.k", "2", "--distill.batch", "8", "--distill.accumulate", "2",
-    "--distill.sampling.cfg-scale", "1", "--align.iterations", "3", "--align.then-iterations", "4",
+    "--csd.iterations", "8", "--csd.k", "2", "--csd.batch", "8", "--csd.accumulate", "2",
+    "--csd.sampling.cfg-scale", "1", "--align.iterations", "3", "--align.then-iterations", "4",
     "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "0",
 ]  # fmt: skip
 
@@ -261,8 +261,8 @@ def test_signal_saves_and_says_how_to_resume(tmp_path, small_run, number):
 
 def test_bfloat16_follows_float32(tmp_path):
     """Autocast changes the networks' arithmetic, not the losses' meaning."""
-    from dd2.stages.config import CSDConfig, TuneConfig
-    from dd2.stages.recipe import Networks, distill_stage, tune_stages
+    from dd2.method.config import CSDConfig, TuneConfig
+    from dd2.method.recipe import Networks, csd_stage, tune_stages
     from dd2.student import Student
     from models import TINY_HEAD
 
@@ -270,14 +270,14 @@ def test_bfloat16_follows_float32(tmp_path):
     for precision in ("float32", "bfloat16"):
         teacher = tiny_teacher()
         samples = TeacherSamples.prepare(tmp_path / precision / "samples", teacher, Sampling(), 64, 0)
-        teacher.backbone.standardise(teacher.tokenizer.codebook, samples.ids)
+        teacher.standardise(samples.kept)
         torch.manual_seed(0)
         student = Student.from_teacher(teacher, TINY_HEAD)
         t = trainer(tmp_path / precision, preview_every=0, precision=precision)
         tune = TuneConfig(iterations=5, batch=8, accumulate=1, sampling=Sampling(), optim=OptimConfig(lr=1e-3))
         csd = CSDConfig(iterations=5, k=1, batch=8, accumulate=1, sampling=Sampling(), snap_teacher=True)
         t.run(tune_stages(student, teacher, samples, tune)[0])
-        t.run(distill_stage(Networks.from_tuned(student), teacher, samples, csd))
+        t.run(csd_stage(Networks.from_tuned(student), teacher, samples, csd))
         logged[precision] = rows(tmp_path / precision)
     for a, b in zip(logged["float32"], logged["bfloat16"], strict=True):
         for name in a:
@@ -373,7 +373,7 @@ def test_an_older_run_lacks_younger_fields(tmp_path):
     start_run(tmp_path / "run", load_config(DistillConfig, "digits", ["--out", str(tmp_path / "run")]), "distill")
     file = tmp_path / "run" / "config.yaml"
     values = yaml.safe_load(file.read_text())
-    del values["regress"], values["distill"]["validation"]
+    del values["regress"], values["csd"]["validation"]
     file.write_text(yaml.safe_dump(values))
     config = load_config(DistillConfig, str(file))
     start_run(tmp_path / "run", config, "distill")
@@ -399,7 +399,7 @@ def test_a_run_is_resumed_only_if_wanted(tmp_path):
 def test_a_full_disk_ends_the_run_and_spares_what_was_saved(tmp_path, save_async):
     """The system refuses files beyond 600 bytes from step 7 on; a real process, as the limit cannot be lifted again."""
     script = f"""
-import resource, sys
+import resource, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from test_training import regression, trainer
@@ -408,6 +408,8 @@ after = stage.after
 def full(step):
     after(step)
     if step == 6:
+        while not Path({str(tmp_path / "run" / "checkpoints" / "fit" / "00000004")!r}).exists():
+            time.sleep(0.01)  # it may still be on its way, in the background
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 stage.after = full
 from dd2.cli import _fail, FAILED

@@ -17,7 +17,7 @@ DISTILL = [
     "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
     "--tune.iterations", "2", "--tune.batch", "4", "--tune.accumulate", "2", "--regress.iterations", "2",
     "--regress.pairs", "32", "--regress.batch", "4", "--regress.ode.steps", "2", "--regress.guidance-iterations", "2",
-    "--distill.iterations", "4", "--distill.k", "2", "--distill.batch", "4", "--distill.validation", "20",
+    "--csd.iterations", "4", "--csd.k", "2", "--csd.batch", "4", "--csd.validation", "20",
     "--align.iterations", "2", "--align.then-iterations", "2",
     "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "2",
 ]  # fmt: skip
@@ -60,8 +60,8 @@ def test_a_tensor_left_behind_is_found():
 @pytest.mark.parametrize(
     ("build", "precision", "more"),
     [
-        (tiny_teacher, "float32", ["--distill.d", "dmd", "--distill.generator-draws", "2"]),
-        (tiny_var, "bfloat16", ["--distill.snap-guidance", "--loop.recompute", "--sample-in-loop"]),
+        (tiny_teacher, "float32", ["--csd.d", "dmd", "--csd.generator-draws", "2"]),
+        (tiny_var, "bfloat16", ["--csd.snap-guidance", "--loop.recompute", "--sample-in-loop"]),
     ],
 )
 def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
@@ -74,7 +74,7 @@ def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
         assert main(["sample", str(run), "--count", "6", "--steps", "2", "--out", str(tmp_path / "grid.png")]) == 0
         assert main(["evaluate", str(run), "--count", "30", "--skip", "1", "--path-length", "4"]) == 0
     rows = MetricsLog(run / "metrics.jsonl").rows()
-    assert {row["stage"] for row in rows} == {"tune", "regress", "guidance", "distill", "align", "distill_aligned"}
+    assert {row["stage"] for row in rows} == {"tune", "regress", "guidance", "csd", "align", "csd_aligned"}
     assert all("seconds/backward" in row for row in rows)  # timed by events
     assert json.loads((run / "metrics.json").read_text())["frechet"]["generator"] > 0
 
@@ -85,5 +85,5 @@ def test_captions():
     with virtual_gpu():
         teacher.to("cuda")
         student.to("cuda")
-        cond = teacher.backbone.default_conditions(2)
+        cond = teacher.conditions.default(2, teacher.device)
         assert one_step(student, cond, [0, 1]).device.type == cond.device.type == "cuda"

@@ -1,6 +1,7 @@
 """The command line: `dd2 COMMAND [CONFIG.yaml] [--section.field value …]`."""
 
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,41 +21,46 @@ class Command:
     module: str
     config: str
     function: str
-    takes_run: bool = False
-    takes_out: bool = False
-    takes_runs: bool = False
 
     def load(self) -> tuple[type, Callable[[Any], object]]:
         """The configuration class and the function."""
-        module = importlib.import_module(f"dd2.jobs.{self.module}")
+        module = importlib.import_module(f"dd2.{self.module}")
         return getattr(module, self.config), getattr(module, self.function)
 
 
 COMMANDS = {
-    "demo": Command("the whole method on the embedded digits, in minutes", "demo", "DemoConfig", "demo"),
-    "distill": Command("distil a teacher into a one-step generator", "distill", "DistillConfig", "distill"),
-    "dd1": Command("the baseline: distil a teacher by Distilled Decoding 1", "dd1", "DD1JobConfig", "distil_dd1"),
-    "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "sample", "SampleConfig", "sample", True),
-    "evaluate": Command("numbers and pictures of a run, beside its teacher's", "evaluate", "EvaluateConfig", "evaluate", True),
-    "plan": Command("does a distillation fit into memory, and how long does it take", "plan", "PlanConfig", "plan"),
-    "export": Command("a generator to ship, from any checkpoint of a run", "export", "ExportConfig", "export", True, True),
-    "report": Command("one page about evaluated runs", "report", "ReportConfig", "report", takes_runs=True),
-    "reproduce": Command("the paper's tables at sizes that one machine can run", "reproduce", "ReproduceConfig", "reproduce"),
-    "reference": Command("statistics of real images, for dd2 evaluate", "reference", "ReferenceConfig", "reference", True, True),
-    "convert var": Command("official VAR files to a teacher folder", "convert", "ConvertVarConfig", "convert_var"),
+    "demo": Command("the whole method on the embedded digits, in minutes", "commands.demo", "DemoConfig", "demo"),
+    "distill": Command("distil a teacher into a one-step generator", "commands.distill", "DistillConfig", "distill"),
+    "dd1": Command("the baseline: distil a teacher by Distilled Decoding 1", "commands.dd1", "DD1RunConfig", "distil_dd1"),
+    "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "commands.sample", "SampleConfig", "sample"),
+    "evaluate": Command("numbers and pictures of a run, beside its teacher's", "commands.evaluate", "EvaluateConfig", "evaluate"),
+    "plan": Command("does a distillation fit into memory, and how long does it take", "commands.plan", "PlanConfig", "plan"),
+    "export": Command("a generator to ship, from any checkpoint of a run", "commands.export", "ExportConfig", "export"),
+    "report": Command("one page about evaluated runs", "commands.report", "ReportConfig", "report"),
+    "reproduce": Command(
+        "the paper's tables at sizes that one machine can run", "reproduce.command", "ReproduceConfig", "reproduce"
+    ),
+    "reference": Command("statistics of real images, for dd2 evaluate", "commands.reference", "ReferenceConfig", "reference"),
+    "convert var": Command("official VAR files to a teacher folder", "checkpoints.convert", "ConvertVarConfig", "convert_var"),
     "convert llamagen": Command(
-        "official LlamaGen files to a teacher folder", "convert", "ConvertLlamaGenConfig", "convert_llamagen"
+        "official LlamaGen files to a teacher folder", "checkpoints.convert", "ConvertLlamaGenConfig", "convert_llamagen"
     ),
-    "adapt": Command("give a LlamaGen teacher a continuous input layer (stage 0)", "adapt", "AdaptJobConfig", "adapt_job"),
+    "adapt": Command(
+        "give a LlamaGen teacher a continuous input layer (stage 0)", "commands.adapt", "AdaptRunConfig", "adapt_run"
+    ),
     "text-features": Command(
-        "encode captions for a text-conditional teacher", "text_features", "TextFeaturesConfig", "text_features"
+        "encode captions for a text-conditional teacher", "commands.text_features", "TextFeaturesConfig", "text_features"
     ),
-    "inspect": Command("what a checkpoint is: family, sizes, flags, parameters", "inspect", "InspectConfig", "inspect", True),
-    "train-tokenizer": Command("train a tokenizer on your images", "train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"),
-    "train-teacher": Command("train an AR teacher on their tokens", "train_teacher", "TrainTeacherConfig", "train_teacher"),
+    "inspect": Command("what a checkpoint is: family, sizes, flags, parameters", "commands.inspect", "InspectConfig", "inspect"),
+    "train-tokenizer": Command(
+        "train a tokenizer on your images", "commands.train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"
+    ),
+    "train-teacher": Command(
+        "train an AR teacher on their tokens", "commands.train_teacher", "TrainTeacherConfig", "train_teacher"
+    ),
     "train-classifier": Command(
         "train a classifier of one's own images, a feature network for dd2 evaluate",
-        "train_classifier",
+        "commands.train_classifier",
         "TrainClassifierConfig",
         "train_classifier",
     ),
@@ -105,21 +111,18 @@ def _dispatch(arguments: list[str]) -> int:
     command = COMMANDS[name]
     config_class, function = command.load()
 
-    from dd2.config import load_config
+    from dd2.config import load_config, positional
 
-    positional = []
-    while rest and not rest[0].startswith("-"):
-        positional.append(rest.pop(0))
-    if command.takes_runs and positional:
-        rest, positional = ["--runs", *positional, *rest], []
-    if command.takes_run and positional:
-        rest = ["--run", positional.pop(0), *rest]
-    if command.takes_out and positional:
-        rest = ["--out", positional.pop(0), *rest]
-    if len(positional) > 1:
-        raise InputError(f"unexpected argument {positional[1]}; usage: {_usage(name)}")
+    places = positional(config_class)
+    leading = list(itertools.takewhile(lambda text: not text.startswith("-"), rest))
+    # Where a command has fields without a flag, its configuration is told by its ending.
+    chosen = [text for text in leading if not places or text.endswith((".yaml", ".yml"))]
+    if len(chosen) > 1:
+        raise InputError(f"unexpected argument {chosen[1]}; usage: {_usage(name, places)}")
+    if chosen:
+        rest.remove(chosen[0])
     try:
-        config = load_config(config_class, positional[0] if positional else "", rest, f"dd2 {name}")
+        config = load_config(config_class, chosen[0] if chosen else "", rest, f"dd2 {name}")
     except SystemExit:
         return 0
     function(config)
@@ -135,15 +138,12 @@ def overview() -> str:
         "",
         "dd2 COMMAND --help lists a command's fields. A YAML file gives any of them; flags after it win:",
     ]
-    lines += ["  dd2 distill configs/digits.yaml --distill.iterations 2000 --out runs/longer"]
+    lines += ["  dd2 distill configs/digits.yaml --csd.iterations 2000 --out runs/longer"]
     return "\n".join(lines)
 
 
-def _usage(name: str) -> str:
-    run = (" RUN ..." if COMMANDS[name].takes_runs else " RUN" if COMMANDS[name].takes_run else "") + (
-        " OUT" if COMMANDS[name].takes_out else ""
-    )
-    return f"dd2 {name}{run} [CONFIG.yaml] [--field value ...]"
+def _usage(name: str, places: Sequence[str]) -> str:
+    return f"dd2 {' '.join([name, *map(str.upper, places)])} [CONFIG.yaml] [--field value ...]"
 
 
 def _fail(message: str, code: int) -> int:

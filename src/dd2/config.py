@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -15,6 +17,16 @@ import yaml
 from dd2.errors import InputError
 
 C = TypeVar("C")
+
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+"""Fields that a command line gives without a flag."""
+
+RENAMED = {"distill": "csd"}
+"""Sections of older configurations, and what they are called now."""
+
+CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""module:function."""
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -42,15 +54,21 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
     Raises:
         InputError: a field does not exist; the message names the nearest one that does.
     """
-    known = dict(field_types(config_class))
+    known, places = dict(field_types(config_class)), positional(config_class)
     arguments: list[str] = []
     for name, value in values.items():
+        section, _, rest = name.partition(".")
+        if section in RENAMED and name not in known:
+            now = f"{RENAMED[section]}.{rest}".rstrip(".")
+            raise InputError(f"{file}: {name} is called {now} now; rename the section {section} to {RENAMED[section]}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; see --help for the fields of {config_class.__name__}"
             raise InputError(f"{file}: there is no field {name}{hint}")
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
+        if name in places:
+            arguments = [*(map(str, value) if isinstance(value, list) else [str(value)]), *arguments]
+        elif isinstance(value, bool):
             arguments.append(flag if value else _negated(flag))
         elif isinstance(value, list):
             arguments += [flag, *map(str, value)]
@@ -59,6 +77,35 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
         else:
             arguments += [flag, str(value)]
     return arguments
+
+
+def positional(config_class: Any) -> list[str]:
+    """The fields that a command line gives without a flag, in their order."""
+    hints = get_type_hints(config_class, include_extras=True)
+    marked = [(name, getattr(hint, "__metadata__", ())) for name, hint in hints.items()]
+    return [name for name, marks in marked if tyro.conf.Positional in marks]
+
+
+def refuse_unnamed_code(values: dict[str, Any], named: Sequence[str], file: Path) -> None:
+    """Refuse code that a file names and the command line does not: reading somebody's file must not run their code.
+
+    Args:
+        values: fields of a YAML file.
+        named: what was typed after it.
+        file: that file.
+
+    Raises:
+        InputError: a field is module:function, and its flag was not typed.
+    """
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, list) else [value]:
+            is_code = isinstance(text, str) and (name == "trust" or CODE.fullmatch(text))
+            if is_code and text not in named:
+                raise InputError(
+                    f"{file}: {name} names the code {text}, which a file alone does not get to run; if you trust it, add "
+                    f"{flag} {text}"
+                )
 
 
 def to_yaml(config: Any) -> str:
@@ -149,16 +196,31 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
     """
     arguments: list[str] = []
     source = ""
+    for flag in overrides:
+        section, _, rest = flag.removeprefix("--").partition(".")
+        if flag.startswith("--") and rest and section in RENAMED:
+            raise InputError(f"{flag} is called --{RENAMED[section]}.{rest} now")
     if name:
         file = find_yaml(name)
         source = f"{file}: "
-        arguments = to_arguments(read_yaml(file), config_class, file)
+        values = read_yaml(file)
+        refuse_unnamed_code(values, overrides, file)
+        typed = sum(1 for _ in itertools.takewhile(lambda text: not text.startswith("-"), overrides))
+        typed_fields = positional(config_class)[:typed]
+        kept = {field: value for field, value in values.items() if field not in typed_fields}
+        arguments = to_arguments(kept, config_class, file)
     try:
-        return _parse(config_class, [*arguments, *overrides], command)
+        return _parse(config_class, _in_places(arguments, overrides), command)
     except InputError as error:
         if source:
             _parse(config_class, overrides, command)  # the flags' own fault is reported as such
         raise InputError(f"{source}{error}") from None
+
+
+def _in_places(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """A file's arguments and those typed after it, what has no flag first."""
+    bare = [list(itertools.takewhile(lambda text: not text.startswith("-"), part)) for part in (overrides, arguments)]
+    return [*bare[0], *bare[1], *arguments[len(bare[1]) :], *overrides[len(bare[0]) :]]
 
 
 def _parse(config_class: type[C], arguments: Sequence[str], command: str) -> C:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd2.errors import InputError
 
@@ -99,6 +99,16 @@ def file_digest(file: Path) -> str:
         while block := opened.read(1 << 20):
             content.update(block)
     return content.hexdigest()
+
+
+def weights_digest(*modules: nn.Module, without: str = "\0") -> str:
+    """SHA-256 of the modules' tensors, leaving out those whose names start with `without`."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for key, value in sorted(module.state_dict().items()):
+            if not key.startswith(without):
+                digest.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -4,13 +4,17 @@ All reduce by the mean over batch, positions and channels. The paper writes sums
 them is absorbed, except in the gradient-clipping threshold, which refers to this mean.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dd2.scores import ConditionalScore
+
 Distance = Literal["sid", "dmd"]
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""What the loss of one micro-batch gives: a scalar to differentiate, and detached numbers worth logging."""
 
 
 def noised(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -46,8 +50,8 @@ def csd_loss(
     q: Tensor,
     t: Tensor,
     eps: Tensor,
-    teacher_x0_hat: Callable[[Tensor], Tensor],
-    guidance_x0_hat: Callable[[Tensor], Tensor],
+    teacher: ConditionalScore,
+    guidance: ConditionalScore,
     *,
     d: Distance = "sid",
     alpha: float = 1.0,
@@ -57,16 +61,15 @@ def csd_loss(
 
     With a and b the posterior means of teacher and guidance at q^t, and w = 1 / mean_C |q - a| (detached):
     "sid" (Eq. 3) is w (a - b) . ((a - q) - alpha (a - b)), differentiated through q and through a and b by way of
-    q^t; "dmd" (Sec. 4.2) has no loss value of its own, and its gradient in q is w (b - a), the score difference.
+    q^t; "dmd" (Sec. 3.2.2) has no loss value of its own, and its gradient in q is w (b - a), the score difference.
     The gradient in q is computed here and attached to q as a constant, so that by construction neither network
-    behind the two functions receives any.
+    behind the two scores receives any.
 
     Args:
         q: (..., C) the generator's clean tokens, with gradient.
         t: (...) noise levels in (0, 1).
         eps: (..., C) noise.
-        teacher_x0_hat, guidance_x0_hat: map q^t (..., C) to posterior means (..., C), each under a condition that
-            the caller detached from `q` (Eq. 4's sg(q_<i)).
+        teacher, guidance: the two conditional scores, each given tokens that the caller detached from `q` (Eq. 4's sg(q_<i)).
         d: the distance.
         alpha: SiD's alpha; the paper uses 1.0.
         weight_floor: lower bound of mean_C |q - a|.
@@ -81,7 +84,7 @@ def csd_loss(
     leaf = q.detach().float().requires_grad_(d == "sid")
     with torch.set_grad_enabled(d == "sid"):
         q_t = noised(leaf, t, eps)
-        a, b = teacher_x0_hat(q_t).float(), guidance_x0_hat(q_t).float()
+        a, b = teacher.x0_hat(q_t, t).float(), guidance.x0_hat(q_t, t).float()
         weight = 1 / (leaf - a).detach().abs().mean(-1, keepdim=True).clamp_min(weight_floor)
         if d == "sid":
             value = (weight * (a - b) * ((a - leaf) - alpha * (a - b))).mean()

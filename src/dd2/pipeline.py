@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dd2.checkpoints.native import Generator
+import dd2.baselines  # noqa: F401  (folders may hold their networks)
 from dd2.checkpoints.runs import open_generator
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.sampling import one_step
+from dd2.generator import Generator
+from dd2.sampling import Ways
 
 
 class OneStepPipeline:
@@ -24,13 +25,16 @@ class OneStepPipeline:
         self.generator = generator
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: str = "auto", captions: str = "") -> "OneStepPipeline":
+    def from_pretrained(
+        cls, name: str | Path, device: str = "auto", captions: str = "", trust: Sequence[str] = ()
+    ) -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
 
         Args:
             name: a path, or "owner/name" on the Hub (needs `pip install "dd2[hub]"`).
             device: auto, cpu, cuda or cuda:N.
             captions: for text-conditional models, a file of dd2 text-features; labels are its rows. By default the run's.
+            trust: modules of yours that the generator may import, because its teacher was module:function.
 
         Raises:
             InputError: there is nothing to load, or it is damaged.
@@ -38,7 +42,7 @@ class OneStepPipeline:
         path = Path(name)
         if not path.exists() and str(name).count("/") == 1:
             path = _download(str(name))
-        return cls(open_generator(path, pick_device(device), captions))
+        return cls(open_generator(path, pick_device(device), captions, trust))
 
     def __call__(self, labels: Sequence[int], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
         """Draw one image per label.
@@ -57,16 +61,15 @@ class OneStepPipeline:
         seeds = range(len(labels)) if seeds is None else seeds
         if len(seeds) != len(labels):
             raise InputError(f"one seed per label is needed: {len(labels)} labels, {len(seeds)} seeds")
-        backbone = self.generator.student.backbone
-        cond = torch.tensor(list(labels), dtype=torch.long)
-        if len(cond) == 0:
+        generator, count = self.generator, self.generator.conditions.num_labels
+        if len(labels) == 0:
             raise InputError("labels are empty; give one class per image")
-        if not (int(cond.min()) >= 0 and int(cond.max()) < backbone.num_labels):
-            raise InputError(f"labels must be classes 0 to {backbone.num_labels - 1}, got {min(labels)} to {max(labels)}")
+        if not (min(labels) >= 0 and max(labels) < count):
+            raise InputError(f"labels must be classes 0 to {count - 1}, got {min(labels)} to {max(labels)}")
         with torch.inference_mode():
-            cond = backbone.conditions(cond.to(backbone.token_mean.device))
-            tokens = one_step(self.generator.student, cond, seeds)
-            return self.generator.decode(tokens, nearest).clamp(-1, 1).cpu()
+            cond = generator.conditions(torch.tensor(list(labels), dtype=torch.long, device=generator.device))
+            tokens = Ways(generator).one_step()(cond, seeds)
+            return generator.decode(generator.snap(tokens) if nearest else tokens).clamp(-1, 1).cpu()
 
 
 def _download(name: str) -> Path:

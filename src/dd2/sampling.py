@@ -1,51 +1,69 @@
-"""Ways to draw tokens: one step, one step refined by the teacher (Alg. 4), and AR-diffusion (stage 1's own sampler).
+"""The ways to draw tokens: one step, one step refined by the teacher (Alg. 4), AR-diffusion, the teacher itself.
 
-All return standardised tokens (B, n, C) and take one seed per image.
+All return standardised tokens (B, n, C) and take one seed per image; the command line, the evaluation and the pipeline draw by
+`Ways` alone.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dd2.errors import InputError
+from dd2.generator import Generator
 from dd2.order import Order
 from dd2.seeding import image_noise
 from dd2.student import OneStepNetwork, Student
-from dd2.teachers.base import Teacher
+from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.filtering import Sampling
-from dd2.tokenizers.base import nearest_ids
+from dd2.teachers.head import EULER_STEPS, draw_by_head
+
+Draw = Callable[[Tensor, Sequence[int]], Tensor]
+"""Conditions (B, ...) and B seeds to tokens (B, n, C)."""
+
+Prefix = Literal["snapped", "generated"]
+"""What the teacher reads of the generator's tokens when it draws the rest (Alg. 4)."""
 
 
-def token_noise(student: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
-    """The noise of all tokens, (B, n, C), image i's from seeds[i] alone."""
+def token_noise(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
+    """The noise of all tokens, (B, n, C) on the backbone's device; image i's from seeds[i] alone."""
+    return image_noise(seeds, backbone.token_shape).to(backbone.device)
+
+
+def _noise(backbone: Backbone, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     if len(seeds) != len(cond):
         raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
-    shape = (student.backbone.order.n, student.backbone.token_mean.shape[0])
-    return image_noise(seeds, shape).to(student.backbone.token_mean.device)
+    return token_noise(backbone, seeds)
 
 
 @torch.no_grad()
 def one_step(generator: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     """The whole image in one forward pass: G(eps) (B, n, C)."""
-    return generator.as_generator(token_noise(generator, cond, seeds), cond)
+    return generator.as_generator(_noise(generator.backbone, cond, seeds), cond)
 
 
 @torch.no_grad()
 def two_passes(generator: OneStepNetwork, cond: Tensor, seeds: Sequence[int]) -> Tensor:
     """The whole image in two forward passes of the generator itself, for methods that have them (DD1): (B, n, C)."""
-    return generator.two_passes(token_noise(generator, cond, seeds), cond)
+    return generator.two_passes(_noise(generator.backbone, cond, seeds), cond)
 
 
 @torch.no_grad()
 def refine(
-    generator: OneStepNetwork, teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], steps: int
+    generator: OneStepNetwork,
+    teacher: Teacher,
+    cond: Tensor,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    steps: int,
+    prefix: Prefix = "snapped",
 ) -> Tensor:
     """Few steps with the teacher (Alg. 4): one generator pass, then the teacher redraws the last steps - 1 AR steps.
 
-    The teacher reads the kept prefix snapped to the nearest codes, which is what it was trained on; the result holds it
-    as the generator gave it.
+    Alg. 4 conditions the teacher on the prefix as the generator gave it ("generated"); "snapped" takes it to the nearest codes
+    first, which is what a teacher over codes was trained on. The result holds the prefix as the generator gave it, either way.
 
     Raises:
         InputError: steps is not in 1 … S + 1.
@@ -55,11 +73,10 @@ def refine(
     tokens = one_step(generator, cond, seeds)
     if first_step == order.num_steps:
         return tokens
-    codebook = teacher.codebook
     kept = tokens[:, : order.steps[first_step].start]
-    prefix = codebook[nearest_ids(kept, codebook)]
-    ids = teacher.generate(cond, sampling, seeds, prefix=prefix, first_step=first_step)
-    return torch.cat([kept, codebook[ids]], 1)
+    read = teacher.snap(kept) if prefix == "snapped" else kept
+    redrawn = teacher.sample(cond, sampling, seeds, prefix=read, first_step=first_step)
+    return torch.cat([kept, redrawn[:, kept.shape[1] :]], 1)
 
 
 def first_redrawn_step(order: Order, steps: int) -> int:
@@ -73,23 +90,74 @@ def first_redrawn_step(order: Order, steps: int) -> int:
     return order.num_steps - (steps - 1)
 
 
-@torch.no_grad()
-def ar_diffusion(student: Student, cond: Tensor, seeds: Sequence[int], euler_steps: int = 10) -> Tensor:
-    """Step by step along the AR order, each token by Euler steps from t = 1 to 0 through the head (Sec. 6).
+def ar_diffusion(student: Student, cond: Tensor, seeds: Sequence[int], euler_steps: int = EULER_STEPS) -> Tensor:
+    """Step by step along the AR order, each token by Euler steps from t = 1 to 0 through the head (App. B.3).
 
     This samples the stage-1 model: the quality it reaches bounds what stage 2 starts from.
     """
-    if euler_steps < 1:
-        raise InputError(f"euler_steps must be at least 1, got {euler_steps}")
-    noise = token_noise(student, cond, seeds)
-    levels = torch.linspace(1, 0, euler_steps + 1).tolist()
-    cache = student.backbone.new_cache()
-    tokens = noise[:, :0]
-    for step in student.backbone.order.steps:
-        features = student.backbone.next_features(cache, tokens, cond)
-        x = noise[:, step]
-        for level, following in itertools.pairwise(levels):
-            v = student.velocity(x, x.new_full(x.shape[:-1], level), features)
-            x = x - (level - following) * v
-        tokens = torch.cat([tokens, x], 1)
-    return tokens
+    noise = _noise(student.backbone, cond, seeds)
+    return draw_by_head(student.backbone, student.head, cond, noise, euler_steps=euler_steps)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What can be drawn from the networks of a run.
+
+    Args:
+        generator: the one-step generator.
+        teacher: its teacher, standardised alike, where it is known.
+        sampling: how the teacher samples.
+        tuned: the stage-1 model, where there is one.
+        prefix: what the teacher reads in `few_steps`.
+    """
+
+    generator: Generator
+    teacher: Teacher | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    tuned: Generator | None = None
+    prefix: Prefix = "snapped"
+
+    def one_step(self) -> Draw:
+        """The generator alone."""
+        return lambda cond, seeds: one_step(self.generator.student, cond, seeds)
+
+    def two_passes(self) -> Draw:
+        """The generator's own second pass."""
+        return lambda cond, seeds: two_passes(self.generator.student, cond, seeds)
+
+    def few_steps(self, steps: int) -> Draw:
+        """The teacher redraws the last steps - 1 AR steps; 1 is `one_step`.
+
+        Raises:
+            InputError: there is no teacher, or it has fewer steps.
+        """
+        if steps == 1:
+            return self.one_step()
+        teacher = self._teacher()
+        first_redrawn_step(teacher.order, steps)
+        return lambda cond, seeds: refine(self.generator.student, teacher, cond, self.sampling, seeds, steps, self.prefix)
+
+    def ar_diffusion(self) -> Draw:
+        """The stage-1 model, step by step.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.tuned is None:
+            raise InputError("there is no stage-1 model (ar_diffusion/) here; give a run of dd2 distill that has trained one")
+        tuned = self.tuned.as_teacher
+        return lambda cond, seeds: tuned.sample(cond, self.sampling, seeds)
+
+    def by_teacher(self) -> Draw:
+        """The teacher itself, with its key/value cache.
+
+        Raises:
+            InputError: there is none.
+        """
+        teacher = self._teacher()
+        return lambda cond, seeds: teacher.sample(cond, self.sampling, seeds)
+
+    def _teacher(self) -> Teacher:
+        if self.teacher is None:
+            raise InputError("the teacher is unknown here: give the run folder of dd2 distill, not a generator alone")
+        return self.teacher

@@ -1,7 +1,7 @@
 """Where every random number comes from: one seed per image, and one per training step.
 
-A stream is named by the values that identify it, so no draw depends on batch size, on the order in which work is
-done or on an interruption.
+A stream is named by the values that identify it. Images do not depend on the batch they are drawn in, nor anything on the order
+in which work is done or on an interruption; a training step's draws depend on its micro-batch, so on batch and accumulate.
 """
 
 import hashlib
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from the values that name a random stream, e.g. (run seed, "distill", step, rank)."""
+    """A 63-bit seed from the values that name a random stream, e.g. (run seed, stage, network, step, micro-batch)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def stream(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on `device` for the stream named by `parts`."""
+    """A fresh `torch.Generator` on `device` for the stream named by `parts`."""
     return torch.Generator(device=device).manual_seed(seed_of(*parts))
 
 
-def on_cpu(generator: torch.Generator) -> torch.Generator:
-    """A CPU generator for data loading, seeded from a step's own."""
-    return torch.Generator().manual_seed(generator.initial_seed()) if generator.device.type != "cpu" else generator
+def on_cpu(random: torch.Generator) -> torch.Generator:
+    """A CPU stream for data loading, seeded from a step's own."""
+    return torch.Generator().manual_seed(random.initial_seed()) if random.device.type != "cpu" else random
 
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -38,5 +38,5 @@ def image_uniforms(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def _per_image(seeds: Sequence[int], kind: str, draw) -> Tensor:
-    generator = torch.Generator()
-    return torch.stack([draw(generator.manual_seed(seed_of("image", kind, int(seed)))) for seed in seeds])
+    random = torch.Generator()
+    return torch.stack([draw(random.manual_seed(seed_of("image", kind, int(seed)))) for seed in seeds])

@@ -4,7 +4,6 @@ One class has both roles of DD2. As guidance network it reads clean tokens and p
 given the earlier ones; as generator it reads noise and gives all clean tokens in one pass.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
+from dd2.scores import HeadScore
 from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.conditions import Conditions
+from dd2.teachers.head import HeadTeacher
+from dd2.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class VelocityHead(nn.Module):
 
     def __init__(self, code_dim: int, feature_dim: int, config: HeadConfig) -> None:
         super().__init__()
-        width = config.width
+        self.config, width = config, config.width
         self.input = nn.Linear(code_dim, width)
         self.condition = nn.Linear(feature_dim, width)
         self.time1 = nn.Linear(2 * config.frequencies, width)
@@ -139,21 +142,37 @@ class Student(OneStepNetwork):
         super().__init__()
         self.backbone = backbone
         self.config = config
-        self.head = VelocityHead(backbone.token_mean.shape[0], backbone.width, config)
+        self.head = VelocityHead(backbone.token_shape[1], backbone.width, config)
 
     @classmethod
     def from_teacher(cls, teacher: Teacher, config: HeadConfig) -> "Student":
-        """A student whose backbone is a copy of the teacher's, and whose head is fresh (its velocity is 0)."""
-        student = cls(copy.deepcopy(teacher.backbone), config)
+        """A student whose backbone is the teacher's to begin with, and whose head is fresh (its velocity is 0)."""
+        return cls(teacher.student_backbone(), config).requires_grad_(True)
+
+    @classmethod
+    def from_ar_diffusion(cls, teacher: HeadTeacher) -> "Student":
+        """A student that starts as a copy of an AR-diffusion teacher, head and all: stage 1 has nothing left to do.
+
+        Raises:
+            InputError: the teacher's head is none of ours.
+        """
+        if not isinstance(teacher.head, VelocityHead):
+            raise InputError(f"a student needs a VelocityHead, the teacher has a {type(teacher.head).__name__}")
+        student = cls(teacher.student_backbone(), teacher.head.config)
+        student.head.load_state_dict(teacher.head.state_dict())
         return student.requires_grad_(True)
+
+    def as_teacher(self, tokenizer: Tokenizer, conditions: Conditions) -> HeadTeacher:
+        """The AR model that stage 1 makes of this network."""
+        return HeadTeacher(self.backbone, self.head, tokenizer, conditions)
 
     def features(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """(B, n, C) clean tokens, or noise in the generator's role, -> (B, n, D)."""
         return self.backbone(tokens, cond)
 
-    def velocity(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
-        """E[eps - x_0 | x_t, q_<i]: x_t (..., C), t (...), features (..., D) broadcast to x_t -> (..., C)."""
-        return self.head(x_t, t, features)
+    def given(self, tokens: Tensor, cond: Tensor) -> HeadScore:
+        """The conditional score at every position, given clean tokens (B, n, C) before it and cond (B, ...)."""
+        return HeadScore(self.head, self.features(tokens, cond))
 
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
         """One pass (App. E.1): noise (B, n, C), cond (B, ...) -> clean tokens q = eps - v (B, n, C).
@@ -161,5 +180,4 @@ class Student(OneStepNetwork):
         The backbone reads the noise where it otherwise reads clean tokens; the head gets each position's own noise
         at t = 1.
         """
-        t = noise.new_ones(noise.shape[:-1])
-        return noise - self.velocity(noise, t, self.features(noise, cond))
+        return noise - self.given(noise, cond).velocity(noise, noise.new_ones(noise.shape[:-1]))

@@ -1,7 +1,7 @@
 """The teacher's deterministic map from noise to data: the flow-matching ODE of Eq. 1's velocity, token by token in AR order.
 
 It is what DD1 regresses (arXiv 2412.17153, whose training code was never released; this follows its text), and what a DD2
-generator can start from (`dd2.stages.regress`).
+generator can start from (`dd2.method.regress`).
 """
 
 import itertools
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.scores import velocity
-from dd2.seeding import image_noise
-from dd2.teachers.base import Teacher
+from dd2.sampling import token_noise
+from dd2.scores import CodeMixture
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.training.samples import TeacherSamples, sample_seed
 
@@ -60,7 +60,7 @@ class Pairs:
     def __init__(
         self,
         folder: Path,
-        teacher: Teacher,
+        teacher: CodeTeacher,
         sampling: Sampling,
         ode: OdeConfig,
         count: int,
@@ -72,7 +72,8 @@ class Pairs:
         self.teacher, self.seed = teacher, seed
 
         def draw(cond: Tensor, seeds: list[int]) -> Tensor:
-            return data_of_noise(teacher, noise_of(teacher, seeds), cond, sampling, steps=ode.steps, solver=ode.solver)
+            noise = token_noise(teacher.backbone, seeds)
+            return teacher.codebook[data_of_noise(teacher, noise, cond, sampling, steps=ode.steps, solver=ode.solver)]
 
         how = {"ode": list(asdict(ode).values()), "standardise_samples": standardised_by}
         self.samples = TeacherSamples.prepare(folder, teacher, sampling, count, seed, batch, draw=draw, title="pairs", how=how)
@@ -80,18 +81,13 @@ class Pairs:
     def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Random pairs on the random stream's device: noise (size, n, C), its ids (size, n), labels (size,)."""
         rows = self.samples.random_rows(size, random)
-        ids, labels = self.samples.take(rows, random.device)
-        return noise_of(self.teacher, [sample_seed(self.seed, int(row)) for row in rows]), ids, labels
-
-
-def noise_of(teacher: Teacher, seeds: list[int]) -> Tensor:
-    """The noise (B, n, C) that belongs to each seed."""
-    return image_noise(seeds, (teacher.order.n, teacher.codebook.shape[1])).to(teacher.codebook.device)
+        ids, labels = self.samples.kept[rows].long().to(random.device), self.samples.labels[rows].to(random.device)
+        return token_noise(self.teacher.backbone, [sample_seed(self.seed, int(row)) for row in rows]), ids, labels
 
 
 @torch.no_grad()
 def data_of_noise(
-    teacher: Teacher, noise: Tensor, cond: Tensor, sampling: Sampling, *, steps: int = 50, solver: Solver = "heun"
+    teacher: CodeTeacher, noise: Tensor, cond: Tensor, sampling: Sampling, *, steps: int = 50, solver: Solver = "heun"
 ) -> Tensor:
     """The sequence that the ODE makes of each noise: a deterministic map whose images of normal noise follow the teacher.
 
@@ -132,10 +128,10 @@ def flow_to_codes(noise: Tensor, log_p: Tensor, codebook: Tensor, *, steps: int,
     """
     if steps < 1 or solver not in ("euler", "heun"):
         raise InputError(f'the ODE needs at least 1 step and solver "euler" or "heun", got {steps} and {solver!r}')
-    x = noise.float()
+    x, given = noise.float(), CodeMixture(log_p, codebook)
 
     def v(x: Tensor, level: float) -> Tensor:
-        return velocity(x, x.new_full(x.shape[:-1], min(level, START)), log_p, codebook)
+        return given.velocity(x, x.new_full(x.shape[:-1], min(level, START)))
 
     for level, following in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         slope = v(x, level)

@@ -1,4 +1,4 @@
-"""skip-m: the teacher without its last m AR steps (METHOD 7)."""
+"""skip-m: the teacher without its last m AR steps (Table 1)."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,11 @@ from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.order import Order
-from dd2.seeding import image_uniforms
-from dd2.teachers.base import Teacher
-from dd2.teachers.filtering import Sampling, draw
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.filtering import Sampling
 
 
-def skipped(teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], skip: int) -> Tensor:
+def skipped(teacher: CodeTeacher, cond: Tensor, sampling: Sampling, seeds: Sequence[int], skip: int) -> Tensor:
     """Images (B, channels, H, W) of the teacher's first steps alone, one seed per image.
 
     The codes it draws are those of the whole sequence with the same seed. What stands for the missing tokens is the tokenizer's
@@ -21,8 +20,7 @@ def skipped(teacher: Teacher, cond: Tensor, sampling: Sampling, seeds: Sequence[
         InputError: skip is not in 1 … S - 1.
     """
     kept = kept_steps(teacher.order, skip)
-    uniforms = image_uniforms(seeds, (teacher.order.n,)).to(teacher.codebook.device)
-    ids = teacher.walk(cond, sampling, lambda step, log_p: draw(log_p, uniforms[:, step]), last_step=kept)
+    ids = teacher.generate(cond, sampling, seeds, last_step=kept)
     return teacher.tokenizer.decode_first(teacher.tokenizer.codebook[ids], teacher.backbone.token_mean)
 
 

@@ -1,4 +1,4 @@
-"""Official LlamaGen checkpoints: transformer (class- or text-conditional) and VQ model to a `Teacher`."""
+"""Official LlamaGen checkpoints: transformer (class- or text-conditional) and VQ model to a `CodeTeacher`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
 from dd2.errors import InputError
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.vq import VQTokenizer
@@ -22,7 +22,7 @@ IMAGE_SIZES = (256, 384, 512)
 GPT, VQ = "LlamaGen's transformer", "LlamaGen's VQ model"
 
 
-def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, image_size: int | None = None) -> Teacher:
+def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, image_size: int | None = None) -> CodeTeacher:
     """A LlamaGen teacher, `.tokenizer` included, from official files. It reads exact codes only, until `dd2 adapt`.
 
     Args:
@@ -109,7 +109,7 @@ def gpt_config(state: Mapping[str, Tensor], grid: int, num_heads: int | None = N
 
 
 def gpt_origins(ours: Shapes) -> dict[str, Origin]:
-    """Where the tensors of a LlamaGen `Teacher` (without tokenizer) come from."""
+    """Where the tensors of a LlamaGen teacher (without tokenizer) come from."""
     renamed = {"cls_embedding.weight": "cls_embedding.embedding_table.weight"}
     origins = {}
     for key in ours:

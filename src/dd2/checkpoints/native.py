@@ -3,75 +3,62 @@
 teacher/    config.json  model.safetensors  tokenizer/
 generator/  config.json  model.safetensors  tokenizer/
 tokenizer/  config.json  model.safetensors
+
+A generator whose teacher came from module:function names that function instead of a family, and has no tokenizer folder: both
+come from there, once the user has named it.
 """
 
-import dataclasses
-import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from dd2.baselines.dd1.student import DD1Config, DD1Student
+from dd2.checkpoints.folder import config_of, construct, load_weights, read_config, write_model
 from dd2.errors import InputError
-from dd2.files import atomic_folder, save_tensors
+from dd2.external import check_trust, is_code, load_function
+from dd2.files import atomic_folder
+from dd2.generator import Generator
 from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
-from dd2.teachers.base import Teacher
-from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
-from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
+from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.families import FAMILIES
+from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
-from dd2.tokenizers.base import Tokenizer, nearest_ids
+from dd2.tokenizers.base import Tokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 
-TOKENIZERS = {"vq": (VQConfig, VQTokenizer), "multiscale": (MultiScaleConfig, MultiScaleTokenizer)}
-TEACHERS = {
-    "llamagen": (LlamaGenConfig, llamagen_teacher, LlamaGenBackbone),
-    "var": (VARConfig, var_teacher, VARBackbone),
+TOKENIZERS: dict[str, tuple[type, Callable[[Any], Tokenizer]]] = {
+    "vq": (VQConfig, VQTokenizer),
+    "multiscale": (MultiScaleConfig, MultiScaleTokenizer),
 }
-"""Family -> (configuration, builder, backbone class). A new family is one line here."""
+"""Family -> (configuration, class)."""
 
-NETWORKS = {
-    "dd2": (HeadConfig, lambda teacher, config: Student(teacher.backbone, config), Student),
-    "dd1": (
-        DD1Config,
-        lambda teacher, config: DD1Student(teacher.backbone, teacher.output, teacher.tokenizer.codebook, config),
-        DD1Student,
-    ),
-}
-"""Method -> (configuration, builder from a teacher whose modules it may take, class)."""
+Role = Literal["generator", "ar_diffusion"]
+"""What a generator folder's network was trained to be: the one-step generator, or stage 1's AR model."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A distilled generator as it is shipped: one network and the tokenizer that turns its tokens into images."""
+@dataclass(frozen=True)
+class NetworkKind:
+    """A method's network.
 
-    student: OneStepNetwork
-    tokenizer: Tokenizer
+    Attributes:
+        config: its own sizes, a dataclass.
+        build: (a teacher whose modules it may take, sizes) -> the network.
+        network: its class, whose `config` attribute holds the sizes.
+    """
 
-    @property
-    def ar_student(self) -> Student:
-        """The network as an AR-diffusion model.
+    config: type
+    build: Callable[[Teacher, Any], OneStepNetwork]
+    network: type[OneStepNetwork]
 
-        Raises:
-            InputError: it is another method's, which cannot be sampled step by step.
-        """
-        if not isinstance(self.student, Student):
-            raise InputError(
-                f"a {type(self.student).__name__} is no AR-diffusion model; ar_diffusion/ of a run of dd2 distill is"
-            )
-        return self.student
 
-    def decode(self, tokens: torch.Tensor, nearest: bool = False) -> torch.Tensor:
-        """Standardised tokens (B, n, C) to images, as they are or snapped to their nearest codes."""
-        backbone = self.student.backbone
-        if nearest:
-            return self.tokenizer.decode(nearest_ids(tokens, backbone.to_tokens(self.tokenizer.codebook)))
-        return self.tokenizer.decode_codes(backbone.to_codes(tokens))
+NETWORKS = {"dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.backbone, config), Student)}
+"""By method; baselines add their own (`dd2.baselines`)."""
 
 
 @first_process_only
@@ -82,19 +69,14 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torc
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
     family = _family_of(tokenizer, {name: entry[1] for name, entry in TOKENIZERS.items()})
-    config = {"kind": "tokenizer", "family": family, "config": _config_of(tokenizer)}
     with atomic_folder(folder) as partial:
-        write_model(partial, tokenizer, config, dtype)
+        write_model(partial, tokenizer, {"kind": "tokenizer", "family": family, "config": config_of(tokenizer)}, dtype)
 
 
 @first_process_only
-def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
+def save_teacher(folder: Path, teacher: CodeTeacher, dtype: torch.dtype = torch.float32) -> None:
     """Write a teacher folder with its tokenizer inside."""
-    config = {
-        "kind": "teacher",
-        "family": _backbone_family(teacher.backbone),
-        "config": _config_of(teacher.backbone),
-    }
+    config = {"kind": "teacher", "family": _backbone_family(teacher.backbone), "config": config_of(teacher.backbone)}
     weights = nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output})
     with atomic_folder(folder) as partial:
         write_model(partial, weights, config, dtype)
@@ -102,19 +84,34 @@ def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.floa
 
 
 @first_process_only
-def save_generator(folder: Path, generator: Generator, dtype: torch.dtype = torch.float32) -> None:
-    """Write a generator folder with its tokenizer inside: all that `dd2 sample --steps 1` needs."""
+def save_generator(
+    folder: Path,
+    generator: Generator,
+    dtype: torch.dtype = torch.float32,
+    *,
+    role: Role = "generator",
+    code: str = "",
+) -> None:
+    """Write a generator folder with its tokenizer inside: all that `dd2 sample --steps 1` needs.
+
+    Args:
+        folder: where to; what is there is replaced.
+        generator: what is written.
+        dtype: storage format.
+        role: what the network is.
+        code: the module:function that its teacher came from, for backbones of no known family.
+    """
     student = generator.student
-    config = {
-        "kind": "generator",
-        "family": _backbone_family(student.backbone),
-        "config": _config_of(student.backbone),
-        "method": _family_of(student, {name: entry[2] for name, entry in NETWORKS.items()}),
-        "head": _config_of(student),
-    }
+    method = _family_of(student, {name: kind.network for name, kind in NETWORKS.items()})
+    config: dict[str, Any] = {"kind": "generator", "role": role, "method": method, "head": config_of(student)}
+    if code:
+        config["code"] = code
+    else:
+        config |= {"family": _backbone_family(student.backbone), "config": config_of(student.backbone)}
     with atomic_folder(folder) as partial:
         write_model(partial, student, config, dtype)
-        _write_tokenizer(partial / "tokenizer", generator.tokenizer, dtype)
+        if not code:
+            _write_tokenizer(partial / "tokenizer", generator.tokenizer, dtype)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -125,85 +122,82 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     config = read_config(folder, "tokenizer")
     config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
-    tokenizer = build(construct(config_class, config.get("config"), folder))
+    tokenizer = build(construct(config_class, config.get("config"), folder / "config.json"))
     load_weights(folder, tokenizer)
     return tokenizer.eval().requires_grad_(False)
 
 
-def load_teacher(folder: Path) -> Teacher:
+def load_teacher(folder: Path) -> CodeTeacher:
     """Read a teacher folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
     config = read_config(folder, "teacher")
-    config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
-    teacher = build(construct(config_class, config.get("config"), folder), load_tokenizer(folder / "tokenizer"))
+    teacher = _fresh(config, folder)
     load_weights(folder, nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output}))
     return teacher.eval().requires_grad_(False)
 
 
-def load_generator(folder: Path) -> Generator:
-    """Read a generator folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
+def load_generator(folder: Path, trust: Sequence[str] = ()) -> Generator:
+    """Read a generator folder, in evaluation mode and float32.
+
+    Args:
+        folder: what `save_generator` wrote.
+        trust: modules whose code may be imported.
+
+    Raises:
+        InputError: as `load_tokenizer`, or the folder needs code that is not trusted.
+    """
     config = read_config(folder, "generator")
-    config_class, build, _ = TEACHERS[_known(config, TEACHERS, folder)]
     method = config.get("method", "dd2")
     if method not in NETWORKS:
         raise InputError(f"{folder / 'config.json'}: unknown method {method!r}; this dd2 knows {', '.join(NETWORKS)}")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    teacher = build(construct(config_class, config.get("config"), folder), tokenizer)
-    head_class, network, _ = NETWORKS[method]
-    student = network(teacher, construct(head_class, config.get("head"), folder))
+    kind = NETWORKS[method]
+    if code := config.get("code"):
+        check_trust(str(code), trust, folder)
+        teacher = teacher_from_code(str(code))
+    else:
+        teacher = _fresh(config, folder)
+    student = kind.build(teacher, construct(kind.config, config.get("head"), folder / "config.json"))
     load_weights(folder, student)
-    return Generator(student.eval().requires_grad_(False), tokenizer)
+    return Generator(student.eval().requires_grad_(False), teacher.tokenizer, teacher.conditions)
 
 
-def read_config(folder: Path, kind: str) -> dict[str, Any]:
-    """config.json of a model folder that must hold a `kind`.
+def load_ar_teacher(folder: Path, trust: Sequence[str] = ()) -> HeadTeacher:
+    """Read the generator folder of a stage-1 model as the AR model that it is. Arguments and errors as `load_generator`.
 
     Raises:
-        InputError: it is missing, is not JSON, or describes another kind of model.
+        InputError: also where the folder holds a one-step generator, which has no next token.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder} is not a {kind} folder: it has no config.json; give a folder written by dd2")
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid JSON ({error}); restore the folder from where it came") from error
-    found = config.get("kind") if isinstance(config, dict) else None
-    if found != kind:
-        raise InputError(f"{folder} holds {found or 'something else'}, where a {kind} was expected")
-    return config
-
-
-def write_model(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write model.safetensors and config.json into an existing folder."""
-    tensors = {key: value.detach().to(dtype).contiguous() for key, value in module.state_dict().items()}
-    save_tensors(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_weights(folder: Path, module: nn.Module) -> None:
-    """Load model.safetensors of a folder into `module`, as float32 and with every tensor accounted for."""
-    file = folder / "model.safetensors"
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read ({error}); it is missing or damaged: copy it again") from error
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    if found != expected:
-        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        first = wrong[0]
+    config = read_config(folder, "generator")
+    if config.get("role", folder.resolve().name) != "ar_diffusion":
         raise InputError(
-            f"{file} does not fit its config.json: {len(wrong)} tensors differ, first {first}: expected "
-            f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
+            f"{folder} holds a one-step generator, which is no AR model and can be no teacher; a run's ar_diffusion/ folder can"
         )
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
-    module.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return load_generator(folder, trust).as_teacher.eval().requires_grad_(False)
 
 
-def _config_of(module: nn.Module) -> dict[str, Any]:
-    return dataclasses.asdict(module.config)  # pyright: ignore[reportArgumentType]
+def teacher_from_code(spec: str) -> Teacher:
+    """The teacher that a function module:function of the user's builds, without arguments.
+
+    Raises:
+        InputError: there is no such function, or it gives something else.
+    """
+    teacher = load_function(spec, "teacher")()
+    if not isinstance(teacher, Teacher):
+        raise InputError(f"teacher {spec} must give a dd2.teachers.base.Teacher, it gave a {type(teacher).__name__}")
+    return teacher.eval().requires_grad_(False)
+
+
+def code_of(teacher: Teacher) -> str:
+    """The module:function that a generator of this teacher must name, empty where its folder can say all by itself."""
+    known = any(type(teacher.backbone) is family.backbone for family in FAMILIES.values())
+    known = known and isinstance(teacher.tokenizer, tuple(kind for _, kind in TOKENIZERS.values() if isinstance(kind, type)))
+    return teacher.source if is_code(teacher.source) and not known else ""
+
+
+def _fresh(config: dict[str, Any], folder: Path) -> CodeTeacher:
+    """A teacher of the family and sizes that a config.json describes, with the tokenizer beside it."""
+    family = FAMILIES[_known(config, FAMILIES, folder)]
+    sizes = construct(family.config, config.get("config"), folder / "config.json")
+    return family.build(sizes, load_tokenizer(folder / "tokenizer"))
 
 
 def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:
@@ -211,13 +205,13 @@ def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:
         if isinstance(module, candidate):
             return family
     raise InputError(
-        f"{type(module).__name__} belongs to no known family ({', '.join(classes)}): add its own to "
-        "dd2.checkpoints.native before saving or loading"
+        f"{type(module).__name__} belongs to no known family ({', '.join(classes)}); name its teacher as module:function, or add "
+        "the family (docs/add-a-model.md)"
     )
 
 
-def _backbone_family(backbone: nn.Module) -> str:
-    return _family_of(backbone, {name: entry[2] for name, entry in TEACHERS.items()})
+def _backbone_family(backbone: Backbone) -> str:
+    return _family_of(backbone, {name: family.backbone for name, family in FAMILIES.items()})
 
 
 def _known(config: dict[str, Any], families: dict[str, Any], folder: Path) -> str:
@@ -225,19 +219,3 @@ def _known(config: dict[str, Any], families: dict[str, Any], folder: Path) -> st
     if family not in families:
         raise InputError(f"{folder / 'config.json'}: unknown family {family!r}; this dd2 knows {', '.join(families)}")
     return family
-
-
-def construct(config_class: type, values: Any, folder: Path) -> Any:
-    """A configuration from a folder's config.json.
-
-    Raises:
-        InputError: the values do not make one.
-    """
-    try:
-        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()})
-        for field in dataclasses.fields(config_class):
-            if type(getattr(config, field.name)) is not type(field.default):
-                raise TypeError(f"{field.name} is {getattr(config, field.name)!r}, not of type {type(field.default).__name__}")
-        return config
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} does not describe a {config_class.__name__}: {error}") from error

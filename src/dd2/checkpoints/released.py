@@ -7,7 +7,7 @@ import torch
 
 from dd2.checkpoints.var import PATCH_NUMS_256, PATCH_NUMS_512
 from dd2.errors import InputError
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -15,19 +15,19 @@ from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 
 
-def _var(depth: int, size: int = 256) -> Teacher:
+def _var(depth: int, size: int = 256) -> CodeTeacher:
     patch_nums = PATCH_NUMS_512 if size == 512 else PATCH_NUMS_256
     config = VARConfig(depth=depth, width=64 * depth, heads=depth, shared_aln=size == 512)
     return var_teacher(config, MultiScaleTokenizer(MultiScaleConfig(image_size=size, patch_nums=patch_nums)))
 
 
-def _llamagen(depth: int, width: int, heads: int, size: int, caption_dim: int = 0) -> Teacher:
+def _llamagen(depth: int, width: int, heads: int, size: int, caption_dim: int = 0) -> CodeTeacher:
     side = size // 16
     config = LlamaGenConfig(depth=depth, width=width, heads=heads, rows=side, columns=side, caption_dim=caption_dim)
     return llamagen_teacher(config, VQTokenizer(VQConfig(image_size=size)))
 
 
-RELEASED: dict[str, Callable[[], Teacher]] = {
+RELEASED: dict[str, Callable[[], CodeTeacher]] = {
     **{f"var_d{depth}": partial(_var, depth) for depth in (16, 20, 24, 30)},
     "var_d36_512": partial(_var, 36, 512),
     "llamagen_b": partial(_llamagen, 12, 768, 12, 256),
@@ -38,7 +38,7 @@ RELEASED: dict[str, Callable[[], Teacher]] = {
 """Name -> builder, after stage 0 where there is one."""
 
 
-def sketch(name: str) -> Teacher:
+def sketch(name: str) -> CodeTeacher:
     """A released model without weights (on the meta device).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Official VAR checkpoints: transformer and VQVAE to a `Teacher`. Sizes and flags are read off the tensors."""
+"""Official VAR checkpoints: transformer and VQVAE to a `CodeTeacher`. Sizes and flags are read off the tensors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
 from dd2.errors import InputError
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 
@@ -26,7 +26,7 @@ def load_var(
     *,
     patch_nums: Sequence[int] = PATCH_NUMS_256,
     num_heads: int | None = None,
-) -> Teacher:
+) -> CodeTeacher:
     """A VAR teacher, `.tokenizer` included, from official files.
 
     Args:

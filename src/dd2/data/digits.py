@@ -42,7 +42,7 @@ def enlarge(images: Tensor) -> Tensor:
     return _warp(images, torch.eye(2).expand(len(images), 2, 2), torch.zeros(len(images), 2))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, random: torch.Generator) -> Tensor:
     """(N, 1, 8, 8) to (N, 1, 16, 16) under random affine maps.
 
     Rotation within 9 degrees, scale 0.92 to 1.08 per axis, shear within 0.1, shift within 1 pixel of 16.
@@ -50,7 +50,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     n = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(n, generator=generator) * (high - low) + low
+        return torch.rand(n, generator=random) * (high - low) + low
 
     angle, shear = uniform(-math.pi / 20, math.pi / 20), uniform(-0.1, 0.1)
     scale_x, scale_y = uniform(0.92, 1.08), uniform(0.92, 1.08)
@@ -60,11 +60,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return _warp(images, matrix.view(n, 2, 2), shift)
 
 
-def batch(split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def batch(split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random augmented batch: images (size, 1, 16, 16) in [-1, 1] and labels (size,)."""
     images, labels = load(split)
-    rows = torch.randint(len(images), (size,), generator=generator)
-    return augment(images[rows], generator), labels[rows]
+    rows = torch.randint(len(images), (size,), generator=random)
+    return augment(images[rows], random), labels[rows]
 
 
 def _warp(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ class IdxImages:
         with zipfile.ZipFile(path) as archive:
             return name in archive.namelist()
 
-    def batch(self, split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random images (size, 1, image_size, image_size) in [-1, 1] and labels (size,)."""
         images, labels = self._splits[split]
-        rows = torch.randint(len(images), (size,), generator=generator)
+        rows = torch.randint(len(images), (size,), generator=random)
         chosen = images[rows].unsqueeze(1).float() / 127.5 - 1
         if chosen.shape[-1] != self.image_size:
             sides = (self.image_size, self.image_size)

@@ -45,7 +45,7 @@ class ImageData(Protocol):
 
     num_classes: int
 
-    def batch(self, split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random augmented images (size, channels, H, W) in [-1, 1] and labels (size,)."""
         ...
 
@@ -55,8 +55,8 @@ class Digits:
 
     num_classes = digits.NUM_CLASSES
 
-    def batch(self, split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return digits.batch(split, size, generator)
+    def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        return digits.batch(split, size, random)
 
 
 class ImageFolder:
@@ -90,10 +90,10 @@ class ImageFolder:
         items = [(name, classes.index(name.split("/")[-2])) for name in names]
         self._items = _published_split(items) or _own_split(items)
 
-    def batch(self, split: str, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         items = self._items[split]
-        rows = torch.randint(len(items), (size,), generator=generator).tolist()
-        mirror = (torch.rand(size, generator=generator) < 0.5) & (split == "train")
+        rows = torch.randint(len(items), (size,), generator=random).tolist()
+        mirror = (torch.rand(size, generator=random) < 0.5) & (split == "train")
         images = torch.stack([self._image(items[row][0]) for row in rows])
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
         return images, torch.tensor([items[row][1] for row in rows])

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd2.checkpoints.native import construct, load_weights, read_config, write_model
+from dd2.checkpoints.folder import construct, load_weights, read_config, write_model
 from dd2.errors import InputError
 from dd2.files import atomic_folder
+from dd2.losses import Losses
 from dd2.processes import first_process_only
-from dd2.training.stage import Losses
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,6 @@ def load_classifier(folder: Path) -> Classifier:
         InputError: it is missing, damaged or something else.
     """
     config = read_config(folder, "classifier")
-    classifier = Classifier(construct(ClassifierConfig, config.get("config"), folder))
+    classifier = Classifier(construct(ClassifierConfig, config.get("config"), folder / "config.json"))
     load_weights(folder, classifier)
     return classifier.eval().requires_grad_(False)

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dd2.baselines.marginal import Over
+from dd2.config import RunFolder
 from dd2.errors import InputError
 from dd2.evaluation.metrics import MetricConfig
+from dd2.sampling import Prefix
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class EvaluateConfig:
     samples as it did in distillation.
     """
 
-    run: Path = Path()
+    run: RunFolder = Path()
     """Run folder of dd2 distill."""
     images: Path | None = None
     """Score all of these images instead of a run: a folder, a zip, or an .npz with arr_0 (uint8 NHWC). Needs a reference."""
@@ -28,8 +31,12 @@ class EvaluateConfig:
     """Images per method (papers: 50,000), the same number of every class."""
     steps: tuple[int, ...] = (1,)
     """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
+    prefix: Prefix = "snapped"
+    """What the teacher reads of the generator's tokens in those rows: their nearest codes, or the tokens as they are (Alg. 4)."""
     skip: tuple[int, ...] = ()
     """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
+    marginal: Over = "class"
+    """Token frequencies of onestep*: of each class, or of the whole data set (App. E.5)."""
     features: str = "digits"
     """"digits" (embedded classifier), or the folder of another (dd2 train-classifier); "inception" (ADM's, fetched once) or a
     path to inception-2015-12-05.pt; or module:function of your own."""
@@ -49,6 +56,8 @@ class EvaluateConfig:
     """Also measure seconds per image beside the teacher's."""
     cache: Path | None = None
     """Folder of features on disk, RUN/features by default: runs of one teacher that share it draw the teacher once."""
+    trust: tuple[str, ...] = ()
+    """Modules of yours that the run may import, because its teacher was module:function."""
     batch: int = 500
     """Images at a time."""
     seed: int = 0

@@ -1,6 +1,5 @@
 """Feature networks: what images are compared by. Inception, a classifier, or the user's own function."""
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from dd2.errors import InputError
 from dd2.evaluation import inception
 from dd2.evaluation.classifier import load_classifier
 from dd2.evaluation.inception import SPATIAL_CHANNELS, Inception
-from dd2.files import fetched, file_digest
+from dd2.external import is_code, load_function
+from dd2.files import fetched, file_digest, weights_digest
 from dd2.images import byte_levels
-from dd2.training.samples import weights_digest
 
 Features = dict[str, Tensor]
 """Of B images: "pool" (B, F); where the network has them, "spatial" (B, S) for sFID and "probabilities" (B, K)."""
@@ -97,27 +96,17 @@ def user_features(spec: str) -> FeatureNetwork:
     Raises:
         InputError: there is no such module or function.
     """
-    module_name, _, function = spec.partition(":")
-    if not (module_name and function):
+    if not is_code(spec):
         raise InputError(
             f"features must be 'digits', a classifier's folder, 'inception', its path (.pt) or 'module:function', got {spec!r}"
         )
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise InputError(f"features {spec}: the module cannot be imported ({error})") from error
-    finally:
-        sys.path.pop(0)
-    called = getattr(module, function, None)
-    if not callable(called):
-        raise InputError(f"features {spec}: module {module_name} has no function {function}")
+    called = load_function(spec, "features")
 
     def read(images: Tensor) -> Features:
         found: Any = called(images)
         return dict(found) if isinstance(found, Mapping) else {"pool": found}
 
-    source = getattr(module, "__file__", None)
+    source = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
     digest = file_digest(Path(source)) if source else spec
     return FeatureNetwork(spec, digest, read)
 

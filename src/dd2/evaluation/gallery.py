@@ -7,10 +7,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dd2.checkpoints.native import Generator
 from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.neighbours import squared_distances
 from dd2.evaluation.path_length import slerp
+from dd2.generator import Generator
 from dd2.images import grid
 from dd2.seeding import image_noise
 
@@ -67,15 +67,13 @@ def nearest_training(network: FeatureNetwork, samples: Tensor, training: Tensor,
 @torch.inference_mode()
 def interpolations(generator: Generator, rows: int = 4, columns: int = COLUMNS, seed: int = 0) -> Tensor:
     """Walks along great circles of the noise, its length kept, the label fixed: (rows * columns, channels, H, W)."""
-    backbone = generator.student.backbone
-    device = backbone.token_mean.device
-    shape = (2, backbone.order.n, backbone.token_mean.shape[0])
-    ends = image_noise([seed + row for row in range(rows)], shape).to(device)
-    labels = backbone.default_labels(torch.arange(rows, device=device))
+    device, shape = generator.device, generator.student.backbone.token_shape
+    ends = image_noise([seed + row for row in range(rows)], (2, *shape)).to(device)
+    labels = generator.conditions.default_labels(torch.arange(rows, device=device))
     walks = []
     for row in range(rows):
         a, b = (end.flatten().expand(columns, -1) for end in ends[row])
-        noise = slerp(a, b, torch.linspace(0, 1, columns, device=device)).view(columns, *shape[1:])
-        cond = backbone.conditions(labels[row].expand(columns))
+        noise = slerp(a, b, torch.linspace(0, 1, columns, device=device)).view(columns, *shape)
+        cond = generator.conditions(labels[row].expand(columns))
         walks.append(generator.decode(generator.student.as_generator(noise, cond)).cpu())
     return torch.cat(walks)

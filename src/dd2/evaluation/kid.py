@@ -26,11 +26,11 @@ def kernel_distance(
     size = min(subset_size, len(real), len(fake))
     if size < 2:
         raise InputError(f"a kernel distance needs at least 2 images of each kind, got {len(real)} and {len(fake)}")
-    generator = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
-        x = real[torch.randperm(len(real), generator=generator)[:size]].double()
-        y = fake[torch.randperm(len(fake), generator=generator)[:size]].double()
+        x = real[torch.randperm(len(real), generator=random)[:size]].double()
+        y = fake[torch.randperm(len(fake), generator=random)[:size]].double()
         same = _off_diagonal_sum(_kernel(x, x)) + _off_diagonal_sum(_kernel(y, y))
         values.append(same / (size * (size - 1)) - 2 * _kernel(x, y).mean())
     found = torch.stack(values)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 
 
 @torch.no_grad()
-def teacher_nll(teacher: Teacher, ids: Tensor, cond: Tensor, batch: int = 500) -> Tensor:
+def teacher_nll(teacher: CodeTeacher, ids: Tensor, cond: Tensor, batch: int = 500) -> Tensor:
     """Negative log-likelihood in nats per image under the unfiltered teacher: ids (N, n), cond (N, ...) -> (N,).
 
     Filtering (top-k, top-p) would make single tokens impossible and the mean infinite, so it is left out; the

@@ -10,12 +10,13 @@ from scipy import stats
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.evaluation.bank import SHARD, Bank
-from dd2.evaluation.frechet import GaussianFit, fit_gaussian, frechet_distance
+from dd2.evaluation.bank import SHARD
 from dd2.evaluation.inception_score import inception_score
 from dd2.evaluation.kid import kernel_distance
 from dd2.evaluation.neighbours import neighbour_scores
 from dd2.evaluation.reference import Reference
+from dd2.frechet import GaussianFit, fit_gaussian, frechet_distance
+from dd2.training.store import Store
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class MetricConfig:
             raise InputError("metrics: neighbours, splits, kid_subsets from 1, kid_size from 2, halves even and from 0")
 
 
-def scores(bank: Bank, reference: Reference, config: MetricConfig, seed: int = 0) -> dict[str, float]:
+def scores(bank: Store, reference: Reference, config: MetricConfig, seed: int = 0) -> dict[str, float]:
     """The numbers of one set of images.
 
     Returns:
@@ -93,10 +94,10 @@ def spread_of_halves(values: Tensor, metric: Callable[[Tensor], float], halves: 
         halves: even.
         seed: of the halves.
     """
-    generator = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(halves // 2):
-        order = torch.randperm(len(values), generator=generator)
+        order = torch.randperm(len(values), generator=random)
         found += [metric(values[rows]) for rows in order.chunk(2)]
     return float(torch.tensor(found, dtype=torch.float64).std())
 
@@ -112,9 +113,9 @@ def frechet_infinity(pool: Tensor, reference: GaussianFit, seed: int, points: in
     """
     check_extrapolation(len(pool), pool.shape[1])
     smallest = max(len(pool) // 10, 2 * pool.shape[1])  # below, covariances are singular and the bias is no line
-    generator = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
     sizes = torch.linspace(smallest, len(pool), points).long()
-    values = [frechet_distance(_fit(pool[torch.randperm(len(pool), generator=generator)[:size]]), reference) for size in sizes]
+    values = [frechet_distance(_fit(pool[torch.randperm(len(pool), generator=random)[:size]]), reference) for size in sizes]
     x = torch.stack([torch.ones(points, dtype=torch.float64), 1 / sizes.double()], 1)
     return float(torch.linalg.lstsq(x, torch.tensor(values, dtype=torch.float64).unsqueeze(1)).solution[0, 0])
 

@@ -8,13 +8,13 @@ PANELS = (
     ("dd1", "student/cross_entropy", "DD1: cross-entropy of the first head"),
     ("dd1", "student/squared_error", "DD1: squared error of the second head"),
     ("regress", "generator/right_codes", "Before stage 2: codes that the regression gets right"),
-    ("distill", "validation", "Stage 2: distance in the teacher's features"),
-    ("distill", "generator/score_difference", "Stage 2: score difference"),
-    ("distill", "guidance/loss", "Stage 2: guidance network (FCS)"),
-    ("distill", "generator/loss", "Stage 2: generator (CSD)"),
-    ("distill", "generator/to_nearest_code", "Stage 2: distance to the nearest code"),
-    ("distill", "generator/grad_norm", "Stage 2: generator's gradient norm"),
-    ("distill", "generator/lr", "Stage 2: generator's learning rate"),
+    ("csd", "validation", "Stage 2: distance in the teacher's features"),
+    ("csd", "generator/score_difference", "Stage 2: score difference"),
+    ("csd", "guidance/loss", "Stage 2: guidance network (FCS)"),
+    ("csd", "generator/loss", "Stage 2: generator (CSD)"),
+    ("csd", "generator/to_nearest_code", "Stage 2: distance to the nearest code"),
+    ("csd", "generator/grad_norm", "Stage 2: generator's gradient norm"),
+    ("csd", "generator/lr", "Stage 2: generator's learning rate"),
 )
 """(stage, number of metrics.jsonl, title)."""
 

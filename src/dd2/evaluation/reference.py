@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.evaluation.bank import Bank
+from dd2.evaluation.bank import feature_bank
 from dd2.evaluation.features import FeatureNetwork, read_features
-from dd2.evaluation.frechet import GaussianFit, fit_gaussian
 from dd2.evaluation.images import READ_ERRORS, ImageSet
 from dd2.files import file_digest, writable_folder
+from dd2.frechet import GaussianFit, fit_gaussian
+from dd2.training.store import Store
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Keys of ADM's reference files."""
@@ -41,7 +42,7 @@ class Reference:
     described: dict[str, Any] = field(default_factory=dict)
 
 
-def of_bank(bank: Bank, described: dict[str, Any]) -> Reference:
+def of_bank(bank: Store, described: dict[str, Any]) -> Reference:
     """A reference from features on disk; at most `LARGEST_POOL` images, evenly spaced, serve precision, recall and KID."""
     fits = {name: fit_gaussian(bank.stream(name)) for name in STATISTICS if name in bank.names()}
     kept = -(-bank.count // LARGEST_POOL)  # every kept-th
@@ -71,14 +72,14 @@ def open_reference(path: Path, network: FeatureNetwork, device: torch.device, ca
     return of_bank(image_bank(images, network, device, root, batch, described["sha256"]), described)
 
 
-def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, root: Path, batch: int, digest: str) -> Bank:
+def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, root: Path, batch: int, digest: str) -> Store:
     """Features of somebody's images."""
     identity = {"images": digest, "network": [network.name, network.digest]}
 
     def make(index: Tensor) -> dict[str, Tensor]:
         return read_features(network, images[index].to(device))
 
-    return Bank.prepare(root, f"features of {images.path.name}", identity, len(images), batch, make)
+    return feature_bank(root, f"features of {images.path.name}", identity, len(images), batch, make)
 
 
 def statistics_file(reference: Reference) -> bytes:

@@ -10,35 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dd2.evaluation.columns import COLUMNS
 from dd2.evaluation.gallery import titled
 from dd2.evaluation.plots import curves, explained
-from dd2.evaluation.score import few_steps_of, skip_of
 from dd2.files import write_atomic
 from dd2.images import png
 from dd2.training.metrics import MetricsLog
-
-TITLES = {
-    "teacher": "Teacher (all AR steps)",
-    "ar_diffusion": "AR-diffusion, stage 1 (all AR steps, 10 Euler steps each)",
-    "generator": "Generator (one step)",
-    "generator_nearest": "Generator (one step), nearest codes",
-    "generator_two_passes": "Generator (two passes of its own)",
-    "onestep_marginal": "onestep*: independent tokens",
-}
-
-COLUMNS = {
-    "frechet": ("Fréchet distance", ".2f"),
-    "sfid": ("sFID", ".2f"),
-    "kid": ("KID", ".4g"),
-    "inception_score": ("IS", ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage", ".3f"),
-    "teacher_nll": ("teacher NLL", ".1f"),
-    "accuracy": ("accuracy", ".3f"),
-}
-"""Numbers of the table: heading and format."""
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
@@ -73,21 +50,6 @@ def write_run_report(section: Section) -> None:
     write_atomic(section.run / "report.html", page([section]))
 
 
-def title(name: str) -> str:
-    """What a method is called in tables and pictures."""
-    if skip := skip_of(name):
-        return f"Teacher without its last {'AR step' if skip == 1 else f'{skip} AR steps'} (skip-{skip})"
-    if k := few_steps_of(name):
-        return f"Generator, the last {'AR step' if k == 2 else f'{k - 1} AR steps'} by the teacher ({k} steps)"
-    return TITLES[name]
-
-
-def in_order(names: Sequence[str]) -> list[str]:
-    """Methods as they are listed: the usual ones, then few steps, then skipped ones."""
-    usual = [name for name in TITLES if name in names]
-    return usual + sorted((name for name in names if name not in TITLES), key=lambda name: (skip_of(name), few_steps_of(name)))
-
-
 def page(sections: Sequence[Section]) -> str:
     """The report as one HTML page without any outside reference."""
     names = ", ".join(section.run.name for section in sections)
@@ -109,11 +71,11 @@ def _blocks(sections: Sequence[Section]) -> list[tuple[str, Tensor]]:
     """Every method's images; the teacher and onestep* of further runs are those of the first."""
     blocks = []
     for index, section in enumerate(sections):
-        for name in in_order(list(section.images)):
+        for name, title in section.numbers["methods"].items():
             if name == "generator_nearest" or (index and name in ("teacher", "onestep_marginal")):
                 continue
             run = f"{section.run.name}: " if len(sections) > 1 and name not in ("teacher", "onestep_marginal") else ""
-            blocks.append((run + title(name), section.images[name]))
+            blocks.append((run + title, section.images[name]))
     return blocks
 
 
@@ -138,12 +100,12 @@ def _table(sections: Sequence[Section]) -> str:
     for section in sections:
         if len(sections) > 1:
             body += f'<tr class="run"><td colspan="{len(used) + 2}">{html.escape(section.run.name)}</td></tr>'
-        for name in in_order(list(section.numbers["metrics"])):
+        for name, title in section.numbers["methods"].items():
             values = section.numbers["metrics"][name]
             row = "".join(f"<td>{_with_interval(values, key, kind)}</td>" for key, (_, kind) in used.items())
             distinct = section.numbers["distinct_sequences"].get(name)
             cell = "–" if distinct is None else f"{distinct:,}"
-            body += f"<tr{' class=best' if name == 'generator' else ''}><td>{title(name)}</td>{row}<td>{cell}</td></tr>"
+            body += f"<tr{' class=best' if name == 'generator' else ''}><td>{html.escape(title)}</td>{row}<td>{cell}</td></tr>"
     return f"<table><tr><th>method</th>{head}<th>distinct</th></tr>{body}</table>"
 
 
@@ -169,7 +131,8 @@ def _decides(section: Section) -> str:
         f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
         for key, value in section.numbers["evaluation"].items()
     )
-    said = "".join(f"<p><b>Warning:</b> {html.escape(text)}</p>" for text in section.numbers["warnings"])
+    said = "".join(f"<p><b>Not measured:</b> {html.escape(text)}</p>" for text in section.numbers.get("absent", []))
+    said += "".join(f"<p><b>Warning:</b> {html.escape(text)}</p>" for text in section.numbers["warnings"])
     heading = f"What decides the numbers of {html.escape(section.run.name)}"
     return f"{said}<details><summary>{heading}</summary><table>{rows}</table></details>"
 

@@ -2,35 +2,38 @@
 
 from typing import Any
 
-from dd2.evaluation.score import few_steps
+from dd2.evaluation.columns import COLUMNS
+
+SHOWN = ("frechet", "precision", "recall", "teacher_nll", "accuracy")
+"""The columns of the terminal's table."""
 
 
 def summary(numbers: dict[str, Any]) -> str:
     """The few numbers that matter, as a table for the terminal, and what decides them."""
-    lines = ["", f"{'':24}{'Fréchet':>9}{'95 %':>8}{'prec.':>8}{'recall':>8}{'teacher NLL':>13}{'accuracy':>10}"]
-    rows = {
-        "teacher": "teacher (floor)" if numbers["evaluation"]["reference"].get("reference") == "teacher" else "teacher",
-        "ar_diffusion": "AR-diffusion",
-        "generator": "generator",
-        "generator_nearest": "generator, nearest",
-        "generator_two_passes": "generator, two passes",
-        **{few_steps(k): f"with the teacher, {k} steps" for k in numbers["evaluation"]["steps"] if k > 1},
-        **{f"teacher_skip_{m}": f"teacher, skip-{m}" for m in numbers["evaluation"]["skip"]},
-        "onestep_marginal": "onestep* (independent)",
-    }
-    for name, title in rows.items():
-        if name in numbers["metrics"]:
-            found = numbers["metrics"][name]
-            cells = [("frechet", 9, 2), ("frechet_95", 8, 2), ("precision", 8, 3), ("recall", 8, 3), ("teacher_nll", 13, 1)]
-            cells.append(("accuracy", 10, 3))
-            shown = "".join(f"{found[key]:{width}.{digits}f}" if key in found else " " * width for key, width, digits in cells)
-            lines.append(f"{title:24}{shown}")
+    titles = dict(numbers["methods"])
+    if numbers["evaluation"]["reference"].get("reference") == "teacher":
+        titles["teacher"] += " (floor)"
+    used = [key for key in SHOWN if any(key in found for found in numbers["metrics"].values())]
+    first = max(map(len, titles.values())) + 2
+    lines = ["", " " * first + "".join(f"{COLUMNS[key].heading:>18}" for key in used)]
+    for name, title in titles.items():
+        lines.append(f"{title:{first}}" + "".join(f"{_cell(numbers['metrics'][name], key):>18}" for key in used))
     lines.append(f"gap closed {numbers['gap_closed']:.3f}")
     if "speed" in numbers:
         lines[-1] += f", {numbers['speedup_vs_teacher']:.1f} times faster than the teacher (batch {numbers['speedup_batch']})"
     lines.append(described(numbers))
     lines.append("")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, float], key: str) -> str:
+    """A number and half of its 95 % interval."""
+    if key not in found:
+        return ""
+    half_width = found.get(f"{key}_95")
+    return format(found[key], COLUMNS[key].kind) + (
+        f" ±{format(half_width, COLUMNS[key].kind)}" if half_width is not None else ""
+    )
 
 
 def described(numbers: dict[str, Any]) -> str:
@@ -45,4 +48,5 @@ def described(numbers: dict[str, Any]) -> str:
         shown = ", ".join(f"{key} {value}" for key, value in decides["sampling"].items())
         balance = f"{decides['images_per_label']:g} images per label; seeds: {decides['seeds']}"
         lines.append(f"{balance}; {decides['rounding']}; teacher: {shown}")
+    lines += [f"not measured: {text}" for text in numbers.get("absent", [])]
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from dd2.commands.dd1 import DD1RunConfig
+from dd2.commands.distill import DistillConfig
+from dd2.commands.train_classifier import TrainClassifierConfig
+from dd2.commands.train_teacher import TrainTeacherConfig
+from dd2.commands.train_tokenizer import TrainTokenizerConfig
 from dd2.config import load_config
 from dd2.errors import InputError
 from dd2.evaluation.classifier import ClassifierConfig
-from dd2.jobs.dd1 import DD1JobConfig
-from dd2.jobs.distill import DistillConfig
-from dd2.jobs.train_classifier import TrainClassifierConfig
-from dd2.jobs.train_teacher import TrainTeacherConfig
-from dd2.jobs.train_tokenizer import TrainTokenizerConfig
-from dd2.teachers.llamagen import LlamaGenConfig
-from dd2.teachers.var import VARConfig
+from dd2.teachers.families import sizes_of
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.training.schedule import OptimConfig
 
@@ -31,7 +30,7 @@ class Bench:
     """
 
     distill: DistillConfig
-    dd1: DD1JobConfig
+    dd1: DD1RunConfig
     ar_steps: int
     minutes: float
     steps: tuple[int, ...]
@@ -48,9 +47,9 @@ class Bench:
             return max(1, round(iterations * share))
 
         tune = replace(self.distill.tune, iterations=part(self.distill.tune.iterations))
-        csd = replace(self.distill.distill, iterations=part(self.distill.distill.iterations))
+        csd = replace(self.distill.csd, iterations=part(self.distill.csd.iterations))
         train = replace(self.dd1.train, iterations=part(self.dd1.train.iterations))
-        return replace(self, distill=replace(self.distill, tune=tune, distill=csd), dd1=replace(self.dd1, train=train))
+        return replace(self, distill=replace(self.distill, tune=tune, csd=csd), dd1=replace(self.dd1, train=train))
 
 
 def open_bench(name: str, images: str = "", teacher: str = "") -> Bench:
@@ -74,13 +73,13 @@ def open_bench(name: str, images: str = "", teacher: str = "") -> Bench:
 
 
 def _digits(images: str) -> Bench:
-    return Bench(load_config(DistillConfig, "digits"), load_config(DD1JobConfig, "digits_dd1"), 16, 4.2, (1, 3, 5, 9), (2,))
+    return Bench(load_config(DistillConfig, "digits"), load_config(DD1RunConfig, "digits_dd1"), 16, 4.2, (1, 3, 5, 9), (2,))
 
 
 def _digits_var(images: str) -> Bench:
     return Bench(
         load_config(DistillConfig, "digits_var"),
-        load_config(DD1JobConfig, "digits_var_dd1"),
+        load_config(DD1RunConfig, "digits_var_dd1"),
         4,
         10.3,
         (1, 2, 3, 4),
@@ -126,7 +125,8 @@ def _real(name: str, next_scale: bool) -> Callable[[str], Bench]:
             multipliers=sizes.multipliers,
             z_channels=64,
         )
-        heads, rate = sizes.width // 32, OptimConfig(lr=1e-3, decay="cosine", warmup=200, weight_decay=0.05)
+        own = sizes_of(sizes.depth, sizes.width, sizes.width // 32, next_scale)
+        rate = OptimConfig(lr=1e-3, decay="cosine", warmup=200, weight_decay=0.05)
         tokenizer = TrainTokenizerConfig(
             data=images,
             iterations=20_000,
@@ -140,17 +140,17 @@ def _real(name: str, next_scale: bool) -> Callable[[str], Bench]:
             token_images=200_000,
             iterations=20_000,
             optim=rate,
-            teacher=LlamaGenConfig() if next_scale else LlamaGenConfig(depth=sizes.depth, width=sizes.width, heads=heads),
-            var=VARConfig(depth=sizes.depth, width=sizes.width, heads=heads) if next_scale else VARConfig(),
+            teacher=own.teacher,
+            var=own.var,
         )
         channels = ClassifierConfig(image_size=sizes.size, image_channels=sizes.channels, width=64, features=256)
         classifier = TrainClassifierConfig(data=images, iterations=8000, classifier=channels)
         base, dd1 = ("digits_var", "digits_var_dd1") if next_scale else ("digits", "digits_dd1")
         distill = load_config(DistillConfig, base)
         tune = replace(distill.tune, iterations=10_000, batch=128)
-        csd = replace(distill.distill, iterations=6000, batch=128)
-        distill = replace(distill, teacher_samples=100_000, tune=tune, distill=csd)
-        job = load_config(DD1JobConfig, dd1)
+        csd = replace(distill.csd, iterations=6000, batch=128)
+        distill = replace(distill, teacher_samples=100_000, tune=tune, csd=csd)
+        job = load_config(DD1RunConfig, dd1)
         positions = len(sizes.patch_nums) if next_scale else sizes.patch_nums[-1] ** 2
         heads_of = replace(job.heads, logits_steps=positions)
         job = replace(job, pairs=100_000, heads=heads_of, train=replace(job.train, iterations=80_000, batch=128))

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dd2.errors import InputError
-from dd2.evaluation.score import few_steps
+from dd2.evaluation.columns import COLUMNS as MEASURED
+from dd2.evaluation.columns import Column
+from dd2.evaluation.methods import few_steps, skip
 from dd2.reproduce.benches import Bench
 from dd2.reproduce.workshop import Cell, Changes
 
@@ -71,19 +73,14 @@ class Table:
     note: str = ""
 
 
-COLUMNS = {
-    "frechet": ("FD", ".2f"),
-    "gap": ("gap closed", ".3f"),
-    "inception_score": ("IS", ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "teacher_nll": ("teacher NLL", ".1f"),
-    "accuracy": ("accuracy", ".3f"),
-    "path_length": ("path length", ".3g"),
-    "seconds": ("training s", ".0f"),
-    "milliseconds": ("ms/image", ".2f"),
+COLUMNS = MEASURED | {
+    "frechet": Column("FD", ".2f"),
+    "gap": Column("gap closed", ".3f"),
+    "path_length": Column("path length", ".3g"),
+    "seconds": Column("training s", ".0f"),
+    "milliseconds": Column("ms/image", ".2f"),
 }
-"""Column -> heading and format."""
+"""Those of an evaluation, and what only tables have."""
 
 USUAL = ("frechet", "gap", "precision", "recall", "teacher_nll", "accuracy")
 
@@ -96,7 +93,7 @@ def value(numbers: dict[str, Any], method: str, column: str) -> float | None:
         return (worst - found["frechet"]) / (worst - floor)
     if column == "seconds":
         learned = method.startswith(("generator", "ar_diffusion"))
-        parts = ("samples", "tune", "pairs", "regress", "distill")
+        parts = ("samples", "tune", "pairs", "regress", "csd", "dd1")
         return sum(numbers["seconds"].get(part, 0.0) for part in parts) if learned else None
     if column == "milliseconds":
         timed = {"generator": "generator", "teacher": "teacher"}.get(method)
@@ -138,7 +135,7 @@ DD1_SPLIT = "DD1, second half by the continuous head"
 
 def _methods(bench: Bench) -> Table:
     skips = [
-        Row(f"teacher, skip-{m}", f"teacher_skip_{m}", dd2(), "VAR skip-2 40.09 / 56.8" if m == 2 else "", bench.ar_steps - m)
+        Row(f"teacher, skip-{m}", skip(m), dd2(), "VAR skip-2 40.09 / 56.8" if m == 2 else "", bench.ar_steps - m)
         for m in bench.skips
     ]
     rows = [
@@ -193,16 +190,17 @@ def _time(bench: Bench) -> Table:
 def _initialisation(bench: Bench) -> Table:
     rows = [
         Row("both from stage 1", "generator", dd2(), "14.77 (LlamaGen-L), 11.53 (d24)"),
-        Row("guidance alone", "generator", dd2(("distill.initialised", "guidance")), "16.08, collapse"),
-        Row("generator alone", "generator", dd2(("distill.initialised", "generator")), "21.76, collapse"),
+        Row("guidance alone", "generator", dd2(("csd.initialised", "guidance")), "16.08, collapse"),
+        Row("generator alone", "generator", dd2(("csd.initialised", "generator")), "21.76, collapse"),
+        Row("neither", "generator", dd2(("csd.initialised", "neither"))),
     ]
     claims = [
         Claim("initialising both is better than the guidance network alone", "both from stage 1", "guidance alone"),
         Claim("initialising both is better than the generator alone", "both from stage 1", "generator alone"),
     ]
     note = (
-        "A network that is not initialised starts where stage 1 did, as the teacher's layers under a fresh head: the paper does "
-        "not say what it starts from."
+        "A network that is not initialised starts where stage 1 did, as the teacher's layers under a randomly initialised head "
+        "(Sec. 5.5). The paper has no row for neither."
     )
     return Table("Table 4: initialisation from stage 1", "FID-5k", rows, USUAL, claims, note=note)
 
@@ -237,11 +235,11 @@ def _stage1_loss(bench: Bench) -> Table:
 
 
 def _alignment(bench: Bench) -> Table:
-    further = bench.distill.distill.iterations
+    further = bench.distill.csd.iterations
     align: Changes = (
         ("align.iterations", max(1, further // 5)),
         ("align.then_iterations", max(1, further // 3)),
-        ("align.then_k", bench.distill.distill.k),
+        ("align.then_k", bench.distill.csd.k),
         ("align.then_lr", 0.5),
     )
     rows = [
@@ -254,7 +252,7 @@ def _alignment(bench: Bench) -> Table:
 
 
 def _k(bench: Bench) -> Table:
-    rows = [Row(f"K = {k}", "generator", dd2(("distill.k", k))) for k in (1, 2, 5)]
+    rows = [Row(f"K = {k}", "generator", dd2(("csd.k", k))) for k in (1, 2, 5)]
     claims = [Claim("more guidance updates per generator update help", "K = 5", "K = 1")]
     note = "Equal generator updates, so unequal time: see the seconds."
     return Table("K: guidance updates per generator update (App. C.4)", "", rows, (*USUAL, "seconds"), claims, note=note)
@@ -262,13 +260,13 @@ def _k(bench: Bench) -> Table:
 
 def _distance(bench: Bench) -> Table:
     rows = [
-        Row("SiD, α = 1.0", "generator", dd2(("distill.d", "sid"), ("distill.alpha", 1.0)), "the paper's choice"),
-        Row("SiD, α = 1.2", "generator", dd2(("distill.d", "sid"), ("distill.alpha", 1.2))),
-        Row("DMD", "generator", dd2(("distill.d", "dmd"))),
+        Row("SiD, α = 1.0", "generator", dd2(("csd.d", "sid"), ("csd.alpha", 1.0)), "the paper's choice"),
+        Row("SiD, α = 1.2", "generator", dd2(("csd.d", "sid"), ("csd.alpha", 1.2))),
+        Row("DMD", "generator", dd2(("csd.d", "dmd"))),
     ]
     claims = [Claim("SiD is better than DMD", "SiD, α = 1.0", "DMD")]
     note = "Equal iterations, which is nearly equal time. The rates of the bench were chosen with DMD."
-    return Table("Loss: the distance of Eq. 4", "Sec. 4.2", rows, (*USUAL, "seconds"), claims, note=note)
+    return Table("Loss: the distance of Eq. 4", "Sec. 3.2.2", rows, (*USUAL, "seconds"), claims, note=note)
 
 
 TABLES: dict[str, Callable[[Bench], Table]] = {

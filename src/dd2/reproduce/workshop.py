@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dd2.commands.dd1 import DD1RunConfig, distil_dd1
+from dd2.commands.distill import DistillConfig, distill
+from dd2.commands.evaluate import evaluate
+from dd2.commands.train_classifier import train_classifier
+from dd2.commands.train_teacher import train_teacher
+from dd2.commands.train_tokenizer import train_tokenizer
 from dd2.config import flat, with_fields
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
 from dd2.files import atomic_folder, write_atomic
-from dd2.jobs.dd1 import DD1JobConfig, distil_dd1
-from dd2.jobs.distill import DistillConfig, distill
-from dd2.jobs.evaluate import evaluate
-from dd2.jobs.train_classifier import train_classifier
-from dd2.jobs.train_teacher import train_teacher
-from dd2.jobs.train_tokenizer import train_tokenizer
 from dd2.reproduce.benches import Bench
 
 Changes = tuple[tuple[str, Any], ...]
@@ -120,13 +120,13 @@ class Workshop:
             write_atomic(file, json.dumps(numbers, indent=2) + "\n")
         return json.loads(file.read_text())
 
-    def _config(self, cell: Cell) -> DistillConfig | DD1JobConfig:
+    def _config(self, cell: Cell) -> DistillConfig | DD1RunConfig:
         base = self.bench.dd1 if cell.kind == "dd1" else self.bench.distill
         config = with_fields(base, {"seed": cell.seed, "device": self.device, "teacher": self._teacher(), **dict(cell.changes)})
-        if isinstance(config, DD1JobConfig):
+        if isinstance(config, DD1RunConfig):
             return config
         if cell.kind == "stage1":
-            return replace(config, distill=replace(config.distill, iterations=0))
+            return replace(config, csd=replace(config.csd, iterations=0))
         return replace(config, stage1=str(self.folder(cell.stage1)))
 
     def _folder(self, kind: str, config: Any) -> Path:

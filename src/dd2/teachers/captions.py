@@ -62,9 +62,6 @@ class Captions:
             content.update(tensor.float().contiguous().numpy().tobytes())
         return content.hexdigest()
 
-    def __deepcopy__(self, memo: object) -> "Captions":
-        return self  # students share the teacher's: it is data, and large
-
 
 class CaptionProjection(nn.Module):
     """fc2(gelu(fc1 x)), GELU in its tanh form."""

@@ -1,7 +1,6 @@
 """LlamaGen's transformer: the raster-order teacher, conditioned on a class or on a caption."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,10 +9,13 @@ from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.order import Order, RasterOrder
-from dd2.teachers.base import Backbone, Inject, Teacher
+from dd2.teachers.base import Backbone
 from dd2.teachers.cache import KVCache
-from dd2.teachers.captions import CaptionEmbedding, Captions, attention_mask
+from dd2.teachers.captions import CaptionEmbedding, attention_mask
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import CaptionLabels, ClassLabels, Conditions
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.layers import BeforeLayer, LayerStack
 from dd2.tokenizers.base import Tokenizer, nearest_ids
 
 
@@ -81,17 +83,6 @@ class LlamaGenConfig:
         return -(-hidden // self.ffn_multiple) * self.ffn_multiple
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32, with LlamaGen's eps 1e-5."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-5).to(x.dtype) * self.weight
-
-
 class Attention(nn.Module):
     """Multi-head attention with 2-D rotary positions, grouped key/value heads and a cache."""
 
@@ -109,10 +100,10 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        if self.kv_heads != self.heads:
-            groups = self.heads // self.kv_heads
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mixed = order.attend(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if mask is None:
+            mixed = order.attend(q, k, v)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.kv_heads != self.heads)
         return self.wo(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -134,9 +125,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.width)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.feed_forward = SwiGLU(config.width, config.ffn_width)
         self.drop = nn.Dropout(config.dropout)
 
@@ -193,7 +184,6 @@ class LlamaGenBackbone(Backbone):
         code_dim = codebook.shape[1]
         super().__init__(RasterOrder(config.rows, config.columns), config.width, code_dim)
         self.config = config
-        self.captions: Captions | None = None
         if config.caption_dim:
             self.cls_embedding = CaptionEmbedding(config.caption_length, config.caption_dim, config.width)
         else:
@@ -203,8 +193,8 @@ class LlamaGenBackbone(Backbone):
         else:
             self.tok_embeddings = CodeMLP(code_dim, config.code_hidden or config.width, config.width)
         self.drop = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
-        self.norm = RMSNorm(config.width)
+        self.layers = LayerStack(Layer(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
         rope = rope_table(config.rows, config.columns, config.width // config.heads, config.condition_positions)
         self.register_buffer("rope", rope, persistent=False)
         self.apply(_init_weights)
@@ -219,27 +209,9 @@ class LlamaGenBackbone(Backbone):
         return torch.full_like(cond, self.config.num_classes)
 
     @property
-    def num_labels(self) -> int:
-        return len(self._captions) if self.config.caption_dim else self.config.num_classes
-
-    def use_captions(self, file: Path) -> None:
-        if not self.config.caption_dim:
-            super().use_captions(file)
-        self.captions = Captions.load(file, self.config.caption_length, self.config.caption_dim)
-
-    def captions_digest(self) -> str:
-        return self._captions.digest() if self.config.caption_dim else ""
-
-    def conditions(self, labels: Tensor) -> Tensor:
-        return self._captions[labels] if self.config.caption_dim else labels
-
-    @property
-    def _captions(self) -> Captions:
-        if self.captions is None:
-            raise InputError(
-                "this model is conditioned on captions: give their features with --captions FILE (dd2 text-features makes it)"
-            )
-        return self.captions
+    def stack(self) -> LayerStack:
+        """The transformer layers."""
+        return self.layers
 
     @property
     def positions(self) -> int:
@@ -248,8 +220,9 @@ class LlamaGenBackbone(Backbone):
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(self.order.inputs(tokens), cond, None)[:, self.config.condition_positions - 1 :]
 
-    def own_features(self, tokens: Tensor, cond: Tensor, inject: Inject) -> Tensor:
-        return self._run(tokens, cond, None, inject)[:, self.config.condition_positions :]
+    def own_features(self, tokens: Tensor, cond: Tensor, before: BeforeLayer) -> Tensor:
+        """As `ReadsOwnToken.own_features`."""
+        return self._run(tokens, cond, None, before)[:, self.config.condition_positions :]
 
     def new_cache(self) -> KVCache:
         return KVCache([], [])
@@ -257,7 +230,7 @@ class LlamaGenBackbone(Backbone):
     def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(self.order.inputs(tokens), cond, cache)[:, -1:]
 
-    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None, inject: Inject | None = None) -> Tensor:
+    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None, before: BeforeLayer | None = None) -> Tensor:
         """Features of the condition's positions and the tokens behind them, less those that the cache has read."""
         read, given = cache.length if cache else 0, self.config.condition_positions
         codes = self.to_codes(tokens[:, max(read - given, 0) :])
@@ -268,13 +241,10 @@ class LlamaGenBackbone(Backbone):
         held = slice(read, read + x.shape[1])
         words = self.cls_embedding.words(cond) if isinstance(self.cls_embedding, CaptionEmbedding) else None
         mask = None if words is None else attention_mask(words, held.start, held.stop)
-        for index, layer in enumerate(self.layers):
-            x = inject(index, x) if inject else x
-            x = self.run_layer(layer, x, self.rope[held], mask, self.order, cache=cache, index=index)
-        return self.norm(x)
+        return self.norm(self.layers.run(x, self.rope[held], mask, self.order, cache=cache, before=before))
 
 
-class LlamaGenTeacher(Teacher):
+class LlamaGenTeacher(CodeTeacher):
     """LlamaGen, whose guidance may end early: only the first tokens are guided under `cfg_interval`."""
 
     def cfg_weights(self, sampling: Sampling) -> Tensor:
@@ -285,12 +255,17 @@ class LlamaGenTeacher(Teacher):
         return weights
 
 
-def llamagen_teacher(config: LlamaGenConfig, tokenizer: Tokenizer) -> Teacher:
+def llamagen_teacher(config: LlamaGenConfig, tokenizer: Tokenizer) -> LlamaGenTeacher:
     """A LlamaGen teacher with fresh weights, ready to be trained or loaded."""
     backbone = LlamaGenBackbone(config, tokenizer.codebook)
     output = nn.Linear(config.width, tokenizer.codebook.shape[0], bias=False)
     nn.init.zeros_(output.weight)
-    return LlamaGenTeacher(backbone, output, tokenizer)
+    return LlamaGenTeacher(backbone, output, tokenizer, conditions_of(config))
+
+
+def conditions_of(config: LlamaGenConfig) -> Conditions:
+    """Classes, or captions that are yet to be given."""
+    return CaptionLabels(config.caption_length, config.caption_dim) if config.caption_dim else ClassLabels(config.num_classes)
 
 
 def rope_table(rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig
 from dd2.tokenizers.base import Tokenizer, nearest_ids
@@ -40,7 +41,7 @@ class CodesOnly(Tokenizer):
         return codes[:, :, 0].view(-1, *self.image_shape)
 
 
-class TableTeacher(Teacher):
+class TableTeacher(CodeTeacher):
     """p(q_i | q_<i) read off a table; one class.
 
     Args:
@@ -53,9 +54,9 @@ class TableTeacher(Teacher):
     def __init__(self, joint: Tensor, depth: int = 3, width: int = 48) -> None:
         codes = torch.eye(joint.shape[0])
         sizes = LlamaGenConfig(depth=depth, width=width, heads=3, ffn_multiple=16, rows=1, columns=joint.ndim, num_classes=1)
-        super().__init__(LlamaGenBackbone(sizes, codes), nn.Identity(), CodesOnly(codes, joint.ndim))
+        super().__init__(LlamaGenBackbone(sizes, codes), nn.Identity(), CodesOnly(codes, joint.ndim), ClassLabels(1))
         self.register_buffer("joint", joint)
-        self.backbone.standardise(codes)
+        self.standardise()
 
     def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
         ids = nearest_ids(tokens, self.codebook)
@@ -80,7 +81,7 @@ class TableTeacher(Teacher):
         first_step: int = 0,
         last_step: int | None = None,
     ) -> Tensor:
-        """As `Teacher.walk`: a table needs no cache."""
+        """As `CodeTeacher.walk`: a table needs no cache."""
         ids = torch.zeros(len(cond), self.order.n, dtype=torch.long)
         if prefix is not None:
             ids[:, :first_step] = nearest_ids(prefix, self.codebook)
@@ -88,9 +89,9 @@ class TableTeacher(Teacher):
             ids[:, step] = choose(step, self.log_p(self.codebook[ids], cond, sampling)[:, step])
         return ids[:, first_step:last_step]
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sequences (count, n) from the joint distribution."""
-        flat = torch.multinomial(self.joint.flatten(), count, replacement=True, generator=generator)
+    def sequences(self, count: int, random: torch.Generator) -> Tensor:
+        """Ids (count, n) from the joint distribution."""
+        flat = torch.multinomial(self.joint.flatten(), count, replacement=True, generator=random)
         return torch.stack(torch.unravel_index(flat, self.joint.shape), 1)
 
 

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dd2.teachers.base import Teacher
-from dd2.training.stage import Losses
+from dd2.losses import Losses
+from dd2.teachers.code import CodeTeacher
 
 
-def ar_loss(teacher: Teacher, ids: Tensor, cond: Tensor, class_dropout: float, generator: torch.Generator) -> Losses:
+def ar_loss(teacher: CodeTeacher, ids: Tensor, cond: Tensor, class_dropout: float, random: torch.Generator) -> Losses:
     """Mean cross-entropy in nats per token of ids (B, n) under conditions (B, ...).
 
     Args:
@@ -16,13 +16,13 @@ def ar_loss(teacher: Teacher, ids: Tensor, cond: Tensor, class_dropout: float, g
         ids: (B, n) codes of real images.
         cond: (B, ...) conditions.
         class_dropout: probability that an image is trained with the null condition.
-        generator: random stream of this step.
+        random: random stream of this step.
 
     Returns:
         The loss, and the negative log-likelihood in nats per image.
     """
-    dropped = torch.rand(len(cond), generator=generator, device=generator.device) < class_dropout
-    cond = torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), teacher.null_condition(cond), cond)
+    dropped = torch.rand(len(cond), generator=random, device=random.device) < class_dropout
+    cond = torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), teacher.backbone.null_condition(cond), cond)
     logits = teacher.logits(teacher.codebook[ids], cond)
     loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
     return loss, {"nats_per_image": loss.detach() * ids.shape[1]}

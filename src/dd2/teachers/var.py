@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from dd2.device import full_precision
 from dd2.errors import InputError
-from dd2.order import Attend, NextScaleOrder, masked_attention
-from dd2.teachers.base import Backbone, Inject, Teacher
+from dd2.order import Attend
+from dd2.teachers.base import Backbone
 from dd2.teachers.cache import KVCache
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.layers import BeforeLayer, LayerStack
+from dd2.teachers.next_scale import NextScaleOrder, order_of
+from dd2.teachers.own_token import masked_attention, own_token_mask
 from dd2.tokenizers.base import Tokenizer
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
 
@@ -159,7 +164,7 @@ class VARBackbone(Backbone):
         if config.shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         last = max(config.depth - 1, 1)
-        self.blocks = nn.ModuleList(Block(config, config.drop_path * index / last) for index in range(config.depth))
+        self.blocks = LayerStack(Block(config, config.drop_path * index / last) for index in range(config.depth))
         self.head_nm = HeadNorm(width)
         self._init_weights()
 
@@ -167,20 +172,22 @@ class VARBackbone(Backbone):
         return torch.full_like(cond, self.config.num_classes)
 
     @property
-    def num_labels(self) -> int:
-        return self.config.num_classes
+    def stack(self) -> LayerStack:
+        """The transformer blocks."""
+        return self.blocks
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(tokens, cond, None)
 
-    def own_features(self, tokens: Tensor, cond: Tensor, inject: Inject) -> Tensor:
+    def own_features(self, tokens: Tensor, cond: Tensor, before: BeforeLayer) -> Tensor:
+        """As `ReadsOwnToken.own_features`."""
         # The condition has the places of the teacher's first scale, and so their embeddings; every token has its own.
         first = self.order.steps[0]
         x = torch.cat(
             [self._first(cond), self._placed(self.word_embed(self.to_codes(tokens.float())), slice(0, self.order.n))], 1
         )
-        attend = masked_attention(self.order.own_token_mask(first.stop))
-        return self._layers(x, cond, attend, None, inject)[:, first.stop :]
+        attend = masked_attention(own_token_mask(self.order, first.stop))
+        return self._layers(x, cond, attend, None, before)[:, first.stop :]
 
     def new_cache(self) -> KVCache:
         return KVCache([], [])
@@ -207,14 +214,13 @@ class VARBackbone(Backbone):
         """With the embeddings of scale and position; the residual stream stays float32 under autocast."""
         return x.float() + self.lvl_embed(self.order.step_of[positions]) + self.pos_1LC[:, positions]
 
-    def _layers(self, x: Tensor, cond: Tensor, attend: Attend, cache: KVCache | None, inject: Inject | None = None) -> Tensor:
+    def _layers(
+        self, x: Tensor, cond: Tensor, attend: Attend, cache: KVCache | None, before: BeforeLayer | None = None
+    ) -> Tensor:
         class_embedding = self.class_emb(cond)
         shared = self.config.shared_aln
         modulation = self.shared_ada_lin(class_embedding).view(-1, 1, 6, self.width) if shared else class_embedding
-        for index, block in enumerate(self.blocks):
-            x = inject(index, x) if inject else x
-            x = self.run_layer(block, x, modulation, attend, cache=cache, index=index)
-        return self.head_nm(x, class_embedding)
+        return self.head_nm(self.blocks.run(x, modulation, attend, cache=cache, before=before), class_embedding)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -240,7 +246,7 @@ class VARBackbone(Backbone):
                 block.ada_gss[:, :, :2].mul_(1e-5)
 
 
-class VARTeacher(Teacher):
+class VARTeacher(CodeTeacher):
     """VAR, whose guidance grows with the scale; `cfg_scale` is VAR's own number: 0 is no guidance, 1.5 its usual one."""
 
     def cfg_weights(self, sampling: Sampling) -> Tensor:
@@ -250,7 +256,7 @@ class VARTeacher(Teacher):
         return 1 + (sampling.cfg_scale or 0.0) * ratio
 
 
-def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> Teacher:
+def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> VARTeacher:
     """A VAR teacher with fresh weights, ready to be trained or loaded.
 
     Raises:
@@ -259,11 +265,11 @@ def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> Teacher:
     if not isinstance(tokenizer, MultiScaleTokenizer):
         raise InputError(f"a VAR teacher needs a multi-scale tokenizer, got {type(tokenizer).__name__}")
     codes, channels = tokenizer.codebook.shape
-    backbone = VARBackbone(config, tokenizer.order(), channels)
+    backbone = VARBackbone(config, order_of(tokenizer), channels)
     output = nn.Linear(config.width, codes)
     nn.init.trunc_normal_(output.weight, std=0.02 * math.sqrt(1 / config.width / 3))
     nn.init.zeros_(output.bias)
-    return VARTeacher(backbone, output, tokenizer)
+    return VARTeacher(backbone, output, tokenizer, ClassLabels(config.num_classes))
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.order import NextScaleOrder, accumulate, phi, shared_phi, to_finest, to_maps
 from dd2.tokenizers.autoencoder import Decoder, Encoder, VQConfig
 from dd2.tokenizers.base import Quantised, TrainableTokenizer, nearest_ids
+from dd2.tokenizers.pyramid import accumulate, phi, shared_phi, to_finest, to_maps
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,6 @@ class MultiScaleTokenizer(TrainableTokenizer):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.image_channels, self.config.image_size, self.config.image_size
-
-    def order(self) -> NextScaleOrder:
-        """The AR order of these tokens, with a frozen copy of φ."""
-        weight = torch.stack([self.quantize.phi[i].weight for i in range(self.config.phi)])  # pyright: ignore
-        bias = torch.stack([self.quantize.phi[i].bias for i in range(self.config.phi)])  # pyright: ignore
-        return NextScaleOrder(self.config.patch_nums, weight, bias)
 
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)

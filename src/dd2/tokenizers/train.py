@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
+from dd2.losses import Losses
+from dd2.processes import rank, sum_over_processes, world_size
 from dd2.tokenizers.base import TrainableTokenizer
-from dd2.training.stage import Losses
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ class VQLossConfig:
 
 
 class CodeUsage(nn.Module):
-    """EMA of each code's share of the tokens, (V,); saved with the training state so that resume is exact."""
+    """EMA of each code's share of the tokens, (V,); saved with the training state so that resume is exact.
+
+    Losses only say what they saw (`saw`). Once an optimiser step is done, `settle` counts it, over all micro-batches and
+    processes, and revives dead codes: the same codes with the same vectors on every process.
+    """
 
     share: Tensor
     updates: Tensor
@@ -42,13 +47,38 @@ class CodeUsage(nn.Module):
         super().__init__()
         self.register_buffer("share", torch.full((codebook_size,), 1 / codebook_size))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self._counts = torch.zeros(codebook_size)
+        self._vectors: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, ids: Tensor, rate: float) -> None:
-        """Count the codes of one batch."""
+    def saw(self, ids: Tensor, vectors: Tensor) -> None:
+        """Note one micro-batch: the codes (B, n) that were chosen, and the vectors (rows, C) that were quantised."""
         counts = torch.bincount(ids.flatten(), minlength=len(self.share)).to(self.share)
-        self.share.lerp_(counts / counts.sum(), 1 - rate)
+        self._counts = self._counts.to(counts.device) + counts
+        self._vectors.append(vectors.detach())
+
+    @torch.no_grad()
+    def settle(self, embedding: nn.Embedding, config: VQLossConfig, random: torch.Generator) -> None:
+        """After an optimiser step: count what the losses saw, and put dead codes onto vectors that were quantised.
+
+        Args:
+            embedding: the table whose rows are the codes.
+            config: the rule for dead codes.
+            random: random stream of this step, the same on every process.
+        """
+        counts, vectors = self._counts, self._vectors
+        self._counts, self._vectors = torch.zeros_like(counts), []
+        sum_over_processes([counts])
+        self.share.lerp_(counts / counts.sum(), 1 - config.usage_rate)
         self.updates += 1
+        dead = self.dead(config)
+        if config.revive_every and int(self.updates) % config.revive_every == 0 and bool(dead.any()):
+            embedding.weight[dead] = _chosen(vectors, int(dead.sum()), random).to(embedding.weight.dtype)
+            self.share[dead] = 1 / len(self.share)
+
+    def dead(self, config: VQLossConfig) -> Tensor:
+        """(V,) booleans: codes that hardly any token uses."""
+        return self.share < config.dead_below / len(self.share)
 
     @property
     def perplexity(self) -> Tensor:
@@ -57,31 +87,30 @@ class CodeUsage(nn.Module):
         return torch.special.entr(p).sum().exp()
 
 
-def vq_loss(
-    tokenizer: TrainableTokenizer, usage: CodeUsage, images: Tensor, config: VQLossConfig, generator: torch.Generator
-) -> Losses:
-    """Loss of one batch of images (B, channels, H, W) in [-1, 1]; counts code usage and revives dead codes.
+def _chosen(vectors: list[Tensor], count: int, random: torch.Generator) -> Tensor:
+    """Random vectors (count, C) of the whole step: number k of all micro-batches' rows in their order, whoever computed them."""
+    rows, channels = vectors[0].shape
+    picked = torch.randint(rows * len(vectors) * world_size(), (count,), generator=random, device=vectors[0].device)
+    micro = picked // rows  # micro-batch number m was the process m % P's own, its (m // P)th
+    own = micro % world_size() == rank()
+    chosen = vectors[0].new_zeros(count, channels)
+    chosen[own] = torch.stack(vectors)[micro[own] // world_size(), picked[own] % rows]
+    sum_over_processes([chosen])
+    return chosen
+
+
+def vq_loss(tokenizer: TrainableTokenizer, usage: CodeUsage, images: Tensor, config: VQLossConfig) -> Losses:
+    """Loss of one batch of images (B, channels, H, W) in [-1, 1]; `usage` notes which codes it chose.
 
     Returns:
-        The loss, and the reconstruction error, codes in use (fraction) and perplexity.
+        The loss, and the reconstruction error, codes in use (fraction) and perplexity before this batch.
     """
     out = tokenizer.quantise(images)
     reconstruction = F.mse_loss(out.reconstruction, images)
-    usage.update(out.ids, config.usage_rate)
-    dead = usage.share < config.dead_below / len(usage.share)
-    if config.revive_every and int(usage.updates) % config.revive_every == 0 and bool(dead.any()):
-        revive(tokenizer.embedding, dead, out.vectors, generator)
-        usage.share[dead] = 1 / len(usage.share)
+    usage.saw(out.ids, out.vectors)
     loss = reconstruction + config.commitment * out.commitment + config.codebook * out.codebook
     return loss, {
         "reconstruction": reconstruction.detach(),
-        "usage": 1 - dead.float().mean(),
+        "usage": 1 - usage.dead(config).float().mean(),
         "perplexity": usage.perplexity,
     }
-
-
-@torch.no_grad()
-def revive(embedding: nn.Embedding, dead: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
-    """Put dead codes (V,) bool onto random vectors (rows, C) that were quantised, so that they are used again."""
-    rows = torch.randint(len(vectors), (int(dead.sum()),), generator=generator, device=vectors.device)
-    embedding.weight[dead] = vectors[rows].to(embedding.weight.dtype)

@@ -1,13 +1,13 @@
 """What a pass of a network costs, found out without computing it: floating-point operations and bytes kept for backward."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -45,15 +45,15 @@ def footprint(call: Callable[[], Tensor], *networks: nn.Module) -> Footprint:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with _fused_attention() as attention:
-        with FlopCounterMode(display=False) as counter, hooks:
-            result = call()
-        forward = counter.get_total_flops() + attention[0]
-        attention[0] = 0.0
-        with FlopCounterMode(display=False) as counter:
-            if result.requires_grad:
-                result.sum().backward()
-        backward = counter.get_total_flops() + attention[0]
+    attention = _FusedAttention()
+    with FlopCounterMode(display=False) as counter, hooks, attention:
+        result = call()
+    forward = counter.get_total_flops() + attention.flops[0]
+    attention.flops[0] = 0.0
+    with FlopCounterMode(display=False) as counter:
+        if result.requires_grad:
+            result.sum().backward()
+    backward = counter.get_total_flops() + attention.flops[0]
     for network in networks:
         network.zero_grad(set_to_none=True)
     return Footprint(forward, backward, sum(kept.values()))
@@ -80,18 +80,19 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
-@contextlib.contextmanager
-def _fused_attention() -> Iterator[list[float]]:
-    """While it lasts, attention is `_Attention`; the list's entry adds up its operations."""
-    real, total = F.scaled_dot_product_attention, [0.0]
+class _FusedAttention(TorchFunctionMode):
+    """While it is active, attention is `_Attention`; `flops` adds up its operations."""
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, *args: Any, is_causal: bool = False, **named: Any) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = [0.0]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, is_causal: bool = False, **named: Any) -> Tensor:
         flops = 4.0 * q.numel() * k.shape[-2] * (0.5 if is_causal else 1.0)
-        total[0] += flops
-        return _Attention.apply(q, k, v, flops, total)  # pyright: ignore[reportReturnType]
-
-    F.scaled_dot_product_attention = fused
-    try:
-        yield total
-    finally:
-        F.scaled_dot_product_attention = real
+        self.flops[0] += flops
+        return _Attention.apply(q, k, v, flops, self.flops)  # pyright: ignore[reportReturnType]

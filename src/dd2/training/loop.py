@@ -17,7 +17,6 @@ from dd2.images import save_grid
 from dd2.processes import any_of, rank, sum_over_processes, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of, stream
-from dd2.teachers.base import Backbone
 from dd2.training import checkpoint
 from dd2.training.checkpoint import CheckpointWriter
 from dd2.training.layers import prepare_layers
@@ -39,7 +38,7 @@ class LoopConfig:
     save_every: int = 1000
     """Iterations between checkpoints; each stage's last iteration is always saved."""
     keep: int = 2
-    """Newest checkpoints kept per stage; the best one by distill.validation stays as well."""
+    """Newest checkpoints kept per stage; the best one by csd.validation stays as well."""
     save_async: Literal["auto", "always", "never"] = "auto"
     """Write checkpoints in the background while training goes on; all networks and optimisers are then copied to the main memory
     first. auto: on a GPU."""
@@ -110,7 +109,8 @@ class Trainer:
             )
         for update in stage.updates:
             local_micro_batches(update)  # refuses what cannot be shared out
-        self._prepare_layers(stage)
+        for network in stage.modules.values():
+            prepare_layers(network, self.config.recompute, self.config.compile)
         step, before = self._resumed(folder, stage, done)
         if step == stage.iterations:
             return before
@@ -160,13 +160,6 @@ class Trainer:
         wanted = self.config.save_async
         return wanted == "always" or (wanted == "auto" and self.device.type == "cuda")
 
-    def _prepare_layers(self, stage: Stage) -> None:
-        """Let the transformers of a stage recompute and compile as configured."""
-        for network in stage.modules.values():
-            for module in network.modules():
-                if isinstance(module, Backbone):
-                    prepare_layers(module, self.config.recompute, self.config.compile)
-
     def _resumed(self, folder: Path, stage: Stage, done: list[int]) -> tuple[int, float]:
         """Load the newest checkpoint that is whole: its step and the seconds before it; (0, 0) where there is none.
 
@@ -208,7 +201,7 @@ class Trainer:
         for micro in micros:
             for unit in sharded:
                 unit.set_requires_gradient_sync(micro == micros[-1])
-            key = (self.seed, stage.name, update.name, step, repeat, micro)
+            key = (self.seed, stage.stream or stage.name, update.name, step, repeat, micro)
             random = stream(*key, device=self.device)
             torch.manual_seed(seed_of("dropout", *key))  # dropout draws from the global generator
             with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):

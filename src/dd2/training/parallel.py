@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -14,6 +15,7 @@ from dd2.errors import InputError
 from dd2.processes import connect, rank, sum_over_processes, world_size
 from dd2.student import Student
 from dd2.teachers.base import Backbone
+from dd2.teachers.layers import layer_stacks
 from dd2.training.stage import Update
 
 Parallelism = Literal["ddp", "fsdp2"]
@@ -53,7 +55,7 @@ def shard(network: Student, device: torch.device) -> Student:
 def shard_backbone(backbone: Backbone, device: torch.device) -> None:
     """Shard a backbone; from then on all processes must call it together, equally often."""
     mesh = _mesh(device)
-    for unit in (*backbone.transformer_layers, backbone):
+    for unit in (*(layer for stack in layer_stacks(backbone) for layer in stack), backbone):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(backbone, "next_features")
     # Features are slices; nobody changes them in place, which is what the warning is about.
@@ -89,7 +91,8 @@ def like(full: Tensor, reference: Tensor) -> Tensor:
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """The state of a network, gathered on every process."""
-    return {name: whole(value.detach()) for name, value in module.state_dict().items()}
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -98,7 +101,7 @@ def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: it belongs to another network.
     """
-    own = module.state_dict()
-    if mismatched := own.keys() ^ state.keys():
+    # The library says nothing of missing tensors, and it changes the dictionary.
+    if mismatched := module.state_dict().keys() ^ state.keys():
         raise RuntimeError(f"{len(mismatched)} tensors do not match, first {sorted(mismatched)[0]}")
-    module.load_state_dict({name: like(value, own[name]) for name, value in state.items()})
+    set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))

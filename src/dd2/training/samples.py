@@ -1,42 +1,43 @@
-"""The training data of stage 1: sequences sampled from the teacher, kept on disk as code ids."""
+"""The training data of stage 1: sequences sampled from the teacher, kept on disk in the teacher's own form."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.files import write_atomic
-from dd2.processes import barrier, rank, world_size
-from dd2.progress import progress
+from dd2.processes import barrier, rank
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.training.store import Store
 
 SHARD = 4096
-"""Sequences per file; an interruption loses less than one file's work."""
+"""Sequences per file."""
 
 Draw = Callable[[Tensor, list[int]], Tensor]
-"""Conditions (B, ...) and B seeds -> ids (B, n)."""
+"""Conditions (B, ...) and B seeds -> standardised tokens (B, n, C)."""
 
 
 class TeacherSamples:
     """Sequences of one teacher under one sampling distribution.
 
-    Attributes:
-        ids: (N, n) code ids, uint16 where V allows it.
+    Args:
+        teacher: whose they are.
+        kept: (N, …) sequences in the form of `Teacher.stored`: ids (N, n), or latents (N, n, C).
         labels: (N,) labels of their conditions; in turn, so that they are balanced.
     """
 
-    def __init__(self, ids: Tensor, labels: Tensor) -> None:
-        self.ids, self.labels = ids, labels
+    def __init__(self, teacher: Teacher, kept: Tensor, labels: Tensor) -> None:
+        self.teacher, self.kept, self.labels = teacher, kept, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @classmethod
     def prepare(
@@ -54,10 +55,9 @@ class TeacherSamples:
         """Sample what is missing in `folder` and load all of it. Called by all processes of a job: each makes its share.
 
         Sequence i has a seed of its own (`sample_seed`), so the result does not depend on batches, processes or interruptions.
-        Files carry a checksum: a torn or altered one is made again.
 
         Args:
-            folder: where the shards are.
+            folder: where the files are.
             teacher: what to sample.
             sampling: its sampling distribution.
             count: N, number of sequences.
@@ -73,51 +73,55 @@ class TeacherSamples:
         if count < 1:
             raise InputError(f"the number of teacher samples must be at least 1, got {count}")
         folder.mkdir(parents=True, exist_ok=True)
-        identity = {"teacher": fingerprint(teacher), "sampling": asdict(sampling), "seed": seed, **(how or {})}
-        if captions := teacher.backbone.captions_digest():
+        identity = {"teacher": teacher.fingerprint(), "sampling": asdict(sampling), "seed": seed, **(how or {})}
+        if captions := teacher.conditions.digest():
             identity["captions"] = captions
         if rank() == 0:
             _same_or_new(folder / "samples.json", identity)
         barrier()
-        draw = draw or (lambda cond, seeds: teacher.generate(cond, sampling, seeds))
-        spans = [(start, min(SHARD, count - start)) for start in range(0, count, SHARD)]
-        own = spans[rank() :: world_size()]
-        with progress(title, sum(size for _, size in own), "seq") as bar:
-            for start, size in own:
-                file = _file(folder, start, size)
-                if _read(file, size, teacher.order.n) is None:
-                    write_atomic(file, _sealed(_sample(teacher, draw, start, size, seed, batch)))
-                bar.update(size)
-        barrier()
-        return cls._joined([_whole(_file(folder, start, size)) for start, size in spans])
+        drawn_by = draw or (lambda cond, seeds: teacher.sample(cond, sampling, seeds))
+
+        def make(rows: Tensor) -> dict[str, Tensor]:
+            labels = teacher.conditions.default_labels(rows)
+            seeds = [sample_seed(seed, int(row)) for row in rows]
+            tokens = drawn_by(teacher.conditions(labels.to(teacher.device)), seeds)
+            return {teacher.stored_as: teacher.stored(tokens), "labels": labels}
+
+        return cls._of(teacher, Store.filled(folder, count, SHARD, batch, make, title, "seq"))
 
     @classmethod
-    def _joined(cls, shards: list[dict[str, Tensor]]) -> "TeacherSamples":
-        return cls(torch.cat([s["ids"] for s in shards]), torch.cat([s["labels"] for s in shards]))
-
-    @classmethod
-    def load(cls, folder: Path) -> "TeacherSamples":
+    def load(cls, folder: Path, teacher: Teacher) -> "TeacherSamples":
         """What `prepare` left in `folder`.
 
         Raises:
-            InputError: there is nothing, or a file is damaged.
+            InputError: there is nothing, or a file is damaged or of another kind of teacher.
         """
-        shards = [_whole(file) for file in sorted(folder.glob("*.safetensors"))]
-        if not shards:
+        store = Store.existing(folder)
+        if not store.files:
             raise InputError(f"{folder} holds no teacher samples; it is written by dd2 distill")
-        return cls._joined(shards)
+        if teacher.stored_as not in store.names():
+            raise InputError(f"{folder} holds samples of another kind of teacher than a {type(teacher).__name__}; restore it")
+        return cls._of(teacher, store)
 
-    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random sequences: ids (size, n) int64 and labels (size,), on `device`."""
-        return self.take(self.random_rows(size, generator), device)
+    @classmethod
+    def _of(cls, teacher: Teacher, store: Store) -> "TeacherSamples":
+        return cls(teacher, store.load(teacher.stored_as), store.load("labels"))
 
-    def random_rows(self, size: int, generator: torch.Generator) -> Tensor:
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random sequences on the stream's device: tokens (size, n, C) and labels (size,)."""
+        return self.take(self.random_rows(size, random))
+
+    def random_labels(self, size: int, random: torch.Generator) -> Tensor:
+        """The labels (size,) of random sequences, on the stream's device."""
+        return self.labels[self.random_rows(size, random)].to(random.device)
+
+    def random_rows(self, size: int, random: torch.Generator) -> Tensor:
         """Numbers (size,) of random sequences."""
-        return torch.randint(len(self.ids), (size,), generator=generator, device=generator.device).cpu()
+        return torch.randint(len(self), (size,), generator=random, device=random.device).cpu()
 
-    def take(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Ids (B, n) int64 and labels (B,) of the sequences of given numbers (B,), on `device`."""
-        return self.ids[rows].long().to(device), self.labels[rows].to(device)
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised tokens (B, n, C) and labels (B,) of the sequences of given numbers (B,), on the teacher's device."""
+        return self.teacher.restored(self.kept[rows]), self.labels[rows].to(self.teacher.device)
 
 
 class LiveSamples:
@@ -131,36 +135,20 @@ class LiveSamples:
     def __init__(self, teacher: Teacher, sampling: Sampling) -> None:
         self.teacher, self.sampling = teacher, sampling
 
-    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """As `TeacherSamples.batch`, but of random labels; all randomness is the generator's."""
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As `TeacherSamples.batch`, but of random labels; all randomness is the stream's."""
         labels, seeds = (
-            torch.randint(limit, (size,), generator=generator, device=generator.device)
-            for limit in (self.teacher.backbone.num_labels, 2**62)
+            torch.randint(limit, (size,), generator=random, device=random.device)
+            for limit in (self.teacher.conditions.num_labels, 2**62)
         )
-        cond = self.teacher.backbone.conditions(labels.to(device))
-        with full_precision(device):  # as the samples on disk
-            return self.teacher.generate(cond, self.sampling, seeds.tolist()), labels.to(device)
+        cond = self.teacher.conditions(labels)
+        with full_precision(random.device):  # as the samples on disk
+            return self.teacher.sample(cond, self.sampling, seeds.tolist()), labels
 
 
 def sample_seed(seed: int, row: int) -> int:
     """Seed of the sequence of one number in a run of one seed."""
     return seed_of("teacher samples", seed, row)
-
-
-def fingerprint(teacher: Teacher) -> str:
-    """Hash of the weights that decide what a teacher samples."""
-    # The standardisation is set from the samples, not the other way round.
-    return weights_digest(teacher.backbone, teacher.output, without="token_")
-
-
-def weights_digest(*modules: nn.Module, without: str = "\0") -> str:
-    """Hash of the modules' tensors, leaving out those whose names start with `without`."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for key, value in sorted(module.state_dict().items()):
-            if not key.startswith(without):
-                digest.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def samples_identity(folder: Path) -> dict[str, object]:
@@ -169,60 +157,6 @@ def samples_identity(folder: Path) -> dict[str, object]:
         return json.loads((folder / "samples.json").read_text())
     except (OSError, json.JSONDecodeError):
         return {}
-
-
-def _sample(teacher: Teacher, draw: Draw, start: int, size: int, seed: int, batch: int) -> dict[str, Tensor]:
-    device = teacher.codebook.device
-    index = torch.arange(start, start + size)
-    labels = teacher.backbone.default_labels(index)
-    parts = []
-    for rows in index.split(batch):
-        seeds = [sample_seed(seed, int(row)) for row in rows]
-        cond = teacher.backbone.conditions(labels[rows - start].to(device))
-        parts.append(draw(cond, seeds).cpu())
-    dtype = torch.uint16 if len(teacher.codebook) <= 2**16 else torch.int32
-    return {"ids": torch.cat(parts).to(dtype), "labels": labels}
-
-
-def _file(folder: Path, start: int, size: int) -> Path:
-    return folder / f"{start:09d}-{start + size:09d}.safetensors"
-
-
-def _sealed(shard: dict[str, Tensor]) -> bytes:
-    return save(shard, metadata={"sha256": _digest(shard)})
-
-
-def _digest(shard: dict[str, Tensor]) -> str:
-    content = hashlib.sha256()
-    for name in sorted(shard):
-        content.update(name.encode() + shard[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
-
-
-def _open(file: Path) -> dict[str, Tensor] | None:
-    """A shard whose checksum is right, or None."""
-    try:
-        with safe_open(file, "pt") as opened:
-            shard = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-            sealed = (opened.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return None
-    return shard if sealed == _digest(shard) else None
-
-
-def _whole(file: Path) -> dict[str, Tensor]:
-    shard = _open(file)
-    if shard is None:
-        raise InputError(f"{file} is damaged, or of an older dd2; run the command that wrote it again to redo it")
-    return shard
-
-
-def _read(file: Path, size: int, positions: int) -> dict[str, Tensor] | None:
-    """A whole shard of the right size, or None if it has to be made (again)."""
-    shard = _open(file)
-    if shard is None or not {"ids", "labels"} <= shard.keys():
-        return None
-    return shard if tuple(shard["ids"].shape) == (size, positions) and len(shard["labels"]) == size else None
 
 
 def _same_or_new(file: Path, identity: dict[str, object]) -> None:

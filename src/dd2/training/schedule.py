@@ -70,12 +70,12 @@ class NoiseLevelConfig:
         if self.std <= 0:
             raise InputError(f"noise levels need std > 0, got {self.std}")
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Noise levels of `shape`, on the generator's device."""
+    def draw(self, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+        """Noise levels of `shape`, on the stream's device."""
         if self.kind == "uniform":
-            u = torch.rand(shape, generator=generator, device=generator.device)
+            u = torch.rand(shape, generator=random, device=random.device)
             return self.low + (self.high - self.low) * u
-        normal = torch.randn(shape, generator=generator, device=generator.device)
+        normal = torch.randn(shape, generator=random, device=random.device)
         return (self.mean + self.std * normal).sigmoid().clamp(self.low, self.high)
 
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dd2.losses import Losses
 from dd2.training.schedule import OptimConfig
-
-Losses = tuple[Tensor, dict[str, Tensor]]
-"""A scalar to differentiate, and detached numbers worth logging."""
 
 
 @dataclass
@@ -20,7 +18,7 @@ class Update:
         name: appears in metrics and errors, e.g. "guidance".
         parameters: what is trained; gradients reach nothing else.
         optim: Adam's settings.
-        loss: one micro-batch's loss, all its randomness taken from the given generator.
+        loss: one micro-batch's loss, all its randomness taken from the given stream.
         repeats: optimiser steps per iteration (K for the guidance network).
         accumulate: micro-batches per optimiser step, shared out over the processes.
         replicated: every process computes all of them, for updates too small to share.
@@ -59,6 +57,7 @@ class Stage:
         preview: images (N, channels, H, W) in [-1, 1] that show the present state.
         measures: numbers worth logging that no loss gives, e.g. the lag of the average; asked for when a row is logged.
         validate: how good the networks are now, the lower the better; asked for at every checkpoint, whose best is kept.
+        stream: names the stage's random streams; the stage's name unless given.
     """
 
     name: str
@@ -69,3 +68,4 @@ class Stage:
     preview: Callable[[], Tensor] | None = None
     measures: Callable[[], Mapping[str, float]] = dict
     validate: Callable[[], float] | None = None
+    stream: str = ""

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
+
+from dd2.scores import ConditionalScore
 
 _measuring: ContextVar["PartTimes | None"] = ContextVar("_measuring", default=None)
 
@@ -64,3 +67,23 @@ def part(name: str) -> contextlib.AbstractContextManager[None]:
     """Count a block as a part of the training iteration that is running; outside of one it costs nothing."""
     times = _measuring.get()
     return times.count(name) if times else contextlib.nullcontext()
+
+
+class Timed(ConditionalScore):
+    """A conditional score whose computing counts as a part.
+
+    Args:
+        score: what is computed.
+        name: of the part.
+    """
+
+    def __init__(self, score: ConditionalScore, name: str) -> None:
+        self.inner, self.name = score, name
+
+    def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with part(self.name):
+            return self.inner.x0_hat(x_t, t)
+
+    def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with part(self.name):
+            return self.inner.velocity(x_t, t)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dd2.checkpoints.native import NETWORKS, NetworkKind
 from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.order import Order
 from dd2.student import OneStepNetwork
 from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.own_token import ReadsOwnToken
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,23 @@ class DD1Student(OneStepNetwork):
         config: the split between the heads.
 
     Raises:
-        InputError: a step of the configuration is beyond the AR order.
+        InputError: a step of the configuration is beyond the AR order, or the backbone cannot read a position's own token.
     """
 
     codes: Tensor
 
     def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor, config: DD1Config) -> None:
         super().__init__()
+        if not isinstance(backbone, ReadsOwnToken):
+            raise InputError(
+                f"DD1's student reads every position's own token, which a {type(backbone).__name__} cannot: no own_features "
+                "(dd2.teachers.own_token says what is expected)"
+            )
         self.backbone, self.output, self.config = backbone, output, config
         config.check(backbone.order)
         width, channels = backbone.width, codebook.shape[1]
         self.flag = nn.Embedding(2, width)
-        self.flag_maps = nn.ModuleList(nn.Linear(width, width) for _ in range(backbone.num_layers + 1))
+        self.flag_maps = nn.ModuleList(nn.Linear(width, width) for _ in range(len(backbone.stack) + 1))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.continuous = nn.Linear(width, channels)
         self.register_buffer("codes", codebook.detach().clone(), persistent=False)
@@ -78,9 +86,9 @@ class DD1Student(OneStepNetwork):
             nn.init.zeros_(layer.weight)  # pyright: ignore[reportArgumentType]
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, config: DD1Config) -> "DD1Student":
+    def from_teacher(cls, teacher: CodeTeacher, config: DD1Config) -> "DD1Student":
         """A student that starts with copies of the teacher's layers and classifier."""
-        student = cls(copy.deepcopy(teacher.backbone), copy.deepcopy(teacher.output), teacher.tokenizer.codebook, config)
+        student = cls(teacher.student_backbone(), copy.deepcopy(teacher.output), teacher.tokenizer.codebook, config)
         return student.requires_grad_(True)
 
     @property
@@ -101,12 +109,13 @@ class DD1Student(OneStepNetwork):
         """
         flags = self.flag(data.long())
 
-        def inject(index: int, x: Tensor) -> Tensor:
+        def before(index: int, x: Tensor) -> Tensor:
             given = x.shape[1] - flags.shape[1]  # the condition's positions: data
             own = torch.cat([self.flag.weight[1].expand(len(x), given, -1), flags], 1)
             return x + (own if index == 0 else 0) + self.flag_maps[index](own)
 
-        features = self.backbone.own_features(tokens, cond, inject) + self.flag_maps[-1](flags)
+        assert isinstance(self.backbone, ReadsOwnToken)
+        features = self.backbone.own_features(tokens, cond, before) + self.flag_maps[-1](flags)
         with full_precision(features.device):
             features = features.float()
             return self.output(features), self.continuous(self.norm(features))
@@ -142,3 +151,11 @@ class DD1Student(OneStepNetwork):
     def _drawn(self, tokens: Tensor, data: Tensor, cond: Tensor) -> Tensor:
         logits, continuous = self(tokens, data, cond)
         return torch.where(self.by_logits().unsqueeze(-1), self.codebook[logits.argmax(-1)], continuous)
+
+
+def _build(teacher: Teacher, config: DD1Config) -> DD1Student:
+    codes = require_codes(teacher, "a DD1 student")
+    return DD1Student(codes.backbone, codes.output, codes.tokenizer.codebook, config)
+
+
+NETWORKS["dd1"] = NetworkKind(DD1Config, _build, DD1Student)

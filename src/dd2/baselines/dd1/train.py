@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dd2.baselines.dd1.student import DD1Student
 from dd2.errors import InputError
+from dd2.losses import Losses
 from dd2.sampling import one_step
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.training.ema import ema_copy, ema_update
+from dd2.training.preview import previewed
 from dd2.training.schedule import OptimConfig, ema_rate
-from dd2.training.stage import Losses, Stage, Update
+from dd2.training.stage import Stage, Update
 from dd2.trajectory import Pairs
-
-PREVIEW_IMAGES = 40
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,17 @@ def dd1_loss(student: DD1Student, ids: Tensor, noise: Tensor, cond: Tensor, rand
     return loss, {name: value.detach() for name, value in numbers.items()}
 
 
-def dd1_stage(student: DD1Student, teacher: Teacher, pairs: Pairs, config: DD1TrainConfig) -> tuple[Stage, DD1Student]:
+def dd1_stage(student: DD1Student, teacher: CodeTeacher, pairs: Pairs, config: DD1TrainConfig) -> tuple[Stage, DD1Student]:
     """The training of a student on pairs, and the average that it ends with."""
     average = ema_copy(student)
 
     def loss(random: torch.Generator) -> Losses:
         noise, ids, labels = pairs.batch(config.batch, random)
-        return dd1_loss(student, ids, noise, teacher.backbone.conditions(labels), random, config.regression_weight)
-
-    def preview() -> Tensor:
-        return teacher.decode(one_step(average, teacher.backbone.default_conditions(PREVIEW_IMAGES), range(PREVIEW_IMAGES)))
+        return dd1_loss(student, ids, noise, teacher.conditions(labels), random, config.regression_weight)
 
     update = Update("student", list(student.parameters()), config.optim, loss, accumulate=config.accumulate)
     modules = {"student": student, "student_ema": average}
+    preview = previewed(teacher, lambda cond, seeds: one_step(average, cond, seeds))
 
     def after(step: int) -> None:
         ema_update(average, student, ema_rate(step, config.ema))

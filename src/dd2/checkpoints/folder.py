@@ -1,0 +1,102 @@
+"""One model in a folder: config.json that says what it is, and model.safetensors, with every tensor accounted for."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from dd2.errors import InputError
+from dd2.files import save_tensors
+
+
+def read_kind(folder: Path) -> str:
+    """What a folder's config.json says it holds; empty where it says nothing."""
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("kind", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def read_config(folder: Path, kind: str) -> dict[str, Any]:
+    """config.json of a model folder that must hold a `kind`.
+
+    Raises:
+        InputError: it is missing, is not JSON, or describes another kind of model.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is not a {kind} folder: it has no config.json; give a folder written by dd2")
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON ({error}); restore the folder from where it came") from error
+    found = config.get("kind") if isinstance(config, dict) else None
+    if found != kind:
+        raise InputError(f"{folder} holds {found or 'something else'}, where a {kind} was expected")
+    return config
+
+
+def write_model(folder: Path, module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write model.safetensors and config.json into an existing folder."""
+    tensors = {key: value.detach().to(dtype).contiguous() for key, value in module.state_dict().items()}
+    save_tensors(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_weights(folder: Path, module: nn.Module) -> None:
+    """Load model.safetensors of a folder into `module`, as float32 and with every tensor accounted for."""
+    file = folder / "model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({error}); it is missing or damaged: copy it again") from error
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if found != expected:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        first = wrong[0]
+        raise InputError(
+            f"{file} does not fit its config.json: {len(wrong)} tensors differ, first {first}: expected "
+            f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
+        )
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
+    module.load_state_dict({key: value.float() for key, value in tensors.items()})
+
+
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """The sizes of a module, for `construct`."""
+    return dataclasses.asdict(module.config)  # pyright: ignore[reportArgumentType]
+
+
+def construct(config_class: type, values: Any, file: Path) -> Any:
+    """A configuration from what a JSON file holds.
+
+    Raises:
+        InputError: the values do not make one.
+    """
+    try:
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()})
+        for name, kind in get_type_hints(config_class).items():
+            value, allowed = getattr(config, name), _plain_types(kind)
+            if type(value) not in allowed:
+                raise TypeError(f"{name} is {value!r}, not of type {' or '.join(t.__name__ for t in allowed)}")
+        return config
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} does not describe a {config_class.__name__}: {error}") from error
+
+
+def _plain_types(kind: Any) -> tuple[type, ...]:
+    """The types that a value of an annotated field may have; whole numbers serve as floats."""
+    if isinstance(kind, UnionType):
+        return tuple(found for choice in get_args(kind) for found in _plain_types(choice))
+    if get_origin(kind) is Literal:
+        return tuple({type(choice) for choice in get_args(kind)})
+    return (float, int) if kind is float else (get_origin(kind) or kind,)

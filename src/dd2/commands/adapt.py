@@ -1,0 +1,155 @@
+"""dd2 adapt: stage 0, a continuous input layer for a LlamaGen teacher (App. E.4)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dd2.checkpoints.native import save_teacher
+from dd2.checkpoints.runs import open_teacher
+from dd2.commands.run_folder import start_run
+from dd2.data.source import open_data
+from dd2.data.tokenise import tokenise
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.losses import Losses
+from dd2.method.adapt import adapt_loss, compare, fit_loss
+from dd2.method.config import AdaptConfig
+from dd2.teachers.adaptation import adapted_copy, input_layer, require_table, table_of
+from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.filtering import Sampling
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.metrics import MetricsLog
+from dd2.training.samples import TeacherSamples
+from dd2.training.stage import Stage, Update
+
+HELD_OUT = 1024
+"""Sequences of the original teacher on which the two are compared; never trained on."""
+
+
+@dataclass(frozen=True)
+class AdaptRunConfig:
+    """Give a LlamaGen teacher a continuous input layer in place of its embedding table (stage 0).
+
+    Fits an MLP to the table, then trains the whole model on its own samples with its own distribution as the target, or on real
+    images. Writes OUT/teacher/ and metrics.jsonl, and reports the KL divergence to the original before and after.
+    dd2 distill does the same by itself when its teacher needs it.
+    """
+
+    teacher: str
+    """Teacher folder, from dd2 convert llamagen."""
+    captions: str = ""
+    """Caption features of a text-conditional teacher, from dd2 text-features."""
+    out: Path = Path("runs/adapt")
+    """Run folder; an interrupted run in it is resumed."""
+    seed: int = 0
+    """Seed of the samples and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Stage 0."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Logging and saving."""
+
+
+def adapt_run(config: AdaptRunConfig) -> Path:
+    """Run stage 0, or what is left of it.
+
+    Returns:
+        The adapted teacher's folder.
+    """
+    device = pick_device(config.device)
+    original = require_codes(open_teacher(config.teacher, device, config.captions), "dd2 adapt")
+    check_adaptation(original, config.adapt)
+    hint = start_run(config.out, config, "adapt")
+    adapt(original, config.adapt, Trainer(config.out, config.seed, config.loop, device, hint))
+    print(f"wrote teacher folder {config.out / 'teacher'}")
+    return config.out / "teacher"
+
+
+def check_adaptation(original: Teacher, config: AdaptConfig) -> None:
+    """Refuse what stage 0 cannot use, before a run folder exists.
+
+    Raises:
+        InputError: the teacher needs no adaptation, its captions are missing, or the images do not go with it.
+    """
+    require_table(original)
+    captions = original.conditions.digest()
+    if config.data != "teacher":
+        channels, size, _ = original.tokenizer.image_shape
+        classes, labels = open_data(config.data, size, channels).num_classes, original.conditions.num_labels
+        if captions or classes != labels:
+            what = "captions" if captions else f"{labels} classes"
+            raise InputError(
+                f"adapt.data {config.data} has {classes} classes, the teacher has {what}: they must be the same classes"
+            )
+
+
+def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple[CodeTeacher, float]:
+    """Stage 0 inside a run folder: both parts, the comparison, and teacher/.
+
+    Args:
+        original: a teacher with an embedding table.
+        config: sizes, data and optimisers.
+        trainer: the run.
+
+    Returns:
+        The adapted teacher, and the seconds spent on training it over all sessions.
+    """
+    out, seed, device = trainer.folder, trainer.seed, trainer.device
+    wanted = HELD_OUT + (config.sequences if config.data == "teacher" else 0)
+    own = TeacherSamples.prepare(out / "adapt_samples", original, Sampling(), wanted, seed, config.batch)
+    torch.manual_seed(seed)
+    adapted = adapted_copy(original, config.hidden)
+    held_out = own.kept[:HELD_OUT].long().to(device), original.conditions(own.labels[:HELD_OUT].to(device))
+    ids, labels = _sequences(original, own, config, seed, device)
+    layer, codebook, table = input_layer(adapted), original.tokenizer.codebook.detach(), table_of(original)
+
+    def fit(random: torch.Generator) -> Losses:
+        rows = torch.randperm(len(codebook), generator=random, device=device)[: config.fit_batch]
+        return fit_loss(layer, codebook[rows], table[rows])
+
+    def train(random: torch.Generator) -> Losses:
+        rows = torch.randint(len(ids), (config.batch,), generator=random, device=device).to(ids.device)
+        cond = original.conditions(labels[rows].to(device))
+        target = original if config.data == "teacher" else None
+        return adapt_loss(adapted, target, ids[rows].long().to(device), cond, config.class_dropout, random)
+
+    update = Update("input", list(layer.parameters()), config.fit, fit, replicated=True)
+    seconds = trainer.run(Stage("adapt_input", config.fit_iterations, [update], {"input": layer}))
+    before = compare(adapted, original, *held_out, config.batch)
+    trained = [*adapted.backbone.parameters(), *adapted.output.parameters()]
+    update = Update("teacher", trained, config.optim, train, accumulate=config.accumulate)
+    modules = {"backbone": adapted.backbone, "output": adapted.output}
+    adapted.train()
+    seconds += trainer.run(Stage("adapt", config.iterations, [update], modules))
+    adapted.eval().requires_grad_(False)
+    after = compare(adapted, original, *held_out, config.batch)
+    _report(out, config.iterations, before, after)
+    save_teacher(out / "teacher", adapted)
+    return adapted, seconds
+
+
+def _sequences(
+    original: CodeTeacher, own: TeacherSamples, config: AdaptConfig, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids (N, n) and labels (N,) of part (b)."""
+    if config.data == "teacher":
+        return own.kept[HELD_OUT:].int(), own.labels[HELD_OUT:]
+    channels, size, _ = original.tokenizer.image_shape
+    data = open_data(config.data, size, channels)
+    return tokenise(original.tokenizer, data, "train", config.sequences, seed, device)
+
+
+def _report(out: Path, step: int, before: dict[str, float], after: dict[str, float]) -> None:
+    log = MetricsLog(out / "metrics.jsonl")
+    log.rewind("adapt_report", -1)
+    row = {f"{name}_{when}": value for when, numbers in (("before", before), ("after", after)) for name, value in numbers.items()}
+    log.append({"stage": "adapt_report", "step": step, **row})
+    print(
+        "continuous input layer, nats per token on held-out samples of the original teacher:\n"
+        f"  KL to the original {before['kl']:.4f} after part (a), {after['kl']:.4f} after part (b)\n"
+        f"  NLL {before['nll']:.4f} and {after['nll']:.4f}; the original's own {after['nll_original']:.4f}"
+    )

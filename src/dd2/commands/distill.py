@@ -1,0 +1,254 @@
+"""dd2 distill: from a teacher to a one-step generator (Sec. 5, Alg. 1-3)."""
+
+import copy
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from dd2.checkpoints.native import Role, code_of, load_generator, save_generator
+from dd2.checkpoints.record import RunRecord
+from dd2.checkpoints.runs import open_teacher
+from dd2.commands.adapt import adapt, check_adaptation
+from dd2.commands.run_folder import read_seconds, start_run, write_seconds
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.files import atomic_folder
+from dd2.generator import Generator
+from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, RegressConfig, TuneConfig
+from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
+from dd2.processes import rank
+from dd2.student import HeadConfig, Student
+from dd2.teachers.base import Teacher
+from dd2.teachers.code import require_codes
+from dd2.teachers.head import HeadTeacher
+from dd2.training.checkpoint import steps
+from dd2.training.layers import prepare_layers
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.parallel import shard, shard_backbone, whole_state
+from dd2.training.samples import LiveSamples, TeacherSamples, samples_identity
+from dd2.trajectory import Pairs
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distil a teacher into a one-step generator.
+
+    Gives the teacher a continuous input layer if it has none (stage 0), samples it, tunes an AR-diffusion model on those
+    samples (stage 1), lets the generator regress the teacher's ODE if regress.iterations say so, then trains generator and
+    guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and dd2 evaluate read), ar_diffusion/, metrics.jsonl,
+    checkpoints/, samples/, config.yaml and versions.json, and teacher/ after a stage 0. Run the same command again to resume.
+    """
+
+    teacher: str = "digits"
+    """"digits" (embedded); a teacher folder; a run's ar_diffusion/ folder, which is an AR model itself; or module:function of
+    yours, which gives a `dd2.teachers.base.Teacher`."""
+    captions: str = ""
+    """Caption features of a text-conditional teacher, from dd2 text-features; its labels are their row numbers."""
+    out: Path = Path("runs/distill")
+    """Run folder; an interrupted run in it is resumed."""
+    stage1: str = ""
+    """Run folder of another dd2 distill of the same teacher, whose teacher samples and stage-1 model this run starts from."""
+    seed: int = 0
+    """Seed of the weights, of the teacher's samples and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    teacher_samples: int = 400_000
+    """Sequences sampled from the teacher for stage 1."""
+    sample_batch: int = 64
+    """Sequences sampled from the teacher at a time."""
+    sample_in_loop: bool = False
+    """Draw the sequences of stage 1 anew for every batch instead of from the teacher samples on disk. Those then give the tokens'
+    standardisation, the reference of csd.validation and stage 2's labels: as many as cover all labels are enough."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The velocity head."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Stage 0, for teachers with an embedding table."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Stage 1."""
+    regress: RegressConfig = field(default_factory=RegressConfig)
+    """A start of the generator that is not the paper's: the teacher's ODE, regressed."""
+    csd: CSDConfig = field(default_factory=CSDConfig)
+    """Stage 2."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """Performance alignment."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Logging and saving."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        for name in ("teacher_samples", "sample_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.teacher_samples == 1 and self.csd.validation:
+            raise InputError("csd.validation needs at least 2 teacher_samples: one has no spread")
+        if self.sample_in_loop and self.stage1:
+            raise InputError("sample_in_loop is about stage 1, which stage1 takes from another run; give one of them")
+        if self.align.iterations and not self.align.then_iterations:
+            raise InputError("align.iterations needs align.then_iterations: alignment prepares further distillation")
+
+
+def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
+    """Run the distillation, or what is left of it.
+
+    Args:
+        config: everything.
+        resume: the command that resumes it, if it is not dd2 distill.
+
+    Returns:
+        Seconds of "samples", "tune" and "csd" (and "adapt", "pairs", "regress") over all sessions.
+    """
+    device = pick_device(config.device)
+    teacher = open_teacher(config.teacher, device, config.captions)
+    _check(config, teacher)  # before a run folder exists
+    tuned = Student.from_ar_diffusion(teacher) if isinstance(teacher, HeadTeacher) else None
+    head = tuned.config if tuned else config.head
+    record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head)
+    hint = start_run(config.out, config, "distill", record)
+    trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
+    seconds = read_seconds(config.out)
+    if not teacher.backbone.continuous:
+        teacher, spent = adapt(require_codes(teacher, "stage 0"), config.adapt, trainer)
+        seconds["adapt"] = spent
+    samples, spent = _samples(config, teacher, seconds.get("samples", 0.0))
+    seconds |= {**spent, "csd": 0.0}
+    write_seconds(config.out, seconds)
+    teacher.standardise(samples.kept)
+    pairs = _pairs(config, teacher, len(samples), seconds) if config.regress.iterations else None
+    torch.manual_seed(config.seed)
+    fresh = Student.from_teacher(teacher, head).to(device)
+    prepare_layers(teacher, recompute=False, compiled=config.loop.compile)
+    if config.loop.parallel == "fsdp2":
+        shard_backbone(teacher.backbone, device)  # after the samples, of which every process makes its own number
+    if tuned is None:
+        tuned, spent = _stage1(config, trainer, fresh, teacher, samples)
+        seconds["tune"] += spent
+    networks = Networks.starting_from(tuned, fresh, config.csd.initialised, config.csd.further_emas)
+    networks = networks.placed(lambda network: _placed(network, config, device))
+    if pairs:
+        seconds["regress"] = _regress(config, trainer, networks, teacher, samples, pairs)
+    seconds["csd"] += trainer.run(csd_stage(networks, teacher, samples, config.csd))
+    if config.align.iterations:
+        seconds["csd"] += _align(config, trainer, networks, teacher, samples)
+    write_seconds(config.out, seconds)
+    tuned.load_state_dict(whole_state(networks.ema))
+    _save(config.out / "generator", tuned, teacher, "generator")
+    return seconds
+
+
+def _check(config: DistillConfig, teacher: Teacher) -> None:
+    """Refuse what the teacher cannot use, and say what has no effect on it."""
+    teacher.conditions.digest()  # refuses missing captions
+    said = {teacher.check(sampling) for sampling in (config.tune.sampling, config.csd.sampling)} - {""}
+    if not teacher.backbone.continuous:
+        check_adaptation(teacher, config.adapt)
+    if config.regress.iterations:
+        require_codes(teacher, "regress.iterations")
+    if isinstance(teacher, HeadTeacher):
+        if config.stage1:
+            raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")
+        said.add("stage 1 is skipped: the teacher is an AR-diffusion model already; tune.* and head.* have no effect")
+    if rank() == 0:
+        print("".join(f"note: {text}\n" for text in sorted(said)), end="", file=sys.stderr)
+
+
+def _samples(config: DistillConfig, teacher: Teacher, before: float) -> tuple[TeacherSamples, dict[str, float]]:
+    """The teacher's sequences, drawn here or copied from another run, and the seconds of "samples" and "tune" so far."""
+    if config.stage1:
+        return _copied(Path(config.stage1), config.out, teacher)
+    start = time.perf_counter()
+    folder, sampling, count = config.out / "teacher_samples", config.tune.sampling, config.teacher_samples
+    samples = TeacherSamples.prepare(folder, teacher, sampling, count, config.seed, config.sample_batch)
+    return samples, {"samples": before + time.perf_counter() - start, "tune": 0.0}
+
+
+def _stage1(
+    config: DistillConfig, trainer: Trainer, fresh: Student, teacher: Teacher, samples: TeacherSamples
+) -> tuple[Student, float]:
+    """The stage-1 model, trained here or another run's, and the seconds that it took here."""
+    if config.stage1:
+        return _stage1_model(Path(config.stage1), fresh, trainer.device), 0.0
+    seconds = 0.0
+    placed = _placed(copy.deepcopy(fresh), config, trainer.device)
+    drawn = LiveSamples(teacher, config.tune.sampling) if config.sample_in_loop else samples
+    for stage in tune_stages(placed, teacher, drawn, config.tune):
+        seconds += trainer.run(stage)
+    student = copy.deepcopy(fresh)
+    student.load_state_dict(whole_state(placed))
+    _save(config.out / "ar_diffusion", student, teacher, "ar_diffusion")
+    return student, seconds
+
+
+def _save(folder: Path, student: Student, teacher: Teacher, role: Role) -> None:
+    generator = Generator(student, teacher.tokenizer, teacher.conditions)
+    save_generator(folder, generator, role=role, code=code_of(teacher))
+
+
+def _placed(network: Student, config: DistillConfig, device: torch.device) -> Student:
+    """A network as training wants it: whole on every process, or sharded."""
+    return shard(network, device) if config.loop.parallel == "fsdp2" else network
+
+
+def _copied(stage1: Path, out: Path, teacher: Teacher) -> tuple[TeacherSamples, dict[str, float]]:
+    """The samples and the stage-1 model of another run, copied so that this run is whole by itself, and their seconds."""
+    if not (stage1 / "ar_diffusion").is_dir():
+        raise InputError(f"stage1 {stage1} has no ar_diffusion/ folder; give a run of dd2 distill whose stage 1 has ended")
+    if samples_identity(stage1 / "teacher_samples").get("teacher") != teacher.fingerprint():
+        raise InputError(f"stage1 {stage1} was made from another teacher; give a run of the same one")
+    for name in ("teacher_samples", "ar_diffusion"):
+        if not (out / name).is_dir():
+            with atomic_folder(out / name) as partial:
+                shutil.copytree(stage1 / name, partial, dirs_exist_ok=True)
+    spent = read_seconds(stage1)
+    return TeacherSamples.load(out / "teacher_samples", teacher), {name: spent.get(name, 0.0) for name in ("samples", "tune")}
+
+
+def _stage1_model(stage1: Path, like: Student, device: torch.device) -> Student:
+    student = load_generator(stage1 / "ar_diffusion").student.to(device)
+    if not isinstance(student, Student) or student.config != like.config:
+        found = getattr(student, "config", None)
+        raise InputError(f"stage1 {stage1} has the head {found}, the configuration {like.config}; give the same head.*")
+    return student.requires_grad_(True)
+
+
+def _pairs(config: DistillConfig, teacher: Teacher, standardised_by: int, seconds: dict[str, float]) -> Pairs:
+    """The ODE's pairs of noise and data."""
+    start = time.perf_counter()
+    pairs = Pairs(
+        config.out / "pairs",
+        require_codes(teacher, "regress.iterations"),
+        config.csd.sampling,
+        config.regress.ode,
+        config.regress.pairs,
+        config.seed,
+        batch=config.sample_batch,
+        standardised_by=standardised_by,
+    )
+    seconds["pairs"] = seconds.get("pairs", 0.0) + time.perf_counter() - start
+    write_seconds(config.out, seconds)
+    return pairs
+
+
+def _regress(
+    config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples, pairs: Pairs
+) -> float:
+    """The generator learns the ODE's map, then the guidance network that generator's score."""
+    seconds = trainer.run(regress_stage(networks, pairs.teacher, pairs, config.regress))
+    networks.restart_from_average()
+    if config.regress.guidance_iterations:
+        seconds += trainer.run(catching_up_stage(networks, teacher, samples, config.csd, config.regress))
+    return seconds
+
+
+def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples) -> float:
+    """Alignment, then stage 2 with another K (App. C.3)."""
+    if not steps(trainer.folder / "checkpoints" / "align"):
+        networks.restart_from_average()
+    alone = replace(config.csd, iterations=config.align.iterations)
+    seconds = trainer.run(csd_stage(networks, teacher, samples, alone, name="align", generator_frozen=True))
+    further, seen = config.align.second_half(config.csd), config.csd.iterations
+    stage = csd_stage(networks, teacher, samples, further, name="csd_aligned", averaged=seen)
+    return seconds + trainer.run(stage)

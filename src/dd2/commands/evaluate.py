@@ -1,0 +1,143 @@
+"""dd2 evaluate: honest numbers and pictures of a distilled run beside its teacher's, or of anybody's images."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dd2.baselines.marginal import MarginalSampler
+from dd2.baselines.skip import kept_steps
+from dd2.checkpoints.runs import FinishedRun, open_run
+from dd2.commands.evaluate_images import evaluate_images
+from dd2.commands.run_folder import read_seconds
+from dd2.config import flat
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.evaluation.config import EvaluateConfig
+from dd2.evaluation.features import FeatureNetwork, open_features, read_features
+from dd2.evaluation.methods import Method, absent, methods
+from dd2.evaluation.metrics import check_channels, check_extrapolation, warnings
+from dd2.evaluation.reference import Reference, open_reference
+from dd2.evaluation.report import Section, write_run_report
+from dd2.evaluation.score import Scorer
+from dd2.evaluation.speed import speed_numbers
+from dd2.evaluation.summary import summary
+from dd2.files import writable_folder, write_atomic
+from dd2.images import export_npz
+from dd2.processes import rank
+from dd2.sampling import Ways, first_redrawn_step
+from dd2.training.samples import TeacherSamples, samples_identity
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score a run, or images.
+
+    Returns:
+        What was stored; empty on all processes but the first.
+    """
+    device = pick_device(config.device)
+    network = open_features(config.features, device)
+    return evaluate_images(config, network, device) if config.images else _evaluate_run(config, network, device)
+
+
+def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
+    start = time.perf_counter()
+    run = open_run(config.run, device, trust=config.trust)
+    writable_folder(config.run, "run folder")
+    spent = read_seconds(config.run)
+    if not spent or not (config.run / "versions.json").is_file():
+        raise InputError(f"{config.run} lacks seconds.json or versions.json; run dd2 distill on it again, which writes them")
+    for k in config.steps:
+        first_redrawn_step(run.teacher.order, k)  # refuses before anything is drawn
+    for m in config.skip:
+        kept_steps(run.teacher.order, m)
+    labels = run.teacher.conditions.num_labels
+    if config.count % labels and not config.allow_unbalanced:
+        raise InputError(
+            f"count {config.count} is no multiple of the {labels} labels, so the classes are unbalanced; choose another count, "
+            "or give --allow-unbalanced"
+        )
+    scorer, compared = comparison(config, run, network)
+    reference = _reference(config, scorer, compared, network, device)
+    channels = len(reference.fits["pool"].mean)
+    if config.metrics.fid_infinity:
+        check_extrapolation(config.count, channels)
+    found = read_features(network, torch.zeros(2, *run.teacher.tokenizer.image_shape, device=device))["pool"].shape[1]
+    check_channels(found, reference)  # before anything is drawn
+    banks = scorer.drawn(compared)  # all processes have waited for each other; what follows is done once
+    if rank() != 0:
+        return {}
+    numbers = scorer.numbers(compared, banks, reference)
+    if config.path_length:
+        numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
+    if config.speed:
+        numbers |= speed_numbers(run.teacher, ways_of(run, config), config.batch)
+    seconds = {**spent, "evaluate": time.perf_counter() - start}
+    seconds["total"] = sum(seconds.values())
+    decides = {key: value for key, value in flat(config).items() if key not in ("run", "device", "trust")}
+    numbers |= {
+        "seconds": seconds,
+        "count": config.count,
+        "features": network.name,
+        "features_digest": network.digest,
+        "evaluation": {
+            **decides,
+            "reference": reference.described,
+            "images_per_label": config.count / labels,
+            "seeds": f"one per image, derived from {config.seed}",
+            "rounding": "uint8, round(127.5 x + 127.5)",
+            "sampling": flat(run.sampling),
+            "decoding": "continuous tokens, and nearest codes in generator_nearest",
+        },
+        "absent": absent(run.teacher),
+        "warnings": warnings(config.count, channels, reference.described),
+    }
+    write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    write_run_report(Section(config.run, numbers, scorer.shown(compared)))
+    print(summary(numbers))
+    print(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
+    if config.export is not None:
+        _export(config.export, config, scorer, compared["generator"])
+    return numbers
+
+
+def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) -> EvaluateConfig:
+    """The evaluation that gave a run's metrics.json, as far as it decides what is drawn."""
+    made = numbers["evaluation"]
+    same = {name: made[name] for name in ("count", "features", "batch", "seed", "prefix", "marginal")}
+    return EvaluateConfig(run=run, steps=tuple(made["steps"]), skip=tuple(made["skip"]), trust=trust, **same)
+
+
+def ways_of(run: FinishedRun, config: EvaluateConfig) -> Ways:
+    """What an evaluation draws from."""
+    return Ways(run.generator, run.teacher, run.sampling, run.ar_diffusion, config.prefix)
+
+
+def comparison(config: EvaluateConfig, run: FinishedRun, network: FeatureNetwork) -> tuple[Scorer, dict[str, Method]]:
+    """What draws and scores a run's methods, and the methods."""
+    folder = config.run / "teacher_samples"
+    samples = TeacherSamples.load(folder, run.teacher)
+    banks = config.cache or config.run / "features"
+    scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, config.metrics)
+    marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"
+    return scorer, methods(ways_of(run, config), run.teacher, marginal, made_of, config.steps, config.skip)
+
+
+def _reference(
+    config: EvaluateConfig, scorer: Scorer, compared: dict[str, Method], network: FeatureNetwork, device: torch.device
+) -> Reference:
+    if config.reference == "teacher":
+        return scorer.teacher_reference(compared["teacher"])
+    return open_reference(Path(config.reference), network, device, scorer.banks, config.batch)
+
+
+def _export(out: Path, config: EvaluateConfig, scorer: Scorer, generator: Method) -> None:
+    def draw(index: torch.Tensor) -> torch.Tensor:
+        return generator.draw(scorer.labels(index), scorer.seeds("methods", index))[0]
+
+    order = torch.randperm(config.count, generator=torch.Generator().manual_seed(config.seed))
+    with torch.inference_mode():
+        export_npz(out, order, config.batch, draw)
+    print(f"wrote {config.count} shuffled images to {out}")

@@ -1,0 +1,221 @@
+"""dd2 plan: does a distillation fit, and how long does it take, before any GPU is asked for."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dd2.checkpoints.native import load_teacher
+from dd2.checkpoints.released import RELEASED, sketch
+from dd2.checkpoints.runs import embedded
+from dd2.commands.distill import DistillConfig
+from dd2.errors import InputError
+from dd2.scores import DEFAULT_MAX_ELEMENTS, HeadScore
+from dd2.student import Student
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.layers import layer_stacks
+from dd2.training.footprint import Footprint, footprint
+
+GB = 1e9
+RESERVE = 0.9
+"""Share of a GPU's memory that plans may fill; the rest is for fragments and libraries."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(DistillConfig):
+    """What a distillation needs: dd2 plan configs/var_d16.yaml --gpus 8 --memory 80GB.
+
+    Networks are laid out without weights, so nothing is loaded or computed. Parameters and operations are exact; memory adds up
+    what must be there at once; time assumes a share of the peak rate.
+    """
+
+    model: str = ""
+    """A released model (var_d16 …, llamagen_b …) whose sizes to plan with; by default the teacher's folder."""
+    gpus: int = 1
+    """Processes, one GPU each."""
+    memory: str = "80GB"
+    """Of each GPU."""
+    tflops: float = 990.0
+    """Peak rate of a GPU in the configured precision (H100, bfloat16: 990)."""
+    utilisation: float = 0.35
+    """Share of the peak rate that is reached."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers without meaning."""
+        super().__post_init__()
+        if self.gpus < 1 or self.tflops <= 0 or not 0 < self.utilisation <= 1:
+            raise InputError("gpus must be at least 1, tflops positive, utilisation in (0, 1]")
+        if not re.fullmatch(r"\d+(\.\d+)?\s*(GB)?", self.memory):
+            raise InputError(f"memory must be a number of gigabytes such as 80GB, got {self.memory!r}")
+
+    @property
+    def bytes_per_gpu(self) -> float:
+        """Memory of each GPU."""
+        return float(self.memory.removesuffix("GB")) * GB
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What stage 2 takes.
+
+    Attributes:
+        parameters: of teacher, tokenizer, backbone and head.
+        memory: bytes of each part on one GPU.
+        flops: of one iteration, all GPUs together.
+        seconds: of one iteration.
+    """
+
+    parameters: dict[str, int]
+    memory: dict[str, float]
+    flops: float
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        """Bytes on one GPU."""
+        return sum(self.memory.values())
+
+
+def plan(config: PlanConfig) -> Needs:
+    """Print what the distillation needs and what to change if it does not fit.
+
+    Raises:
+        InputError: neither a released model nor a teacher's folder is named.
+    """
+    found = needs(config, _teacher(config))
+    print(_described(config, found))
+    return found
+
+
+def _teacher(config: PlanConfig) -> CodeTeacher:
+    if config.model:
+        return sketch(config.model)
+    folder = Path(config.teacher)
+    if not (folder / "config.json").is_file() and config.teacher != "digits":
+        raise InputError(
+            f"teacher {config.teacher} is not there, so its sizes are unknown; give --model, one of {', '.join(RELEASED)}"
+        )
+    return load_teacher(embedded("teacher") if config.teacher == "digits" else folder).to("meta")
+
+
+def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
+    """Parameters, memory, operations and time of stage 2 (which needs more than stage 1) on a teacher without weights."""
+    csd, batch = config.csd, config.csd.batch
+    student = Student.from_teacher(teacher, config.head).to("meta")
+    guided = 2 if bool((teacher.cfg_weights(csd.sampling) != 1).any()) else 1
+    passes = _passes(config, teacher, student, guided)
+    sizes = {
+        "teacher": _count(teacher.backbone) + _count(teacher.output),
+        "tokenizer": _count(teacher.tokenizer),
+        "backbone": _count(student.backbone),
+        "head": _count(student.head),
+    }
+    network = 4.0 * (sizes["backbone"] + sizes["head"])
+    shards = config.gpus if config.loop.parallel == "fsdp2" else 1
+    frozen = 4.0 * (_count(teacher.backbone) / shards + _count(teacher.output) + sizes["tokenizer"])
+    averages = 1 + len(csd.further_emas)
+    half = 0.5 if config.loop.precision == "bfloat16" else 1.0
+    codes, channels = len(teacher.codebook), teacher.codebook.shape[1]
+    log_p = 4.0 * batch * teacher.order.n * codes
+    # The residual stream is float32 whatever the autocast: a layer keeps it twice, or once if the layer is computed again.
+    layers, kept = sum(map(len, layer_stacks(student.backbone))), passes["backbone"].saved
+    stream = 4.0 * layers * batch * student.backbone.positions * student.backbone.width
+    if config.loop.recompute and layers:
+        kept = (kept - 2 * stream) / layers  # the inside of one layer at a time
+    else:
+        kept, stream = kept - 2 * stream, 2 * stream
+    guidance = kept + passes["guidance_head"].saved
+    # SiD's gradient needs the guidance head's activations; DMD's is a difference of two values.
+    generator = kept + passes["one_head"].saved + (passes["generator_head"].saved if csd.d == "sid" else 0.0)
+    memory = {
+        "teacher and tokenizer": frozen,
+        "generator and guidance": 2 * network / shards,
+        "averages": averages * network / shards,
+        "gradients": 2 * network / shards,
+        "Adam": 4 * network / shards,
+        "activations": half * max(guidance, generator) + stream,
+        "log p and Eq. 1": (1 + guided) * log_p
+        + 4.0 * 3 * min(DEFAULT_MAX_ELEMENTS, csd.generator_draws * batch * teacher.order.n * codes)
+        + 4.0 * csd.generator_draws * batch * teacher.order.n * channels * 8,
+    }
+    backbone, one_head, heads = passes["backbone"], passes["one_head"], passes["generator_head"]
+    generated = backbone.flops + one_head.flops
+    again = backbone.flops if config.loop.recompute else 0.0
+    guidance_update = generated + again + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
+    # SiD differentiates the guidance head in its input alone: half of a backward pass.
+    generator_update = generated + again + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
+    generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
+    flops = csd.accumulate * (csd.k * guidance_update + generator_update)
+    seconds = flops / (config.gpus * config.tflops * 1e12 * config.utilisation)
+    return Needs(sizes, memory, flops, seconds)
+
+
+def _passes(config: PlanConfig, teacher: CodeTeacher, student: Student, guided: int) -> dict[str, Footprint]:
+    """Forward passes of one micro-batch."""
+    csd, order = config.csd, teacher.order
+    channels = teacher.codebook.shape[1]
+    tokens = torch.empty(csd.batch, order.n, channels, device="meta")
+    cond = teacher.conditions.empty(csd.batch, "meta")
+
+    def head(draws: int) -> Footprint:
+        x = tokens.expand(draws, *tokens.shape)
+        features = torch.empty(csd.batch, order.n, student.backbone.width, device="meta", requires_grad=True)
+        return footprint(lambda: HeadScore(student.head, features).velocity(x, x[..., 0]), student)
+
+    twice = tokens.repeat(guided, 1, 1), teacher.conditions.empty(guided * csd.batch, "meta")
+    return {
+        "backbone": footprint(lambda: student.features(tokens, cond), student),
+        "one_head": head(1),
+        "guidance_head": head(csd.guidance_draws),
+        "generator_head": head(csd.generator_draws),
+        "teacher": footprint(lambda: teacher.logits(*twice), teacher),
+    }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _described(config: PlanConfig, found: Needs) -> str:
+    csd = config.csd
+    lines = [
+        "parameters: " + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in found.parameters.items()),
+        f"memory of each of {config.gpus} GPU{'s' if config.gpus > 1 else ''} ({config.loop.parallel}, {config.loop.precision}, "
+        f"micro-batch {csd.batch}):",
+    ]
+    lines += [f"  {name:24}{size / GB:8.1f} GB" for name, size in found.memory.items()]
+    fits = found.total <= RESERVE * config.bytes_per_gpu
+    lines.append(f"  {'in all':24}{found.total / GB:8.1f} GB of {config.memory}: {'fits' if fits else 'does not fit'}")
+    iterations = csd.iterations + config.align.then_iterations
+    hours = found.seconds * iterations / 3600
+    rate = f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}"
+    lines.append(
+        f"stage 2: {found.flops:.3g} operations an iteration (global batch {csd.batch * csd.accumulate}, K = {csd.k}), about "
+        f"{found.seconds:.2f} s at {rate}; {iterations:,} iterations: about {hours:.1f} hours, "
+        f"{hours * config.gpus:.0f} GPU hours"
+    )
+    if csd.accumulate % config.gpus:
+        lines.append(f"accumulate {csd.accumulate} is no multiple of {config.gpus} processes: choose another csd.accumulate")
+    return "\n".join([*lines, *([] if fits else _advice(config, found))])
+
+
+def _advice(config: PlanConfig, found: Needs) -> list[str]:
+    """What to change, the cheapest first."""
+    free = RESERVE * config.bytes_per_gpu - (found.total - found.memory["activations"] - found.memory["log p and Eq. 1"])
+    per_sequence = (found.memory["activations"] + found.memory["log p and Eq. 1"]) / config.csd.batch
+    said = []
+    if free > per_sequence:
+        smaller = int(free / per_sequence)
+        product = config.csd.batch * config.csd.accumulate
+        said.append(f"- --csd.batch {smaller} or less, with csd.accumulate so that their product stays about {product}")
+    if not config.loop.recompute:
+        said.append("- --loop.recompute: activations shrink to what goes into the layers, for a third more operations")
+    if config.loop.precision == "float32":
+        said.append("- --loop.precision bfloat16: activations about halve")
+    if config.loop.parallel == "ddp" and config.gpus > 1:
+        said.append("- --loop.parallel fsdp2: all networks, averages, gradients and Adam are divided by the number of GPUs")
+    if not said:
+        said.append("- more GPUs, or larger ones: what is left is divided by nothing but their number")
+    return ["to make it fit:", *said]

@@ -1,0 +1,123 @@
+"""A run's folder: its resolved configuration, the versions that made it, and its lock."""
+
+import fcntl
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import numpy
+import torch
+
+import dd2
+from dd2.checkpoints.record import RunRecord
+from dd2.config import flat, read_yaml, to_yaml, with_fields
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.external import is_code
+from dd2.files import writable_folder, write_atomic
+from dd2.processes import first_process_only, world_size
+from dd2.training.loop import LoopConfig
+
+_locks: dict[Path, IO[str]] = {}
+"""Held until the process ends."""
+
+
+def start_run(out: Path, config: Any, command: str, record: RunRecord | None = None) -> str:
+    """Prepare a new run folder, or check that an existing one belongs to the same configuration.
+
+    Args:
+        out: the folder.
+        config: everything that was asked for.
+        command: that is running.
+        record: what later commands need to know, of runs that they open.
+
+    Returns:
+        The command that resumes the run.
+
+    Raises:
+        InputError: the folder cannot be written, is in use, or holds a run that may not be resumed or has another configuration.
+    """
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"seed must be in 0 to 2^63 - 1, got {config.seed}")
+    _check_loop(config.loop, pick_device(config.device), command)
+    _start(out, config, command, record)
+    # That file says auto, whatever this command was told; code it may name, but not run.
+    teacher = getattr(config, "teacher", "")
+    code = f" --teacher {teacher}" if isinstance(teacher, str) and is_code(teacher) else ""
+    return f"dd2 {command} {shlex.quote(str(out / 'config.yaml'))}{code}"
+
+
+def _check_loop(loop: LoopConfig, device: torch.device, command: str) -> None:
+    """Refuse what a command has no use for."""
+    if command != "distill" and loop.parallel == "fsdp2":
+        raise InputError(f"loop.parallel fsdp2 shards the networks of dd2 distill; dd2 {command} knows ddp alone")
+    if command in ("train-tokenizer", "train-classifier") and (loop.recompute or loop.compile):
+        raise InputError(f"loop.recompute and loop.compile are for transformers; dd2 {command} trains none")
+    if loop.compile and device.type != "cuda":
+        raise InputError("loop.compile is for CUDA: on a CPU the compiled layers are slower; leave it out")
+
+
+@first_process_only
+def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> None:
+    writable_folder(out, "run folder")
+    _lock(out)
+    file = out / "config.yaml"
+    if file.exists():
+        if config.loop.resume == "never":
+            raise InputError(f"{out} holds a run; go on with it by --resume auto, or choose another --out")
+        # A field that is missing there is younger than that run, which had its default.
+        before, now = flat(type(config)()) | read_yaml(file), flat(config)
+        changed = [key for key in now if before.get(key) != now[key] and not _may_change(key)]
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{out} holds a run with another configuration: {key} was {before.get(key)}, now {now[key]}"
+                + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
+                + "; resume with the old values, or choose another --out"
+            )
+    write_atomic(file, to_yaml(with_fields(config, {"loop.resume": "auto"})))
+    if record is not None:
+        record.write(out)
+    versions = {
+        "dd2": dd2.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "command": [command, *sys.argv[2:]],
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+    }
+    write_atomic(out / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def read_seconds(run: Path) -> dict[str, float]:
+    """Seconds per part of a run so far; empty for a new one."""
+    file = run / "seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+@first_process_only
+def write_seconds(run: Path, seconds: dict[str, float]) -> None:
+    """Keep what `read_seconds` reads."""
+    write_atomic(run / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+
+
+def _may_change(field: str) -> bool:
+    """Fields that do not change what is computed may differ when a run is resumed."""
+    return field in ("out", "sample_batch") or (field.startswith("loop.") and field != "loop.precision")
+
+
+def _lock(out: Path) -> None:
+    """One process per run folder; the system frees the lock when the process ends, however it ends."""
+    if out.resolve() in _locks:
+        return
+    file = open(out / ".lock", "w")  # noqa: SIM115  (kept open on purpose)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{out} is in use by another dd2; wait for it, or choose another --out") from None
+    _locks[out.resolve()] = file

@@ -1,0 +1,154 @@
+"""dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dd2.checkpoints.runs import open_generator, open_run
+from dd2.config import RunFolder
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.files import writable_folder
+from dd2.images import save_folder, save_grid, save_npz
+from dd2.progress import progress
+from dd2.sampling import Draw, Prefix, Ways, first_redrawn_step
+from dd2.teachers.filtering import Sampling
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw images. Image i has seed `seed` + i and label labels[i mod the number of labels].
+
+    The same seed and label give the same image, whatever the count and the batch (up to float rounding).
+    """
+
+    run: RunFolder
+    """Run folder of dd2 distill or dd2 demo, or a generator folder (one step only)."""
+    out: Path = Path("samples.png")
+    """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
+    labels: str = "all"
+    """Classes, or line numbers of captions, e.g. 3,5; "all" takes every one in turn."""
+    captions: str = ""
+    """Caption features for a text-conditional model, from dd2 text-features; by default those of the run."""
+    count: int = 64
+    """Images."""
+    seed: int = 0
+    """Seed of the first image."""
+    steps: int = 1
+    """1: the generator alone. k: the teacher redraws the last k - 1 AR steps (Alg. 4)."""
+    prefix: Prefix = "snapped"
+    """What the teacher reads of the generator's tokens under steps: their nearest codes, or the tokens as they are (Alg. 4)."""
+    method: Literal["generator", "two_passes", "ar_diffusion", "teacher"] = "generator"
+    """generator: one or few steps. two_passes: a DD1 student's second pass. ar_diffusion: the stage-1 model, step by step.
+    teacher: KV-cached AR sampling."""
+    decoding: Literal["continuous", "nearest"] = "continuous"
+    """Decode tokens as they are, or snapped to their nearest codes."""
+    cfg_scale: float | None = None
+    """The teacher's guidance scale (method teacher, or steps > 1); None: as distilled."""
+    cfg_interval: int | None = None
+    """LlamaGen: guide the first cfg_interval + 2 tokens only; None: as distilled."""
+    temperature: float | None = None
+    """The teacher's temperature; None: as distilled."""
+    top_k: int | None = None
+    """The teacher's top-k; None: as distilled."""
+    top_p: float | None = None
+    """The teacher's top-p; None: as distilled."""
+    trust: tuple[str, ...] = ()
+    """Modules of yours that the run may import, because its teacher was module:function."""
+    batch: int = 256
+    """Images at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1 and unknown file types."""
+        for name in ("count", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**62:
+            raise InputError(f"seed must be in 0 to 2^62 - 1, got {self.seed}")
+        if self.out.suffix not in ("", ".png", ".npz"):
+            raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
+        if self.steps > 1 and self.method != "generator":
+            raise InputError(f"steps {self.steps} goes with method generator only, not {self.method}")
+
+
+def sample(config: SampleConfig) -> Tensor:
+    """Draw the images and write them.
+
+    Returns:
+        Images (count, channels, H, W) in about [-1, 1].
+    """
+    device = pick_device(config.device)
+    ways = _opened(config, device)
+    generator, backbone = ways.generator, ways.generator.student.backbone
+    conditions = generator.conditions if ways.teacher is None else ways.teacher.conditions
+    labels = parse_labels(config.labels, conditions.num_labels, config.count)
+    first_redrawn_step(backbone.order, config.steps)  # refuses before anything is drawn
+    draw = _draw(config, ways)
+    seeds = list(range(config.seed, config.seed + config.count))
+    if config.out.suffix and config.out.is_dir():
+        raise InputError(f"out {config.out} is a folder; name a file, or a folder without ending")
+    if config.out.is_dir() and any(config.out.iterdir()):
+        raise InputError(f"out {config.out} is not empty: its old images would mix with the new; choose another --out")
+    writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
+    parts = []
+    with progress("sample", config.count, "img") as bar, torch.inference_mode():
+        for start in range(0, config.count, config.batch):
+            chosen = slice(start, start + config.batch)
+            cond = conditions(torch.tensor(labels[chosen], device=device))
+            tokens = draw(cond, seeds[chosen])
+            tokens = generator.snap(tokens) if config.decoding == "nearest" else tokens
+            images = generator.decode(tokens) if ways.teacher is None else ways.teacher.decode(tokens, cond)
+            parts.append(images.cpu())
+            bar.update(len(cond))
+    images = torch.cat(parts)
+    if config.out.suffix == ".png":
+        save_grid(images, config.out)
+    elif config.out.suffix == ".npz":
+        save_npz(images, config.out, labels, seeds)
+    else:
+        save_folder(images, config.out, labels, seeds)
+    print(f"wrote {config.count} images to {config.out}")
+    return images
+
+
+def _opened(config: SampleConfig, device: torch.device) -> Ways:
+    """The networks that a method needs."""
+    if config.method in ("generator", "two_passes") and config.steps == 1:
+        return Ways(open_generator(config.run, device, config.captions, config.trust))
+    run = open_run(config.run, device, config.captions, config.trust)
+    return Ways(run.generator, run.teacher, _sampling(config, run.sampling), run.ar_diffusion, config.prefix)
+
+
+def _draw(config: SampleConfig, ways: Ways) -> Draw:
+    if config.method == "generator":
+        return ways.few_steps(config.steps)
+    return {"two_passes": ways.two_passes, "ar_diffusion": ways.ar_diffusion, "teacher": ways.by_teacher}[config.method]()
+
+
+def _sampling(config: SampleConfig, distilled: Sampling) -> Sampling:
+    named = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    return replace(distilled, **{name: value for name, value in named.items() if value is not None})
+
+
+def parse_labels(text: str, num_classes: int, count: int) -> list[int]:
+    """The label of each of `count` images from "all" or a comma-separated list.
+
+    Raises:
+        InputError: an entry is not a class.
+    """
+    if text == "all":
+        chosen = list(range(num_classes))
+    else:
+        try:
+            chosen = [int(entry) for entry in text.split(",")]
+        except ValueError:
+            raise InputError(f'labels must be "all" or numbers separated by commas such as 3,5, got {text!r}') from None
+    for label in chosen:
+        if not 0 <= label < num_classes:
+            raise InputError(f"label {label} is not a class of this model; its classes are 0 to {num_classes - 1}")
+    return [chosen[index % len(chosen)] for index in range(count)]

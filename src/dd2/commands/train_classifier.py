@@ -1,0 +1,84 @@
+"""dd2 train-classifier: the network behind accuracy and Fréchet distance where Inception does not fit."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from dd2.commands.run_folder import start_run
+from dd2.data.source import open_data
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.evaluation.classifier import Classifier, ClassifierConfig, classifier_loss, save_classifier
+from dd2.losses import Losses
+from dd2.seeding import on_cpu
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.schedule import OptimConfig
+from dd2.training.stage import Stage, Update
+
+HELD_OUT = 20
+"""Batches of held-out images that the accuracy is measured on."""
+
+
+@dataclass(frozen=True)
+class TrainClassifierConfig:
+    """Train a classifier on real images only, for dd2 evaluate --features OUT/classifier.
+
+    Writes OUT/classifier/, metrics.jsonl and checkpoints/.
+    """
+
+    data: str = "digits"
+    """"digits" (embedded), or a folder or zip of CLASS/IMAGE files or of MNIST's."""
+    out: Path = Path("runs/classifier")
+    """Run folder; an interrupted run in it is resumed."""
+    seed: int = 0
+    """Seed of the weights and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    iterations: int = 1500
+    """Optimiser steps."""
+    batch: int = 128
+    """Images per step."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Sizes; num_classes and trained_on come from the data."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, decay="cosine", weight_decay=0.01))
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=50, save_every=500))
+    """Logging and saving."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        if min(self.iterations, self.batch) < 1:
+            raise InputError("iterations and batch must be at least 1")
+
+
+def train_classifier(config: TrainClassifierConfig) -> Path:
+    """Run the training, or what is left of it, and print the accuracy on held-out images.
+
+    Returns:
+        The classifier's folder.
+    """
+    device = pick_device(config.device)
+    data = open_data(config.data, config.classifier.image_size, config.classifier.image_channels)
+    sizes = replace(config.classifier, num_classes=data.num_classes, trained_on=Path(config.data).stem)
+    config = replace(config, classifier=sizes)
+    hint = start_run(config.out, config, "train-classifier")
+    torch.manual_seed(config.seed)
+    classifier = Classifier(sizes).to(device)
+
+    def loss(random: torch.Generator) -> Losses:
+        images, labels = data.batch("train", config.batch, on_cpu(random))
+        return classifier_loss(classifier, images.to(device), labels.to(device))
+
+    update = Update("classifier", list(classifier.parameters()), config.optim, loss)
+    stage = Stage("classifier", config.iterations, [update], {"classifier": classifier})
+    Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
+    random, right = torch.Generator().manual_seed(config.seed), []
+    with torch.no_grad():
+        for _ in range(HELD_OUT):
+            images, labels = data.batch("test", config.batch, random)
+            right.append((classifier(images.to(device)).argmax(-1).cpu() == labels).float().mean())
+    print(f"accuracy on {HELD_OUT * config.batch:,} draws of held-out images: {torch.stack(right).mean():.4f}")
+    folder = config.out / "classifier"
+    save_classifier(folder, classifier)
+    return folder

@@ -1,0 +1,107 @@
+"""dd2 train-teacher: train an AR teacher on the tokens of one's own images; its kind is decided by the tokenizer."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dd2.checkpoints.native import load_tokenizer, save_teacher
+from dd2.commands.run_folder import start_run
+from dd2.data.source import open_data
+from dd2.data.tokenise import tokenise
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.evaluation.likelihood import teacher_nll
+from dd2.losses import Losses
+from dd2.teachers.families import TeacherSizes
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.train import ar_loss
+from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.metrics import MetricsLog
+from dd2.training.preview import previewed
+from dd2.training.schedule import OptimConfig
+from dd2.training.stage import Stage, Update
+
+
+@dataclass(frozen=True)
+class TrainTeacherConfig(TeacherSizes):
+    """Train an AR teacher. Writes OUT/teacher/ (with its tokenizer), metrics.jsonl, checkpoints/ and samples/."""
+
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")
+    """Folder of a trained tokenizer."""
+    data: str = "digits"
+    """"digits" (embedded), or a folder or zip of CLASS/IMAGE files."""
+    out: Path = Path("runs/teacher")
+    """Run folder; an interrupted run in it is resumed."""
+    seed: int = 0
+    """Seed of the weights and of every step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    token_images: int = 100_000
+    """Augmented images turned into ids before training."""
+    iterations: int = 300_000
+    """Optimiser steps."""
+    batch: int = 256
+    """Sequences per micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.05))
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Logging and saving."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        if min(self.token_images, self.iterations, self.batch, self.accumulate) < 1:
+            raise InputError("token_images, iterations, batch and accumulate must be at least 1")
+
+
+def train_teacher(config: TrainTeacherConfig) -> Path:
+    """Run the training, or what is left of it.
+
+    Returns:
+        The teacher's folder.
+    """
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer).to(device)
+    channels, size, _ = tokenizer.image_shape
+    data = open_data(config.data, size, channels)
+    sizes = config.resolved(tokenizer, data.num_classes)
+    config = replace(config, teacher=sizes.teacher, var=sizes.var)
+    hint = start_run(config.out, config, "train-teacher")
+    torch.manual_seed(config.seed)
+    teacher = config.build(tokenizer).to(device)
+    class_dropout = config.used(tokenizer).class_dropout
+    teacher.tokenizer.requires_grad_(False)
+    trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
+    ids, labels = tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
+    test_ids, test_labels = tokenise(tokenizer, data, "test", 4096, config.seed, device)
+
+    def loss(random: torch.Generator) -> Losses:
+        rows = torch.randint(len(ids), (config.batch,), generator=random, device=random.device)
+        return ar_loss(teacher, ids[rows], labels[rows], class_dropout, random)
+
+    shown = previewed(teacher, lambda cond, seeds: teacher.sample(cond, Sampling(), seeds))
+
+    @torch.no_grad()
+    def preview() -> Tensor:
+        teacher.eval()
+        images = shown()
+        teacher.train()
+        return images
+
+    teacher.train()
+    update = Update("teacher", trained, config.optim, loss, accumulate=config.accumulate)
+    modules = {"backbone": teacher.backbone, "output": teacher.output}
+    stage = Stage("teacher", config.iterations, [update], modules, preview=preview)
+    Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
+    teacher.eval()
+    nats = float(teacher_nll(teacher, test_ids, test_labels, config.batch).mean())
+    log = MetricsLog(config.out / "metrics.jsonl")
+    log.rewind("held_out", -1)
+    log.append({"stage": "held_out", "step": config.iterations, "nats_per_image": nats})
+    print(f"negative log-likelihood of held-out images: {nats:.2f} nats per image")
+    folder = config.out / "teacher"
+    save_teacher(folder, teacher)
+    return folder

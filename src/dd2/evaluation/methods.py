@@ -1,0 +1,115 @@
+"""What an evaluation compares: the ways to draw from a run, each with its name, its title and what decides its images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dd2.baselines.marginal import MarginalSampler
+from dd2.baselines.skip import skipped
+from dd2.files import weights_digest
+from dd2.sampling import Draw, Ways
+from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher, require_codes
+
+Drawn = tuple[Tensor, Tensor | None]
+"""Images (B, channels, H, W), and their tokens (B, n, C) where the sequences are whole."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        title: what it is called in tables and pictures.
+        draw: labels (B,) and B seeds to images and tokens.
+        decides: what its images depend on beyond teacher, sampling and seeds, as JSON.
+        floor: whether it is the teacher itself, whose row is drawn from other seeds than the reference.
+    """
+
+    title: str
+    draw: Callable[[Tensor, list[int]], Drawn]
+    decides: dict[str, Any] = field(default_factory=dict)
+    floor: bool = False
+
+
+def few_steps(k: int) -> str:
+    """Name of the generator with k - 1 AR steps redrawn by the teacher."""
+    return f"generator_{k}_steps"
+
+
+def skip(m: int) -> str:
+    """Name of the teacher without its last m AR steps."""
+    return f"teacher_skip_{m}"
+
+
+def methods(
+    ways: Ways,
+    teacher: Teacher,
+    marginal: MarginalSampler,
+    marginal_of: object,
+    steps: Sequence[int] = (),
+    skips: Sequence[int] = (),
+) -> dict[str, Method]:
+    """What is compared, by name, in the order in which it is shown.
+
+    Args:
+        ways: the run's networks.
+        teacher: theirs.
+        marginal: onestep*.
+        marginal_of: what its samples are.
+        steps: also the generator with the teacher redrawing its last k - 1 AR steps, for each k > 1 (Alg. 4).
+        skips: also the teacher without its last m AR steps, for each m.
+
+    Raises:
+        InputError: a number of steps is not possible, or needs a teacher over codes.
+    """
+    generator = {"weights": weights_digest(ways.generator.student)}
+    all_steps = f"{teacher.order.num_steps} AR steps"
+
+    def whole(draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
+        def drawn(labels: Tensor, seeds: list[int]) -> Drawn:
+            cond = teacher.conditions(labels)
+            tokens = draw(cond, seeds)
+            tokens = teacher.snap(tokens) if snap else tokens
+            return teacher.decode(tokens, cond), tokens
+
+        return drawn
+
+    found = {"teacher": Method(f"Teacher, {all_steps}", whole(ways.by_teacher()), floor=True)}
+    if ways.tuned is not None:
+        tuned = {"weights": weights_digest(ways.tuned.student)}
+        found["ar_diffusion"] = Method(f"AR-diffusion (stage 1), {all_steps}", whole(ways.ar_diffusion()), tuned)
+    found["generator"] = Method("Generator, one step", whole(ways.one_step()), generator)
+    if isinstance(teacher, CodeTeacher):
+        nearest = whole(ways.one_step(), snap=True)
+        found["generator_nearest"] = Method("Generator, one step, nearest codes", nearest, generator)
+    if ways.generator.student.has_two_passes:
+        found["generator_two_passes"] = Method("Generator, two passes of its own", whole(ways.two_passes()), generator)
+    for k in sorted({k for k in steps if k > 1}):
+        decides = {**generator, "prefix": ways.prefix}
+        found[few_steps(k)] = Method(f"Generator and teacher, {k} steps", whole(ways.few_steps(k)), decides)
+    for m in skips:
+        found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, teacher, m))
+
+    def independent(labels: Tensor, seeds: list[int]) -> Drawn:
+        tokens = marginal.draw(labels, seeds)
+        return teacher.decode(tokens, teacher.conditions(labels)), tokens
+
+    decides = {"samples": marginal_of, "over": marginal.over}
+    found["onestep_marginal"] = Method(f"onestep*, independent tokens (per {marginal.over})", independent, decides)
+    return found
+
+
+def _skipped(ways: Ways, teacher: Teacher, m: int) -> Callable[[Tensor, list[int]], Drawn]:
+    codes = require_codes(teacher, f"skip-{m}")
+    return lambda labels, seeds: (skipped(codes, codes.conditions(labels), ways.sampling, seeds, m), None)
+
+
+def absent(teacher: Teacher) -> list[str]:
+    """What cannot be measured on a teacher, with the reason."""
+    if isinstance(teacher, CodeTeacher):
+        return []
+    why = f"a {type(teacher).__name__} has continuous tokens, no codes"
+    return [f"{name}: {why}" for name in ("teacher NLL", "distinct sequences", "nearest codes")]

@@ -1,0 +1,90 @@
+"""Stage 2: conditional score distillation (Alg. 1). The guidance network learns the generator's own conditional
+velocity (Eq. 5); the generator is moved until teacher and guidance agree at every position (Eq. 4).
+"""
+
+import torch
+from torch import Tensor
+
+from dd2.losses import Losses, csd_loss, fcs_loss, noised
+from dd2.method.config import CSDConfig
+from dd2.student import Student
+from dd2.teachers.base import Teacher
+from dd2.training.timing import Timed, part
+
+
+def guidance_loss(
+    guidance: Student, generator: Student, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
+) -> Losses:
+    """Fake Conditional Score loss on fresh generator output (Eq. 5), `config.guidance_draws` noise draws a sequence (App. C.2).
+
+    Args:
+        guidance: what is trained.
+        generator: gives the tokens; gets no gradient.
+        teacher: whose nearest codes the condition q_<i is snapped to under `config.snap_guidance`.
+        cond: (B, ...) conditions.
+        config: draws, noise levels, snapping.
+        random: random stream of this step.
+    """
+    with torch.no_grad():
+        q = _generated(generator, cond, random)
+        condition = teacher.snap(q) if config.snap_guidance else q
+    t, eps = _noise(q, config.guidance_draws, config, random)
+    with part("guidance"):
+        v = guidance.given(condition, cond).velocity(noised(q, t, eps), t)
+    return fcs_loss(v, q, eps), {}
+
+
+def generator_loss(
+    generator: Student, guidance: Student, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
+) -> Losses:
+    """Conditional Score Distillation loss (Eq. 4); its gradient reaches the generator alone.
+
+    Args:
+        generator: what is trained.
+        guidance, teacher: the two conditional scores; neither backbone is differentiated.
+        cond: (B, ...) conditions.
+        config: the distance, the teacher's distribution, draws that share the passes of all three backbones, noise levels,
+            and whose condition q_<i is snapped to the nearest codes.
+        random: random stream of this step.
+
+    Returns:
+        The loss, the score difference (see `csd_loss`) and, where a condition is snapped, the root-mean-square distance of
+        tokens to their nearest codes.
+    """
+    q = _generated(generator, cond, random)
+    with torch.no_grad():
+        detached = q.detach()
+        snaps = config.snap_teacher or config.snap_guidance
+        snapped = teacher.snap(detached) if snaps else detached  # all B x n x V distances: only where they are needed
+        with part("teacher"):
+            wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling)
+        with part("guidance"):
+            found = guidance.given(snapped if config.snap_guidance else detached, cond)
+    t, eps = _noise(q, config.generator_draws, config, random)
+    loss, difference = csd_loss(
+        q.expand(eps.shape),
+        t,
+        eps,
+        Timed(wanted, "eq1"),
+        Timed(found, "guidance"),
+        d=config.d,
+        alpha=config.alpha,
+        weight_floor=config.weight_floor,
+    )
+    numbers = {"score_difference": difference}
+    if snaps:
+        numbers["to_nearest_code"] = (detached - snapped).square().mean().sqrt()
+    return loss, numbers
+
+
+def _generated(generator: Student, cond: Tensor, random: torch.Generator) -> Tensor:
+    """G(eps) of fresh noise, (B, n, C) float32."""
+    noise = torch.randn((len(cond), *generator.backbone.token_shape), generator=random, device=cond.device)
+    with part("generator"):
+        return generator.as_generator(noise, cond).float()
+
+
+def _noise(q: Tensor, draws: int, config: CSDConfig, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise levels (draws, B, n), one per token, and noise (draws, B, n, C)."""
+    t = config.noise_level.draw((draws, *q.shape[:-1]), random)
+    return t, torch.randn((draws, *q.shape), generator=random, device=q.device)

@@ -1,0 +1,64 @@
+"""How good a generator is in the eyes of its teacher: a number to watch during training, and to choose checkpoints by."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dd2.frechet import GaussianFit, fit_gaussian, frechet_distance
+from dd2.processes import rank, sum_over_processes, world_size
+from dd2.sampling import one_step
+from dd2.student import OneStepNetwork
+from dd2.teachers.base import Teacher
+from dd2.training.samples import TeacherSamples
+
+FIRST_SEED = 2**61
+"""Seeds of validation images, which no evaluation draws."""
+
+
+class TeacherDistance:
+    """Fréchet distance between generated and teacher sequences in the teacher's own features.
+
+    The features are the backbone's, averaged over the positions, of the nearest codes (of the tokens themselves where there are
+    none). No images and no other network are needed, so every teacher has it, and it shares nothing with the networks that
+    `dd2 evaluate` measures by. Only values of one run, at one count, can be compared.
+
+    Args:
+        teacher: whose features.
+        samples: its sequences; the first `count` are the reference, and their labels are those of the generated ones.
+        count: sequences, at least 2; as many as there are where there are fewer.
+        batch: sequences at a time.
+    """
+
+    def __init__(self, teacher: Teacher, samples: TeacherSamples, count: int, batch: int) -> None:
+        self.teacher, self.samples = teacher, samples
+        self.count = min(count, len(samples)) // world_size() * world_size()
+        own = torch.arange(self.count).tensor_split(world_size())[rank()]  # equally many for each, as sharded networks need
+        self.batches = own.split(batch)
+
+    @cached_property
+    def reference(self) -> GaussianFit:
+        """Of the teacher's sequences."""
+        return self._fit(lambda rows, labels: self.samples.take(rows)[0])
+
+    def __call__(self, generator: OneStepNetwork) -> float:
+        """The distance of a generator now, of the same images each time. All processes must ask; each draws its share."""
+
+        def drawn(rows: Tensor, labels: Tensor) -> Tensor:
+            seeds = [FIRST_SEED + row for row in rows.tolist()]
+            return self.teacher.snap(one_step(generator, self.teacher.conditions(labels), seeds).float())
+
+        return frechet_distance(self._fit(drawn), self.reference)
+
+    @torch.no_grad()
+    def _fit(self, tokens_of: Callable[[Tensor, Tensor], Tensor]) -> GaussianFit:
+        """Of the features of all rows' tokens, given (rows, labels)."""
+        device = self.teacher.device
+        features = torch.zeros(self.count, self.teacher.backbone.width, device=device)
+        for rows in self.batches:
+            labels = self.samples.labels[rows].to(device)
+            tokens, cond = tokens_of(rows, labels), self.teacher.conditions(labels)
+            features[rows] = self.teacher.features(tokens, cond).float().mean(1)
+        sum_over_processes([features])
+        return fit_gaussian([features])

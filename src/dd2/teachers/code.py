@@ -1,0 +1,195 @@
+"""Teachers whose tokens are codes: a classifier over the codebook gives next-token probabilities, and Eq. 1 their score."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dd2.device import full_precision
+from dd2.errors import InputError
+from dd2.files import weights_digest
+from dd2.scores import CodeMixture
+from dd2.seeding import image_uniforms
+from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.conditions import Conditions
+from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
+from dd2.tokenizers.base import Tokenizer, nearest_ids
+
+
+class CodeTeacher(Teacher):
+    """An AR model over codes.
+
+    Args:
+        backbone: features of the AR order.
+        output: classifier over the codebook, (..., D) -> (..., V).
+        tokenizer: images to ids and back.
+        conditions: what labels stand for.
+    """
+
+    stored_as = "ids"
+
+    def __init__(self, backbone: Backbone, output: nn.Module, tokenizer: Tokenizer, conditions: Conditions) -> None:
+        super().__init__(backbone, tokenizer, conditions)
+        self.output = output
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C) standardised codes, the codebook of Eq. 1."""
+        return self.backbone.to_tokens(self.tokenizer.codebook)
+
+    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> CodeMixture:
+        return CodeMixture(self.log_p(tokens, cond, sampling), self.codebook)
+
+    def sample(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+    ) -> Tensor:
+        drawn = self.codebook[self.generate(cond, sampling, seeds, prefix, first_step)]
+        return drawn if prefix is None else torch.cat([prefix, drawn], 1)
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        """Nearest codes of standardised tokens: (..., C) -> (...) int64."""
+        return nearest_ids(tokens, self.codebook)
+
+    def snap(self, tokens: Tensor) -> Tensor:
+        return self.codebook[self.ids(tokens)]
+
+    def stored(self, tokens: Tensor) -> Tensor:
+        """(B, n) ids, uint16 where V allows it."""
+        return self.ids(tokens).cpu().to(torch.uint16 if len(self.tokenizer.codebook) <= 2**16 else torch.int32)
+
+    def restored(self, kept: Tensor) -> Tensor:
+        return self.codebook[kept.long().to(self.device)]
+
+    @torch.no_grad()
+    def standardise(self, kept: Tensor | None = None) -> None:
+        """Mean and deviation of the codes of samples (N, n), or of all codes alike."""
+        codes = self.tokenizer.codebook.double()
+        counts = torch.ones(len(codes)) if kept is None else kept.flatten().int().bincount(minlength=len(codes)).cpu()
+        share = (counts.double() / counts.sum()).to(codes.device).unsqueeze(-1)
+        mean = (share * codes).sum(0)
+        self.backbone.normalise_by(mean, (share * (codes - mean).square()).sum(0).sqrt())
+
+    def fingerprint(self) -> str:
+        # The standardisation is set from the samples, not the other way round.
+        return weights_digest(self.backbone, self.output, without="token_")
+
+    def check(self, sampling: Sampling) -> str:
+        self.cfg_weights(sampling)
+        return ""
+
+    def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, n, C), (B, ...) -> (B, n, V) float32 logits of p(. | tokens of earlier steps, cond)."""
+        return self.classify(self.features(tokens, cond))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (..., D) to logits (..., V), in float32 whatever the autocast: guidance multiplies their errors."""
+        with full_precision(features.device):
+            return self.output(features.float())
+
+    def cfg_weights(self, sampling: Sampling) -> Tensor:
+        """Guidance weight s of each step, (S,), in null + s (conditional - null); 1 is no guidance.
+
+        What a cfg_scale means is the family's convention: families override this.
+        """
+        return torch.full((self.order.num_steps,), 1.0 if sampling.cfg_scale is None else sampling.cfg_scale)
+
+    def log_p(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> Tensor:
+        """(B, n, V) log of the sampling distribution after cfg, temperature, top-k, top-p; -inf where cut off."""
+        weights = self._guidance(sampling)
+        if weights is None:
+            return filtered_log_p(self.logits(tokens, cond), sampling)
+        both = self.logits(tokens.repeat(2, 1, 1), torch.cat([cond, self.backbone.null_condition(cond)]))
+        logits, null_logits = both.chunk(2)
+        by_position = weights.to(logits.device)[self.order.step_of].unsqueeze(-1)  # (n, 1)
+        return filtered_log_p(guided(logits, null_logits, by_position), sampling)
+
+    def _guidance(self, sampling: Sampling) -> Tensor | None:
+        """Guidance weights (S,), or None where no step is guided."""
+        weights = self.cfg_weights(sampling)
+        return None if bool((weights == 1).all()) else weights
+
+    def generate(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+        last_step: int | None = None,
+    ) -> Tensor:
+        """Sample codes with the key/value cache, one seed per image. Arguments as `sample` and `walk`.
+
+        Returns:
+            (B, m) ids of the sampled positions.
+
+        Raises:
+            ValueError: the seeds or the prefix do not fit.
+        """
+        if len(seeds) != len(cond):
+            raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
+        uniforms = image_uniforms(seeds, (self.order.n,)).to(self.device)
+        return self.walk(cond, sampling, lambda step, log_p: draw(log_p, uniforms[:, step]), prefix, first_step, last_step)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        choose: Callable[[slice, Tensor], Tensor],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+        last_step: int | None = None,
+    ) -> Tensor:
+        """Go through the AR steps with the key/value cache, choosing each step's codes from their distribution.
+
+        Args:
+            cond: (B, ...) conditions.
+            sampling: the sampling distribution.
+            choose: (positions of the step, log p (B, positions, V)) -> ids (B, positions).
+            prefix: (B, p, C) standardised tokens of the steps before `first_step`.
+            first_step, last_step: steps to choose; `last_step` itself is not, None means to the end.
+
+        Returns:
+            (B, m) ids of the chosen positions.
+
+        Raises:
+            ValueError: the prefix does not fit.
+        """
+        codebook = self.codebook
+        given = codebook.new_zeros(len(cond), 0, codebook.shape[-1]) if prefix is None else prefix
+        tokens = self.order.checked_prefix(given, first_step)
+        weights = self._guidance(sampling)
+        both = cond if weights is None else torch.cat([cond, self.backbone.null_condition(cond)])
+        cache = self.backbone.new_cache()
+        ids = [torch.zeros(len(cond), 0, dtype=torch.long, device=cond.device)]
+        for index, step in list(enumerate(self.order.steps))[first_step:last_step]:
+            seen = tokens if weights is None else tokens.repeat(2, 1, 1)
+            logits = self.classify(self.backbone.next_features(cache, seen, both))
+            if weights is not None:
+                logits = guided(*logits.chunk(2), float(weights[index]))
+            ids.append(choose(step, filtered_log_p(logits, sampling)))
+            tokens = torch.cat([tokens, codebook[ids[-1]]], 1)
+        return torch.cat(ids, 1)
+
+
+def require_codes(teacher: Teacher, what: str) -> CodeTeacher:
+    """A teacher over codes.
+
+    Args:
+        teacher: any.
+        what: needs codes, for the message.
+
+    Raises:
+        InputError: its tokens are no codes.
+    """
+    if not isinstance(teacher, CodeTeacher):
+        raise InputError(
+            f"{what} needs a teacher over codes, with next-token probabilities; the tokens of a {type(teacher).__name__} "
+            "are continuous"
+        )
+    return teacher

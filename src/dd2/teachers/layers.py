@@ -1,0 +1,57 @@
+"""The transformer layers of a backbone: the units that training may recompute, compile and shard."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+BeforeLayer = Callable[[int, Tensor], Tensor]
+"""(index of a layer, the residual stream (B, L, D) before it) -> the stream that the layer reads."""
+
+
+def call_layer(layer: nn.Module, *arguments: Any) -> Tensor:
+    """A layer's output."""
+    return layer(*arguments)
+
+
+class LayerStack(nn.ModuleList):
+    """Layers that run one after the other, each called as layer(x, *arguments, cache, index).
+
+    State-dict keys are those of the `nn.ModuleList` that it is.
+
+    Attributes:
+        recompute: compute each layer again in the backward pass instead of keeping what is inside it (activation
+            checkpointing).
+        call: how a layer is called where no cache is used; `dd2.training.layers.prepare_layers` sets a compiled one.
+    """
+
+    recompute: bool = False
+    call: Callable[..., Tensor] = staticmethod(call_layer)
+
+    def run(self, x: Tensor, *arguments: Any, cache: Any = None, before: BeforeLayer | None = None) -> Tensor:
+        """The residual stream x (B, L, D) after all layers.
+
+        Args:
+            x: what the first layer reads.
+            arguments: what every layer is given beside x.
+            cache: a key/value cache, or None.
+            before: changes the stream before each layer.
+        """
+        for index, layer in enumerate(self):
+            x = before(index, x) if before else x
+            x = self._layer(layer, x, *arguments, cache=cache, index=index)
+        return x
+
+    def _layer(self, layer: nn.Module, x: Tensor, *arguments: Any, cache: Any, index: int) -> Tensor:
+        if cache is not None:  # a new length each step, and no gradient: neither compiled nor recomputed
+            return layer(x, *arguments, cache, index)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.call, layer, x, *arguments, None, index, use_reentrant=False)  # pyright: ignore
+        return self.call(layer, x, *arguments, None, index)
+
+
+def layer_stacks(*networks: nn.Module) -> list[LayerStack]:
+    """The stacks inside networks, in order; none in one whose layers are a plain list."""
+    return [module for network in networks for module in network.modules() if isinstance(module, LayerStack)]

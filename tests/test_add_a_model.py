@@ -1,0 +1,113 @@
+"""docs/add-a-model.md, executed: its teacher goes through every command and every call that the page shows."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dd2.cli import main
+from dd2.errors import InputError
+from dd2.pipeline import OneStepPipeline
+
+PAGE = (Path(__file__).parents[1] / "docs" / "add-a-model.md").read_text()
+SHORT = ["--tune.iterations", "3", "--csd.iterations", "3", "--teacher-samples", "300", "--loop.preview-every", "0"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with the page's file in it, as a user has it."""
+    (tmp_path / "bag.py").write_text(blocks("python")[0])
+    (tmp_path / "pixels.py").write_text("def read(images):\n    return images.mean(-1).flatten(1)[:, ::4]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "bag", raising=False)
+    return tmp_path
+
+
+def fresh() -> None:
+    """As in a new process: nothing of the user's is imported yet."""
+    sys.modules.pop("bag", None)
+
+
+def test_the_example_is_short():
+    assert len(blocks("python")[0].splitlines()) <= 80
+
+
+def test_the_commands_of_the_page(here, capsys):
+    commands = [shlex.split(line)[1:] for line in blocks("sh")[0].splitlines()]
+    assert [command[0] for command in commands] == ["distill", "sample", "sample", "evaluate", "export"]
+    for command in commands:
+        fresh()
+        assert main(command + (SHORT if command[0] == "distill" else [])) == 0, capsys.readouterr().err
+        assert "bag" in sys.modules
+    numbers = json.loads(Path("runs/bag/metrics.json").read_text())
+    assert {"teacher_nll", "frechet"} <= numbers["metrics"]["generator_nearest"].keys()
+    config = json.loads(Path("shipped/config.json").read_text())
+    assert (config["code"], "family" in config) == ("bag:teacher", False)
+    images = OneStepPipeline.from_pretrained("shipped", "cpu", trust=["bag"])([0, 2], [5, 6])
+    assert images.shape == (2, 1, 16, 16)
+    capsys.readouterr()
+
+
+def test_a_folder_alone_imports_nothing(here, capsys):
+    assert main(["distill", "digits", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
+    assert "resume" not in capsys.readouterr().err
+    asked = [
+        ["sample", "runs/bag"],
+        ["sample", "runs/bag", "--steps", "2"],
+        ["sample", "runs/bag/generator"],
+        ["evaluate", "runs/bag", "--count", "300"],
+        ["export", "runs/bag", "shipped"],
+        ["distill", "--teacher", "runs/bag/ar_diffusion", "--out", "runs/other"],
+    ]
+    for command in asked:
+        fresh()
+        assert main(command) == 2
+        assert "which a folder alone does not get to run; if you trust it, add --trust bag" in capsys.readouterr().err
+        assert "bag" not in sys.modules
+    fresh()
+    assert main(["distill", "runs/bag/config.yaml"]) == 2
+    assert "add --teacher bag:teacher" in capsys.readouterr().err
+    Path("trusting.yaml").write_text("run: runs/bag\ntrust: [bag]\n")
+    assert main(["sample", "trusting.yaml"]) == 2
+    assert "trust names the code bag" in capsys.readouterr().err
+    assert "bag" not in sys.modules
+    assert not Path("shipped").exists()
+    assert main(["distill", "runs/bag/config.yaml", "--teacher", "bag:teacher"]) == 0  # the same flag again
+
+
+def test_what_is_no_teacher_is_refused(here, capsys):
+    Path("odd.py").write_text("def teacher():\n    return 3\n")
+    for name, message in (
+        ("nowhere:teacher", "cannot be imported"),
+        ("bag:student", "has no function student"),
+        ("odd:teacher", "must give a dd2.teachers.base.Teacher, it gave a int"),
+    ):
+        assert main(["distill", "digits", "--teacher", name, "--out", "runs/x", *SHORT]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_the_calls_of_the_page(here):
+    names: dict = {}
+    sys.path.insert(0, str(here))
+    try:
+        exec(blocks("python")[1], names)
+    finally:
+        sys.path.pop(0)
+    from dd2.checkpoints.native import load_generator
+    from dd2.sampling import ar_diffusion, one_step
+
+    labels = torch.tensor([0, 1, 1])
+    trained, loaded = names["networks"].ema, names["generator"].student
+    assert torch.equal(one_step(loaded, labels, range(3)), one_step(trained, labels, range(3)))
+    assert ar_diffusion(loaded, labels, range(3)).shape == (3, 16, 4)
+    with pytest.raises(InputError, match="--trust bag"):
+        load_generator(here / "runs" / "by_hand" / "generator")

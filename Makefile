@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench assets digits-var clean
+.PHONY: setup demo test test-fast test-long lint bench assets digits-var clean
 
 setup: .venv/ready
 
@@ -27,8 +27,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+	$(PYTEST)
+
+# Without what runs from end to end: under a minute.
+test-fast: setup
+	$(PYTEST) -m 'not e2e and not long'
+
+# Trainings of minutes, at fixed seeds: what they must reach.
+test-long: setup
+	$(PYTEST) -m long
 
 bench: setup
 	$(BIN)/python benchmarks/proposition1.py

@@ -4,12 +4,13 @@
     python benchmarks/digits_curve.py runs/digits_long [--count 5000]
 
 Writes docs/results/digits_long_curve.json and .png, and the table in docs/results/digits.md. "Validation" is what training
-measured itself (distill.validation). Distances at other counts are not comparable: fewer samples raise the floor.
+measured itself (csd.validation). Distances at other counts are not comparable: fewer samples raise the floor.
 """
 
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,14 +18,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from dd2.baselines.marginal import MarginalSampler
-from dd2.checkpoints.runs import embedded, open_run
-from dd2.evaluation.features import classifier_features
-from dd2.evaluation.frechet import fit_gaussian, frechet_distance
-from dd2.evaluation.score import Scorer
+from dd2.checkpoints.runs import open_run
+from dd2.commands.evaluate import comparison
+from dd2.evaluation.config import EvaluateConfig
+from dd2.evaluation.features import open_features
+from dd2.evaluation.methods import Method
+from dd2.files import weights_digest
+from dd2.frechet import fit_gaussian, frechet_distance
 from dd2.training.checkpoint import STATE_FILE, steps
 from dd2.training.metrics import MetricsLog
-from dd2.training.samples import TeacherSamples, weights_digest
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -37,17 +39,13 @@ def main() -> None:
     arguments = parser.parse_args()
     cpu = torch.device("cpu")
     run = open_run(arguments.run, cpu)
-    network = classifier_features(embedded("classifier"), cpu)
-    scorer = Scorer(run.teacher, network, run.sampling, arguments.count, 500, 0, arguments.run / "features")
-    samples = TeacherSamples.load(arguments.run / "teacher_samples")
-    reference = scorer.teacher_reference()
-    methods = scorer.methods(run.generator, None, MarginalSampler(samples.ids, samples.labels))
-
+    config = EvaluateConfig(run=arguments.run, count=arguments.count)
+    scorer, methods = comparison(config, run, open_features(config.features, cpu))
+    reference = scorer.teacher_reference(methods["teacher"])
     student = run.generator.student
 
-    def measure(title: str, name: str) -> dict[str, float]:
-        seeds_of = "floor" if name == "teacher" else "methods"
-        bank = scorer.bank(title, methods[name], seeds_of, {"title": title, "weights": weights_digest(run.teacher, student)})
+    def measure(title: str, name: str, method: Method) -> dict[str, float]:
+        bank = scorer.bank(title, name, method, "floor" if method.floor else "methods")
         right = bank.load("probabilities").argmax(1) == bank.load("labels")
         return {
             "frechet": frechet_distance(fit_gaussian(bank.stream("pool")), reference.fits["pool"]),
@@ -55,12 +53,10 @@ def main() -> None:
             "accuracy": float(right.double().mean()),
         }
 
-    teacher = measure("teacher", "teacher")
-    floor, worst = teacher["frechet"], measure("onestep*", "onestep_marginal")["frechet"]
-    folder = arguments.run / "checkpoints" / "distill"
-    seconds = {
-        row["step"]: row["seconds"] for row in MetricsLog(arguments.run / "metrics.jsonl").rows() if row["stage"] == "distill"
-    }
+    teacher, marginal = (measure(name, name, methods[name]) for name in ("teacher", "onestep_marginal"))
+    floor, worst = teacher["frechet"], marginal["frechet"]
+    folder = arguments.run / "checkpoints" / "csd"
+    seconds = {row["step"]: row["seconds"] for row in MetricsLog(arguments.run / "metrics.jsonl").rows() if row["stage"] == "csd"}
     rows = []
     lines = [
         "| step | minutes | FD, EMA | gap closed | NLL | accuracy | validation | FD, raw weights |",
@@ -71,7 +67,8 @@ def main() -> None:
         found = {}
         for name in ("generator", "generator_ema"):
             student.load_state_dict(load_file(folder / f"{step:08d}" / f"{name}.safetensors"))
-            found[name] = measure(f"{step} {name}", "generator")
+            loaded = replace(methods["generator"], decides={"weights": weights_digest(student)})
+            found[name] = measure(f"{step} {name}", "generator", loaded)
         ema = found["generator_ema"]
         row = {
             "step": step,

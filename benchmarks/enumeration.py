@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
+from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
 from dd2.sampling import one_step
-from dd2.stages.config import CSDConfig, RegressConfig, TuneConfig
-from dd2.stages.recipe import Networks, catching_up_stage, distill_stage, regress_stage, tune_stages
 from dd2.student import HeadConfig, Student
 from dd2.teachers.table import TableTeacher, total_variation
-from dd2.tokenizers.base import nearest_ids
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import TeacherSamples
 from dd2.trajectory import Pairs
@@ -46,8 +45,8 @@ def distil_table(
     """
     torch.manual_seed(seed)
     teacher = TableTeacher(joint)
-    ids = teacher.sample(50_000, torch.Generator().manual_seed(seed))
-    samples = TeacherSamples(ids, torch.zeros(len(ids), dtype=torch.long))
+    ids = teacher.sequences(50_000, torch.Generator().manual_seed(seed))
+    samples = TeacherSamples(teacher, ids, torch.zeros(len(ids), dtype=torch.long))
     loop = LoopConfig(log_every=50, save_every=10**9, preview_every=0)
     trainer = Trainer(run, seed, loop, torch.device("cpu"), "the same command")
     student = Student.from_teacher(teacher, head)
@@ -59,7 +58,7 @@ def distil_table(
         trainer.run(regress_stage(networks, teacher, pairs, regress))
         networks.restart_from_average()
         trainer.run(catching_up_stage(networks, teacher, samples, csd, regress))
-    stage = distill_stage(networks, teacher, samples, csd)
+    stage = csd_stage(networks, teacher, samples, csd)
     if measured:
         average, tell = stage.after, measured
         tell(0, distance_of(networks.ema, teacher))
@@ -79,5 +78,5 @@ def distance_of(generator: Student, teacher: TableTeacher, count: int = 200_000)
     found = []
     for start in range(0, count, 20_000):
         cond = torch.zeros(20_000, dtype=torch.long)
-        found.append(nearest_ids(one_step(generator, cond, range(start, start + 20_000)), teacher.codebook))
+        found.append(teacher.ids(one_step(generator, cond, range(start, start + 20_000))))
     return total_variation(torch.cat(found), teacher.joint)

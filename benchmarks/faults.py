@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from dd2.checkpoints.native import save_teacher
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.vq import VQTokenizer
@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = [
     "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
     "--tune.iterations", "12", "--tune.batch", "4", "--tune.accumulate", "2", "--tune.sampling.cfg-scale", "None",
-    "--distill.iterations", "24", "--distill.k", "2", "--distill.batch", "4", "--distill.accumulate", "2",
-    "--distill.sampling.cfg-scale", "None", "--align.iterations", "6", "--align.then-iterations", "12",
+    "--csd.iterations", "24", "--csd.k", "2", "--csd.batch", "4", "--csd.accumulate", "2",
+    "--csd.sampling.cfg-scale", "None", "--align.iterations", "6", "--align.then-iterations", "12",
     "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "0",
 ]  # fmt: skip
 
@@ -89,7 +89,7 @@ def main() -> None:
     _write({"setting": setting, **vars(tally), "longest_end_seconds": round(tally.longest_end_seconds, 1)})
 
 
-def _teacher() -> Teacher:
+def _teacher() -> CodeTeacher:
     torch.manual_seed(0)
     sizes = LlamaGenConfig(depth=2, width=32, heads=2, ffn_multiple=16, rows=4, columns=4, num_classes=3)
     images = {"image_size": 16, "image_channels": 1}

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from dd2.checkpoints.foreign import parameters
+from dd2.commands.distill import DistillConfig
 from dd2.config import load_config
-from dd2.jobs.distill import DistillConfig
+from dd2.method.recipe import Networks, csd_stage
 from dd2.sampling import one_step
-from dd2.stages.recipe import Networks, distill_stage
 from dd2.student import Student
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -29,7 +29,7 @@ from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 from dd2.training.samples import TeacherSamples
 
-MODELS: dict[str, Callable[[], Teacher]] = {
+MODELS: dict[str, Callable[[], CodeTeacher]] = {
     "var_d16": lambda: var_teacher(VARConfig(), MultiScaleTokenizer(MultiScaleConfig())),
     "llamagen_l": lambda: llamagen_teacher(LlamaGenConfig(), VQTokenizer(VQConfig())),
 }
@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
     batch = arguments.batch
-    config = load_config(
-        DistillConfig, arguments.model, ["--distill.batch", str(batch), "--distill.accumulate", "1", "--distill.k", "1"]
-    )
+    config = load_config(DistillConfig, arguments.model, ["--csd.batch", str(batch), "--csd.accumulate", "1", "--csd.k", "1"])
     rows: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], object]) -> object:
@@ -56,14 +54,15 @@ def main() -> None:
 
     torch.manual_seed(0)
     teacher = MODELS[arguments.model]().eval().requires_grad_(False)
-    labels = teacher.backbone.default_labels(torch.arange(batch))
-    cond = teacher.backbone.conditions(labels)
-    ids = timed("teacher sampling", lambda: teacher.generate(cond, config.tune.sampling, range(batch)))
-    assert isinstance(ids, torch.Tensor)
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
+    labels = teacher.conditions.default_labels(torch.arange(batch))
+    cond = teacher.conditions(labels)
+    tokens = timed("teacher sampling", lambda: teacher.sample(cond, config.tune.sampling, range(batch)))
+    assert isinstance(tokens, torch.Tensor)
     networks = Networks.from_tuned(Student.from_teacher(teacher, config.head))
-    timed("one-step sampling and decoding", lambda: teacher.decode(one_step(networks.generator, cond, range(batch))))
-    stage = distill_stage(networks, teacher, TeacherSamples(ids, labels), config.distill)
+    timed("one-step sampling and decoding", lambda: teacher.decode(one_step(networks.generator, cond, range(batch)), cond))
+    samples = TeacherSamples(teacher, teacher.stored(tokens), labels)
+    stage = csd_stage(networks, teacher, samples, config.csd)
     random = torch.Generator().manual_seed(0)
     for update in stage.updates:
 

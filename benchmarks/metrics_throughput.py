@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dd2.evaluation.bank import Bank
+from dd2.evaluation.bank import feature_bank
 from dd2.evaluation.metrics import MetricConfig, scores
 from dd2.evaluation.reference import of_bank
+from dd2.training.store import Store
 
 
 def main() -> None:
@@ -28,13 +29,13 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=50_000)
     arguments = parser.parse_args()
 
-    def bank(root: Path, name: str, count: int) -> Bank:
+    def bank(root: Path, name: str, count: int) -> Store:
         def make(index: Tensor) -> dict[str, Tensor]:
-            g = torch.Generator().manual_seed(int(index[0]) + len(name))
-            pool = torch.randn(len(index), arguments.features, generator=g).abs()
-            return {"pool": pool, "probabilities": torch.randn(len(index), 1000, generator=g).softmax(1)}
+            random = torch.Generator().manual_seed(int(index[0]) + len(name))
+            pool = torch.randn(len(index), arguments.features, generator=random).abs()
+            return {"pool": pool, "probabilities": torch.randn(len(index), 1000, generator=random).softmax(1)}
 
-        return Bank.prepare(root, name, {"name": name}, count, 2000, make)
+        return feature_bank(root, name, {"name": name}, count, 2000, make)
 
     with tempfile.TemporaryDirectory() as folder:
         samples, real = bank(Path(folder), "samples", arguments.count), bank(Path(folder), "reference", arguments.reference)

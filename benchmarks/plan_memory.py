@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dd2.jobs.plan import PlanConfig, needs
-from dd2.stages.config import CSDConfig
-from dd2.stages.recipe import Networks, distill_stage
+from dd2.commands.plan import PlanConfig, needs
+from dd2.method.config import CSDConfig
+from dd2.method.recipe import Networks, csd_stage
 from dd2.student import HeadConfig, Student
-from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.var import VARConfig, var_teacher
@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-def build(family: str) -> Teacher:
+def build(family: str) -> CodeTeacher:
     """A teacher of width 384 with full-length sequences."""
     if family == "llamagen":
         tokenizer = VQTokenizer(VQConfig(codebook_size=4096, code_dim=8, **SMALL))  # pyright: ignore[reportArgumentType]
@@ -67,7 +67,7 @@ def config_of(case: dict) -> PlanConfig:
         sampling=sampling,
         validation=0,
     )
-    config = replace(PlanConfig(), head=HeadConfig(depth=3, width=384), distill=csd)
+    config = replace(PlanConfig(), head=HeadConfig(depth=3, width=384), csd=csd)
     return replace(config, loop=replace(config.loop, recompute=case.get("recompute", False)))
 
 
@@ -75,10 +75,10 @@ def train(case: dict) -> None:
     """Two iterations of stage 2."""
     config = config_of(case)
     teacher = build(case["family"]).eval().requires_grad_(False)
-    teacher.backbone.standardise(teacher.tokenizer.codebook)
+    teacher.standardise()
     networks = Networks.from_tuned(Student.from_teacher(teacher, config.head))
-    samples = TeacherSamples(torch.zeros(4, teacher.order.n, dtype=torch.long), torch.arange(4))
-    stage = distill_stage(networks, teacher, samples, config.distill)
+    samples = TeacherSamples(teacher, torch.zeros(4, teacher.order.n, dtype=torch.long), torch.arange(4))
+    stage = csd_stage(networks, teacher, samples, config.csd)
     for network in (networks.generator, networks.guidance):
         prepare_layers(network.backbone, config.loop.recompute, compiled=False)
     for index in range(2):

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dd2.losses import Distance
-from dd2.stages.config import CSDConfig, RegressConfig, TuneConfig
+from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
 from dd2.student import HeadConfig
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.table import independent

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from dd2.checkpoints.runs import open_teacher
+from dd2.commands.distill import DistillConfig
 from dd2.config import load_config
-from dd2.jobs.distill import DistillConfig
-from dd2.stages.recipe import Networks, distill_stage, tune_stages
+from dd2.method.recipe import Networks, csd_stage, tune_stages
 from dd2.student import Student
 from dd2.training.samples import TeacherSamples
 from dd2.training.stage import Stage
@@ -47,19 +47,19 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     config = load_config(DistillConfig, arguments.config, overrides)
     teacher = open_teacher(config.teacher, torch.device("cpu"))
-    labels = teacher.backbone.default_labels(torch.arange(256))
-    ids = teacher.generate(teacher.backbone.conditions(labels), config.tune.sampling, range(256))
-    samples = TeacherSamples(ids, labels)
-    teacher.backbone.standardise(teacher.tokenizer.codebook, ids)
+    labels = teacher.conditions.default_labels(torch.arange(256))
+    tokens = teacher.sample(teacher.conditions(labels), config.tune.sampling, range(256))
+    samples = TeacherSamples(teacher, teacher.stored(tokens), labels)
+    teacher.standardise(samples.kept)
     student = Student.from_teacher(teacher, config.head)
     tune = seconds_of(tune_stages(student, teacher, samples, config.tune)[-1], arguments.repeats)
-    parts = seconds_of(distill_stage(Networks.from_tuned(student), teacher, samples, config.distill), arguments.repeats)
-    iteration = config.distill.k * parts["guidance"] + parts["generator"]
+    parts = seconds_of(csd_stage(Networks.from_tuned(student), teacher, samples, config.csd), arguments.repeats)
+    iteration = config.csd.k * parts["guidance"] + parts["generator"]
     rows = {
         "stage 1 iteration": tune["student"],
         "guidance update": parts["guidance"],
         "generator update": parts["generator"],
-        f"stage 2 iteration (K = {config.distill.k})": iteration,
+        f"stage 2 iteration (K = {config.csd.k})": iteration,
     }
     print("| part | ms |\n|---|---:|")
     for name, value in rows.items():

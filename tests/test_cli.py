@@ -198,7 +198,7 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     assert f"resume it with dd2 distill {unfinished}/config.yaml" in refused(capsys, "sample", unfinished, *out)
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    (other / "config.yaml").write_text("teacher: digits")
+    RunRecord("distill", "digits", "", Sampling(), TINY_HEAD).write(other)
     assert "not the one that was distilled" in refused(capsys, "sample", other, *out, "--method", "teacher")
     (other / "teacher_samples" / "samples.json").unlink()
     assert "another codebook" in refused(capsys, "sample", other, *out, "--method", "teacher")
@@ -216,7 +216,13 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     shutil.copytree(embedded("classifier"), damaged)
     (damaged / "model.safetensors").write_bytes(b"short")
     assert "missing or damaged" in refused(capsys, "evaluate", run, "--features", damaged)
-    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    shutil.copy(run / "run.json", other)
+    shutil.copy(run / "teacher_samples" / "samples.json", other / "teacher_samples")
+    record = json.loads((run / "run.json").read_text())
+    for damaged_record in ("{", "[]", json.dumps(record | {"teacher": 3}), json.dumps(record | {"sampling": {"top_k": "many"}})):
+        (other / "run.json").write_text(damaged_record)
+        assert "run.json does not describe a" in refused(capsys, "evaluate", other)
+    shutil.copy(run / "run.json", other)
     (other / "seconds.json").unlink()
     assert "lacks seconds.json" in refused(capsys, "evaluate", other)
     (tmp_path / "evaluate.yaml").write_text("count: 1")

@@ -77,7 +77,7 @@ def test_gts_target_is_the_teachers_velocity():
 @pytest.mark.parametrize("d", ["sid", "dmd"])
 @pytest.mark.parametrize("snap", [False, True])
 def test_stage_two_gradients(d, snap):
-    """Guidance updates reach the guidance network alone, generator updates the generator alone (Sec. 3.3)."""
+    """Guidance updates reach the guidance network alone, generator updates the generator alone (Eq. 4, 5)."""
     teacher, generator, guidance = tiny_teacher().requires_grad_(True), random_student(1), random_student(2)
     random = torch.Generator().manual_seed(0)
     config = CSDConfig(

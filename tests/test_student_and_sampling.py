@@ -38,7 +38,7 @@ def test_from_teacher_copies_the_backbone_and_starts_at_velocity_zero():
 
 
 def test_head_of_the_paper_adds_few_parameters():
-    """Table 1: with the head VAR-d16 has 335M, so that the head holds about 23M (width 1024, C = 32)."""
+    """Table 1: with the head VAR-d16 has 329M, so that the head holds about 23M (width 1024, C = 32)."""
     with torch.device("meta"):
         from dd2.student import VelocityHead
 

@@ -11,15 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dd2.evaluation.score import few_steps_of
+from dd2.evaluation.columns import COLUMNS
 
-ROWS = {
-    "teacher": ("Teacher, {ar_steps} AR steps", "floor"),
-    "ar_diffusion": ("AR-diffusion (stage 1), {ar_steps} AR steps", "ar_diffusion"),
-    "generator": ("**Generator, one step**", "generator"),
-    "generator_nearest": ("Generator, one step, nearest codes", "generator_nearest"),
-    "onestep_marginal": ("onestep\\*, independent tokens", "onestep_marginal"),
-}
+SHOWN = {"frechet": "", "teacher_nll": " (nats/image)", "accuracy": ""}
+"""The table's columns, with their units."""
 PAGES = (Path("README.md"), *sorted(Path("docs/results").glob("*.md")))
 
 
@@ -43,11 +38,14 @@ def main() -> None:
 
 def table(numbers: dict[str, Any]) -> str:
     """The numbers of one run in Markdown."""
-    lines = ["| | Fréchet distance | teacher NLL (nats/image) | accuracy |", "|---|---:|---:|---:|"]
-    few = {name: (f"Generator and teacher, {k} steps", name) for name in numbers["teacher_nll"] if (k := few_steps_of(name))}
-    for name, (title, frechet) in (ROWS | few).items():
-        nll, accuracy = numbers["teacher_nll"][name], numbers["accuracy"][name]
-        lines.append(f"| {title.format(**numbers)} | {numbers['frechet'][frechet]:.2f} | {nll:.1f} | {accuracy:.3f} |")
+    found = numbers["metrics"]
+    used = [key for key in SHOWN if any(key in values for values in found.values())]
+    headings = [COLUMNS[key].heading + SHOWN[key] for key in used]
+    lines = [f"| | {' | '.join(headings)} |", "|---|" + "---:|" * len(used)]
+    for name, title in numbers["methods"].items():
+        escaped = title.replace("*", r"\*")
+        cells = [format(found[name][key], COLUMNS[key].kind) if key in found[name] else "–" for key in used]
+        lines.append(f"| {f'**{escaped}**' if name == 'generator' else escaped} | {' | '.join(cells)} |")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in numbers["seconds"].items())
     speeds = ", ".join(
         f"{entry['speedup']:.1f}× at batch {entry['batch']}" for entry in sorted(numbers["speed"], key=lambda e: e["batch"])

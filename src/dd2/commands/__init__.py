@@ -1,1 +1,1 @@
-"""What the commands do: each module is one command, from its configuration to the files it leaves."""
+"""The commands of dd2, one a module: its configuration (whose docstrings are its help), and the function that it runs."""

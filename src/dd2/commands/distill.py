@@ -1,4 +1,4 @@
-"""dd2 distill: from a teacher to a one-step generator (Sec. 5, Alg. 1-3)."""
+"""dd2 distill: from a teacher to a one-step generator (Alg. 3)."""
 
 import copy
 import shutil
@@ -46,6 +46,8 @@ class DistillConfig:
     teacher: str = "digits"
     """"digits" (embedded); a teacher folder; a run's ar_diffusion/ folder, which is an AR model itself; or module:function of
     yours, which gives a `dd2.teachers.base.Teacher`."""
+    trust: tuple[str, ...] = ()
+    """Modules of yours that an ar_diffusion/ folder may import, because its own teacher was module:function."""
     captions: str = ""
     """Caption features of a text-conditional teacher, from dd2 text-features; its labels are their row numbers."""
     out: Path = Path("runs/distill")
@@ -102,7 +104,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         Seconds of "samples", "tune" and "csd" (and "adapt", "pairs", "regress") over all sessions.
     """
     device = pick_device(config.device)
-    teacher = open_teacher(config.teacher, device, config.captions)
+    teacher = open_teacher(config.teacher, device, config.captions, config.trust)
     _check(config, teacher)  # before a run folder exists
     tuned = Student.from_ar_diffusion(teacher) if isinstance(teacher, HeadTeacher) else None
     head = tuned.config if tuned else config.head
@@ -170,7 +172,7 @@ def _stage1(
 ) -> tuple[Student, float]:
     """The stage-1 model, trained here or another run's, and the seconds that it took here."""
     if config.stage1:
-        return _stage1_model(Path(config.stage1), fresh, trainer.device), 0.0
+        return _stage1_model(config, fresh, trainer.device), 0.0
     seconds = 0.0
     placed = _placed(copy.deepcopy(fresh), config, trainer.device)
     drawn = LiveSamples(teacher, config.tune.sampling) if config.sample_in_loop else samples
@@ -206,8 +208,9 @@ def _copied(stage1: Path, out: Path, teacher: Teacher) -> tuple[TeacherSamples, 
     return TeacherSamples.load(out / "teacher_samples", teacher), {name: spent.get(name, 0.0) for name in ("samples", "tune")}
 
 
-def _stage1_model(stage1: Path, like: Student, device: torch.device) -> Student:
-    student = load_generator(stage1 / "ar_diffusion").student.to(device)
+def _stage1_model(config: DistillConfig, like: Student, device: torch.device) -> Student:
+    stage1, trust = Path(config.stage1), (config.teacher, *config.trust)
+    student = load_generator(stage1 / "ar_diffusion", trust).student.to(device)
     if not isinstance(student, Student) or student.config != like.config:
         found = getattr(student, "config", None)
         raise InputError(f"stage1 {stage1} has the head {found}, the configuration {like.config}; give the same head.*")

@@ -45,8 +45,9 @@ def start_run(out: Path, config: Any, command: str, record: RunRecord | None = N
     _check_loop(config.loop, pick_device(config.device), command)
     _start(out, config, command, record)
     # That file says auto, whatever this command was told; code it may name, but not run.
-    teacher = getattr(config, "teacher", "")
+    teacher, trust = getattr(config, "teacher", ""), getattr(config, "trust", ())
     code = f" --teacher {teacher}" if isinstance(teacher, str) and is_code(teacher) else ""
+    code += f" --trust {' '.join(trust)}" if trust else ""
     return f"dd2 {command} {shlex.quote(str(out / 'config.yaml'))}{code}"
 
 
@@ -107,7 +108,7 @@ def write_seconds(run: Path, seconds: dict[str, float]) -> None:
 
 def _may_change(field: str) -> bool:
     """Fields that do not change what is computed may differ when a run is resumed."""
-    return field in ("out", "sample_batch") or (field.startswith("loop.") and field != "loop.precision")
+    return field in ("out", "sample_batch", "trust") or (field.startswith("loop.") and field != "loop.precision")
 
 
 def _lock(out: Path) -> None:

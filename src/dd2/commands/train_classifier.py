@@ -4,12 +4,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dd2.commands.run_folder import start_run
 from dd2.data.source import open_data
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.evaluation.classifier import Classifier, ClassifierConfig, classifier_loss, save_classifier
+from dd2.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
 from dd2.losses import Losses
 from dd2.seeding import on_cpu
 from dd2.training.loop import LoopConfig, Trainer
@@ -70,7 +72,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
         images, labels = data.batch("train", config.batch, on_cpu(random))
         return classifier_loss(classifier, images.to(device), labels.to(device))
 
-    update = Update("classifier", list(classifier.parameters()), config.optim, loss)
+    update = Update("classifier", list(classifier.parameters()), config.optim, loss, replicated=True)
     stage = Stage("classifier", config.iterations, [update], {"classifier": classifier})
     Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
     random, right = torch.Generator().manual_seed(config.seed), []
@@ -82,3 +84,10 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     folder = config.out / "classifier"
     save_classifier(folder, classifier)
     return folder
+
+
+def classifier_loss(classifier: Classifier, images: Tensor, labels: Tensor) -> Losses:
+    """Cross-entropy and accuracy of one batch."""
+    logits = classifier(images)
+    accuracy = (logits.argmax(-1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}

@@ -1,1 +1,1 @@
-"""Metrics, likelihood, speed, plots and reports."""
+"""What a run is worth: feature networks, references, metrics with intervals, likelihood, path length, speed, and the report."""

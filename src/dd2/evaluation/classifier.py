@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dd2.checkpoints.folder import construct, load_weights, read_config, write_model
 from dd2.errors import InputError
 from dd2.files import atomic_folder
-from dd2.losses import Losses
 from dd2.processes import first_process_only
 
 
@@ -69,13 +68,6 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, num_classes) logits."""
         return self.output(self.pool(self.maps(images)))
-
-
-def classifier_loss(classifier: Classifier, images: Tensor, labels: Tensor) -> Losses:
-    """Cross-entropy and accuracy of one batch."""
-    logits = classifier(images)
-    accuracy = (logits.argmax(-1) == labels).float().mean()
-    return F.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}
 
 
 @first_process_only

@@ -1,1 +1,1 @@
-"""The stages of distillation: each a function from networks and a batch to a loss, without input or output."""
+"""What the paper trains: configurations, the loss of one batch in each stage, and which networks a stage trains (the recipe)."""

@@ -1,4 +1,4 @@
-"""Hyper-parameters of the stages (Sec. 5). The defaults are the paper's for LlamaGen-L (Tables 10, 11)."""
+"""Hyper-parameters of the stages (App. E). The defaults are the paper's for LlamaGen-L (Tables 10, 11)."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal

@@ -54,8 +54,8 @@ def generator_loss(
     q = _generated(generator, cond, random)
     with torch.no_grad():
         detached = q.detach()
-        snaps = config.snap_teacher or config.snap_guidance
-        snapped = teacher.snap(detached) if snaps else detached  # all B x n x V distances: only where they are needed
+        # All B x n x V distances: only where they are needed.
+        snapped = teacher.snap(detached) if config.snap_teacher or config.snap_guidance else detached
         with part("teacher"):
             wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling)
         with part("guidance"):
@@ -72,7 +72,7 @@ def generator_loss(
         weight_floor=config.weight_floor,
     )
     numbers = {"score_difference": difference}
-    if snaps:
+    if snapped is not detached:  # a teacher without codes gives the tokens back
         numbers["to_nearest_code"] = (detached - snapped).square().mean().sqrt()
     return loss, numbers
 

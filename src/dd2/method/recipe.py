@@ -1,4 +1,4 @@
-"""The recipe of Sec. 5: which networks each stage trains, with which losses."""
+"""The recipe (Sec. 3.3, Alg. 3, App. E): which networks each stage trains, with which losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

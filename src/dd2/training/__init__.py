@@ -1,1 +1,1 @@
-"""The training loop and what it needs: schedules, EMA, checkpoints, the metrics log, teacher samples."""
+"""The engine under every training: loop, stages, checkpoints, processes, EMA, schedules, and arrays on disk. Knows no method."""

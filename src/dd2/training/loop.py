@@ -227,7 +227,7 @@ class Trainer:
         if sharded:  # gradients are averaged over the processes, and the leaves are the gathered weights
             (loss * world_size() / update.accumulate).backward()
         else:
-            # `inputs` is the guarantee that no other network's gradient is touched (Sec. 3.3's stop-gradients).
+            # `inputs` is the guarantee that no other network's gradient is touched (Eq. 4's stop-gradients).
             (loss / update.accumulate).backward(inputs=update.parameters)
 
     def _diagnosis(self, stage: Stage, update: Update, step: int, name: str) -> str:

@@ -54,6 +54,7 @@ def test_the_table_twin_is_the_digits_teacher(original):
     )
 
 
+@pytest.mark.long
 def test_adapted_digits_teacher_is_within_a_hundredth_of_a_nat(original, tmp_path, capsys):
     config = AdaptConfig(
         fit_iterations=120, fit=rates(3e-3), sequences=4000, iterations=150, batch=64, accumulate=1, optim=rates(7e-4)

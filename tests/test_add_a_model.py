@@ -51,6 +51,9 @@ def test_the_commands_of_the_page(here, capsys):
     assert {"teacher_nll", "frechet"} <= numbers["metrics"]["generator_nearest"].keys()
     config = json.loads(Path("shipped/config.json").read_text())
     assert (config["code"], "family" in config) == ("bag:teacher", False)
+    assert main(["inspect", "shipped"]) == 0
+    assert "of the code bag:teacher" in capsys.readouterr().out
+    assert main(["plan", "digits", "--teacher", "bag:teacher"]) == 0
     images = OneStepPipeline.from_pretrained("shipped", "cpu", trust=["bag"])([0, 2], [5, 6])
     assert images.shape == (2, 1, 16, 16)
     capsys.readouterr()

@@ -119,6 +119,7 @@ def test_two_processes_train_as_one(tmp_path, build, parallel, more):
     assert json.loads((tmp_path / "two" / "versions.json").read_text())["processes"] == 2
 
 
+@pytest.mark.long
 def test_compiled_shards_train_as_plain_networks_do(tmp_path, flags):
     """On two processes, traced ahead of time (tests/compiled_dd2.py), against one process without any of it."""
     short = [*flags, "--csd.iterations", "2", "--align.iterations", "0", "--align.then-iterations", "0"]
@@ -181,6 +182,7 @@ def test_pre_emption_saves_once_for_all(tmp_path, flags):
     assert f"resume with: dd2 distill {run}/config.yaml" in errors
 
 
+@pytest.mark.long
 def test_two_agents_make_one_job(tmp_path, flags):
     """As on two hosts: two torchrun agents that know each other by an address alone, a process each; one of them is killed."""
     assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0

@@ -15,41 +15,58 @@ from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.training.metrics import MetricsLog
 
-SHORT = ["--tune.iterations", "150", "--csd.iterations", "150", "--teacher-samples", "8192", "--loop.preview-every", "150"]
+
+def made(folder: Path, tune: int, csd: int, samples: int, count: int) -> Path:
+    """A run of the demo's configuration with fewer iterations, evaluated."""
+    short = ["--tune.iterations", tune, "--csd.iterations", csd, "--teacher-samples", samples, "--loop.preview-every", csd]
+    assert main([str(part) for part in ("distill", "digits", "--out", folder, *short)]) == 0
+    evaluation = ("--count", count, "--metrics.kid-subsets", 5, "--metrics.halves", 4)
+    assert main([str(part) for part in ("evaluate", folder, *evaluation)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    assert main(["distill", "digits", "--out", str(folder), *SHORT]) == 0
-    assert main(["evaluate", str(folder), "--count", "2000", "--metrics.kid-subsets", "5"]) == 0
-    return folder
+    return made(tmp_path_factory.mktemp("digits"), 100, 60, 4096, 1000)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.e2e
 def test_what_the_digits_reach(run):
+    """A tenth of the demo's training: far from its quality, and past independent tokens in what the teacher thinks of them."""
     numbers = json.loads((run / "metrics.json").read_text())
     frechet, nll = numbers["frechet"], numbers["teacher_nll"]
     span = frechet["onestep_marginal"] - frechet["floor"]
-    assert (frechet["ar_diffusion"] - frechet["floor"]) / span < 0.35  # stage 1 works
-    assert numbers["gap_closed"] > 0.4  # the generator is far better than independent tokens
-    assert nll["teacher"] < nll["generator"] < nll["onestep_marginal"]
+    assert (frechet["ar_diffusion"] - frechet["floor"]) / span < 0.4  # stage 1 works
+    assert nll["teacher"] < nll["generator"] < 0.9 * nll["onestep_marginal"]
     assert numbers["accuracy"]["teacher"] > 0.95
-    assert numbers["accuracy"]["generator"] > 0.7
-    assert numbers["distinct_sequences"]["generator"] > 1990  # no collapse
+    assert numbers["accuracy"]["generator"] > 0.75
+    assert numbers["distinct_sequences"]["generator"] > 990  # no collapse
     assert numbers["speedup_vs_teacher"] > 0
     losses = [row["student/loss"] for row in MetricsLog(run / "metrics.jsonl").rows() if row["stage"] == "tune"]
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
 
 
+@pytest.mark.long
+def test_what_the_digits_reach_with_more_time(tmp_path):
+    numbers = json.loads((made(tmp_path / "run", 150, 150, 8192, 2000) / "metrics.json").read_text())
+    frechet, nll = numbers["frechet"], numbers["teacher_nll"]
+    span = frechet["onestep_marginal"] - frechet["floor"]
+    assert (frechet["ar_diffusion"] - frechet["floor"]) / span < 0.35
+    assert numbers["gap_closed"] > 0.4  # the generator is far better than independent tokens
+    assert nll["teacher"] < nll["generator"] < nll["onestep_marginal"]
+    assert numbers["accuracy"]["generator"] > 0.7
+
+
+@pytest.mark.e2e
 def test_a_run_documents_itself(run):
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "metrics.json", "report.html", "seconds.json"):
         assert (run / name).stat().st_size > 50
-    for name in ("samples.png", "curves.png", "samples/tune-00000150.png", "samples/csd-00000150.png"):
+    for name in ("samples.png", "curves.png", "samples/tune-00000100.png", "samples/csd-00000060.png"):
         with Image.open(run / name) as picture:
             assert picture.size[0] > 300
 
 
+@pytest.mark.e2e
 def test_pipeline(run):
     pipeline = OneStepPipeline.from_pretrained(run, device="cpu")
     images = pipeline([3, 5, 7], seeds=[4, 5, 6])
@@ -68,6 +85,7 @@ def test_pipeline(run):
         OneStepPipeline.from_pretrained(run / "no" / "thing")
 
 
+@pytest.mark.e2e
 def test_hub_names_are_downloaded(run, monkeypatch):
     import sys
     import types
@@ -83,6 +101,7 @@ def test_hub_names_are_downloaded(run, monkeypatch):
         OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
 
 
+@pytest.mark.e2e
 def test_from_scratch_trains_every_part(tmp_path, monkeypatch):
     """`dd2 demo --from-scratch`, every part shortened: the parts are trained, used and reported."""
     from dd2.commands import demo

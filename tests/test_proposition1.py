@@ -43,8 +43,12 @@ def test_table_teacher_is_its_table():
 
 @pytest.mark.parametrize(
     ("joint", "iterations", "limit"),
-    [(EQUAL_PAIRS, 80, 0.05), (random_joint(), 200, 0.15)],
-    ids=["equal pairs", "random"],
+    [
+        (EQUAL_PAIRS, 30, 0.2),
+        pytest.param(EQUAL_PAIRS, 80, 0.05, marks=pytest.mark.long),
+        pytest.param(random_joint(), 200, 0.15, marks=pytest.mark.long),
+    ],
+    ids=["equal pairs, soon", "equal pairs", "random"],
 )
 def test_distilled_joint_distribution(tmp_path, joint, iterations, limit):
     head, tune, csd = configurations("dmd", iterations, decay="constant")

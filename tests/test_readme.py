@@ -33,7 +33,7 @@ def block(heading: str) -> list[list[str]]:
 
 def commands(text: str) -> list[list[str]]:
     lines = text.replace("\\\n", " ").splitlines()
-    parsed = [shlex.split(part) for line in lines for part in re.split(r"\s#\s", line)[0].split("&&")]
+    parsed = [shlex.split(part) for line in lines for part in re.split(r"\s#\s", line)[0].split("&&") if "<" not in part]
     return [words[words.index("dd2") + 1 :] for words in parsed if "dd2" in words and words[0] in ("dd2", "torchrun")]
 
 
@@ -76,10 +76,9 @@ def test_commands_that_need_hardware_or_data_parse(tmp_path, monkeypatch):
             name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
             rest = words[len(name.split()) :]
             config_class, _ = COMMANDS[name].load()
-            yaml = [word for word in rest if word.endswith(".yaml") or (not positional(config_class) and word in ("digits",))][:1]
-            for word in yaml:
-                rest.remove(word)
-            load_config(config_class, yaml[0] if yaml else "", rest, f"dd2 {name}")
+            packaged = rest[0] if rest[:1] == ["digits"] and not positional(config_class) else ""
+            yaml = next((word for word in rest if word.endswith(".yaml")), packaged)
+            load_config(config_class, yaml, [word for word in rest if word != yaml], f"dd2 {name}")
             checked += 1
     assert checked > 25
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from dd2.checkpoints.native import load_generator, save_teacher
@@ -55,6 +56,7 @@ def test_the_generator_learns_the_teachers_map(tmp_path):
     assert (found == ids).float().mean() > 0.8
 
 
+@pytest.mark.long
 def test_one_pass_learns_real_digits(tmp_path):
     """At a fixed seed, on the embedded teacher: most of what a short regression gets right holds for noise it never saw."""
     teacher = require_codes(open_teacher("digits", torch.device("cpu")), "this test")

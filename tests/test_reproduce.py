@@ -235,6 +235,7 @@ def test_pictures_of_memorising_and_of_walks(tmp_path):
         assert 0 < steps.max() < (walk[4] - walk[0]).square().mean() * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_var"])
 def test_a_bench_of_real_images_trains_everything_first(tmp_path, monkeypatch, name):
     """Tokenizer, teacher and classifier from a folder of pictures, then a table, all of it cut short."""

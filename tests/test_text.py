@@ -129,9 +129,8 @@ def captions(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def teacher(captions) -> CodeTeacher:
-    """A text-conditional LlamaGen of the digits, trained for some seconds."""
+def trained_teacher(captions: Path, steps: int) -> CodeTeacher:
+    """A text-conditional LlamaGen of the digits, trained for a moment or for some seconds."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(embedded("teacher") / "tokenizer")
     config = LlamaGenConfig(
@@ -144,8 +143,8 @@ def teacher(captions) -> CodeTeacher:
     ids = tokenizer.encode(images)
     trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=4e-3)
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 400)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / steps)
         rows = torch.randint(len(ids), (64,), generator=random)
         loss, _ = ar_loss(teacher, ids[rows], teacher.conditions(labels[rows]), 0.1, random)
         optimizer.zero_grad()
@@ -154,13 +153,18 @@ def teacher(captions) -> CodeTeacher:
     return teacher.eval().requires_grad_(False)
 
 
-def test_dd2_distils_a_text_conditional_teacher(teacher, captions, tmp_path, capsys):
-    save_teacher(tmp_path / "teacher", teacher)
-    out = tmp_path / "run"
-    arguments = ["distill", "configs/digits.yaml", "--teacher", tmp_path / "teacher", "--captions", captions, "--out", out]
-    arguments += ["--teacher-samples", 1024, "--tune.iterations", 60, "--csd.iterations", 40, "--loop.preview-every", 0]
-    assert main([str(a) for a in arguments]) == 0
-    run = open_run(out, torch.device("cpu"))
+def distilled(teacher: CodeTeacher, captions: Path, folder: Path, tune: int, csd: int, samples: int) -> Path:
+    save_teacher(folder / "teacher", teacher)
+    out = folder / "run"
+    arguments = ["distill", "configs/digits.yaml", "--teacher", folder / "teacher", "--captions", captions, "--out", out]
+    arguments += ["--teacher-samples", samples, "--tune.iterations", tune, "--csd.iterations", csd]
+    assert main([str(a) for a in [*arguments, "--csd.validation", 0, "--loop.preview-every", 0]]) == 0
+    return out
+
+
+@pytest.mark.long
+def test_what_a_text_conditional_teacher_reaches(captions, tmp_path):
+    run = open_run(distilled(trained_teacher(captions, 400), captions, tmp_path, 60, 40, 1024), torch.device("cpu"))
     labels = torch.arange(400) % 10
     classifier = load_classifier(embedded("classifier"))
 
@@ -172,7 +176,14 @@ def test_dd2_distils_a_text_conditional_teacher(teacher, captions, tmp_path, cap
     of_generator = recognised(run.teacher.decode(one_step(run.generator.student, cond, range(400)), cond))
     assert of_teacher > 0.5
     assert of_generator > 0.5 * of_teacher
-    assert main(["evaluate", str(out), "--count", "200"]) == 0
+
+
+@pytest.mark.e2e
+def test_the_commands_of_a_text_conditional_teacher(captions, tmp_path, capsys):
+    out = distilled(trained_teacher(captions, 5), captions, tmp_path, 2, 2, 64)
+    assert (
+        main(["evaluate", str(out), "--count", "100", "--no-speed", "--metrics.halves", "2", "--metrics.kid-subsets", "2"]) == 0
+    )
     assert main(["sample", str(out), "--labels", "3,7", "--count", "4", "--steps", "2", "--out", str(tmp_path / "g.png")]) == 0
     pipeline = OneStepPipeline.from_pretrained(out / "generator", "cpu", captions=str(captions))
     assert torch.equal(pipeline([3, 7], [0, 1]), OneStepPipeline.from_pretrained(out, "cpu")([3, 7], [0, 1]))

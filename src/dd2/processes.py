@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,14 +18,33 @@ BUCKET = 2**25
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process. Some of it alone is left over from another program, and this is no job of several."""
+
+
 def rank() -> int:
     """Number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _place()[0]
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _place()[1]
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process and of all."""
+    told = [os.environ.get(name, "") for name in JOB]
+    if not all(told) or not (told[0].isdigit() and told[1].isdigit()):
+        return 0, 1
+    number, size = int(told[0]), int(told[1])
+    return (number, size) if number < size else (0, 1)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line for the whole job: its first process does. `file` is the standard output unless given."""
+    if rank() == 0:
+        print(text, file=file, flush=True)
 
 
 def connect() -> None:

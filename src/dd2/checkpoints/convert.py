@@ -7,6 +7,7 @@ from dd2.checkpoints.llamagen import load_llamagen
 from dd2.checkpoints.native import save_teacher
 from dd2.checkpoints.var import PATCH_NUMS_256, load_var
 from dd2.errors import InputError
+from dd2.processes import say
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def convert_var(config: ConvertVarConfig) -> Path:
     _refuse_existing(config.out)
     teacher = load_var(config.transformer, config.vqvae, patch_nums=config.patch_nums, num_heads=config.num_heads)
     save_teacher(config.out, teacher)
-    print(f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}")
+    say(f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}")
     return config.out
 
 
@@ -62,9 +63,7 @@ def convert_llamagen(config: ConvertLlamaGenConfig) -> Path:
     _refuse_existing(config.out)
     teacher = load_llamagen(config.gpt, config.vq, num_heads=config.num_heads, image_size=config.image_size)
     save_teacher(config.out, teacher)
-    print(
-        f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}, give it a continuous input with dd2 adapt"
-    )
+    say(f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}, give it a continuous input with dd2 adapt")
     return config.out
 
 

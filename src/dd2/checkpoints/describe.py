@@ -42,8 +42,11 @@ def _describe_folder(folder: Path) -> dict[str, str]:
         raise InputError(f"{folder} is no folder of dd2: neither it nor its generator/ or teacher/ has a config.json")
     try:
         config: dict[str, Any] = json.loads((inner / "config.json").read_text())
-        sizes = {**config["config"], **{f"head.{key}": value for key, value in config.get("head", {}).items()}}
-        described = {"what": f"dd2 {config['kind']} folder {inner}", "family": str(config["family"])}
+        sizes = {**config.get("config", {}), **{f"head.{key}": value for key, value in config.get("head", {}).items()}}
+        # A generator of a user's own teacher names code in place of a family.
+        family = f"of the code {config['code']}" if "code" in config else str(config["family"])
+        role = f" ({config['role']})" if "role" in config else ""
+        described = {"what": f"dd2 {config['kind']} folder {inner}{role}", "family": family}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{inner / 'config.json'} does not describe a model of dd2 ({error}); restore it") from error
     return described | _sizes(sizes) | _count(read_state(inner / "model.safetensors", (), device="meta"))

@@ -16,6 +16,7 @@ from dd2.errors import InputError
 from dd2.losses import Losses
 from dd2.method.adapt import adapt_loss, compare, fit_loss
 from dd2.method.config import AdaptConfig
+from dd2.processes import say
 from dd2.teachers.adaptation import adapted_copy, input_layer, require_table, table_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
@@ -65,7 +66,7 @@ def adapt_run(config: AdaptRunConfig) -> Path:
     check_adaptation(original, config.adapt)
     hint = start_run(config.out, config, "adapt")
     adapt(original, config.adapt, Trainer(config.out, config.seed, config.loop, device, hint))
-    print(f"wrote teacher folder {config.out / 'teacher'}")
+    say(f"wrote teacher folder {config.out / 'teacher'}")
     return config.out / "teacher"
 
 
@@ -148,7 +149,7 @@ def _report(out: Path, step: int, before: dict[str, float], after: dict[str, flo
     log.rewind("adapt_report", -1)
     row = {f"{name}_{when}": value for when, numbers in (("before", before), ("after", after)) for name, value in numbers.items()}
     log.append({"stage": "adapt_report", "step": step, **row})
-    print(
+    say(
         "continuous input layer, nats per token on held-out samples of the original teacher:\n"
         f"  KL to the original {before['kl']:.4f} after part (a), {after['kl']:.4f} after part (b)\n"
         f"  NLL {before['nll']:.4f} and {after['nll']:.4f}; the original's own {after['nll_original']:.4f}"

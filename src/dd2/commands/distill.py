@@ -20,7 +20,7 @@ from dd2.files import atomic_folder
 from dd2.generator import Generator
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, RegressConfig, TuneConfig
 from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
-from dd2.processes import rank
+from dd2.processes import say
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
@@ -153,8 +153,8 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")
         said.add("stage 1 is skipped: the teacher is an AR-diffusion model already; tune.* and head.* have no effect")
-    if rank() == 0:
-        print("".join(f"note: {text}\n" for text in sorted(said)), end="", file=sys.stderr)
+    for text in sorted(said):
+        say(f"note: {text}", sys.stderr)
 
 
 def _samples(config: DistillConfig, teacher: Teacher, before: float) -> tuple[TeacherSamples, dict[str, float]]:

@@ -26,7 +26,7 @@ from dd2.evaluation.speed import speed_numbers
 from dd2.evaluation.summary import summary
 from dd2.files import writable_folder, write_atomic
 from dd2.images import export_npz
-from dd2.processes import rank
+from dd2.processes import rank, say
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.training.samples import TeacherSamples, samples_identity
 
@@ -96,8 +96,8 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     }
     write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     write_run_report(Section(config.run, numbers, scorer.shown(compared)))
-    print(summary(numbers))
-    print(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
+    say(summary(numbers))
+    say(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
     if config.export is not None:
         _export(config.export, config, scorer, compared["generator"])
     return numbers
@@ -140,4 +140,4 @@ def _export(out: Path, config: EvaluateConfig, scorer: Scorer, generator: Method
     order = torch.randperm(config.count, generator=torch.Generator().manual_seed(config.seed))
     with torch.inference_mode():
         export_npz(out, order, config.batch, draw)
-    print(f"wrote {config.count} shuffled images to {out}")
+    say(f"wrote {config.count} shuffled images to {out}")

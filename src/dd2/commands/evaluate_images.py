@@ -16,7 +16,7 @@ from dd2.evaluation.metrics import scores, warnings
 from dd2.evaluation.reference import image_bank, open_reference
 from dd2.evaluation.summary import described
 from dd2.files import writable_folder, write_atomic
-from dd2.processes import rank
+from dd2.processes import rank, say
 
 
 def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
         "warnings": warnings(len(images), len(reference.fits["pool"].mean), reference.described),
     }
     write_atomic(out / "metrics.json", json.dumps(numbers, indent=2) + "\n")
-    print("\n".join(f"{name:22}{value:12.4f}" for name, value in found.items()))
-    print(described(numbers))
-    print(f"wrote {out}/metrics.json")
+    say("\n".join(f"{name:22}{value:12.4f}" for name, value in found.items()))
+    say(described(numbers))
+    say(f"wrote {out}/metrics.json")
     return numbers
 
 

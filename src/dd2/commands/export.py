@@ -15,6 +15,7 @@ from dd2.config import OutPath, RunFolder
 from dd2.errors import InputError
 from dd2.generator import Generator
 from dd2.method.recipe import average_name
+from dd2.processes import say
 from dd2.student import Student
 from dd2.training.checkpoint import best_step, steps
 
@@ -70,7 +71,7 @@ def export(config: ExportConfig) -> Path:
         raise InputError(f"{file} does not fit the run's {FILE} ({' '.join(str(error).split())[:200]})") from error
     generator = Generator(student, teacher.tokenizer, teacher.conditions)
     save_generator(config.out, generator, getattr(torch, config.dtype), code=code_of(teacher))
-    print(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")
+    say(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")
     return config.out
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from dd2.checkpoints.describe import describe
+from dd2.processes import say
 
 
 @dataclass(frozen=True)
@@ -25,5 +26,5 @@ def inspect(config: InspectConfig) -> dict[str, str]:
     found = describe(config.path)
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name:{width}}  {value}")
+        say(f"{name:{width}}  {value}")
     return found

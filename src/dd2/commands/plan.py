@@ -9,12 +9,14 @@ from torch import nn
 
 from dd2.checkpoints.native import load_teacher
 from dd2.checkpoints.released import RELEASED, sketch
-from dd2.checkpoints.runs import embedded
+from dd2.checkpoints.runs import embedded, open_teacher
 from dd2.commands.distill import DistillConfig
 from dd2.errors import InputError
+from dd2.external import is_code
+from dd2.processes import say
 from dd2.scores import DEFAULT_MAX_ELEMENTS, HeadScore
 from dd2.student import Student
-from dd2.teachers.code import CodeTeacher
+from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.layers import layer_stacks
 from dd2.training.footprint import Footprint, footprint
 
@@ -85,13 +87,15 @@ def plan(config: PlanConfig) -> Needs:
         InputError: neither a released model nor a teacher's folder is named.
     """
     found = needs(config, _teacher(config))
-    print(_described(config, found))
+    say(_described(config, found))
     return found
 
 
 def _teacher(config: PlanConfig) -> CodeTeacher:
     if config.model:
         return sketch(config.model)
+    if is_code(config.teacher):
+        return require_codes(open_teacher(config.teacher, torch.device("cpu")), "dd2 plan").to("meta")
     folder = Path(config.teacher)
     if not (folder / "config.json").is_file() and config.teacher != "digits":
         raise InputError(

@@ -12,7 +12,7 @@ from dd2.errors import InputError
 from dd2.evaluation.features import open_features
 from dd2.evaluation.reference import open_reference, statistics_file
 from dd2.files import writable_folder, write_atomic
-from dd2.processes import rank
+from dd2.processes import rank, say
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ def reference(config: ReferenceConfig) -> Path:
     if rank() != 0:
         return config.out
     write_atomic(config.out, statistics_file(made))
-    print(f"wrote {', '.join(made.fits)} statistics of {made.described.get('count', 'the given')} images to {config.out}")
+    say(f"wrote {', '.join(made.fits)} statistics of {made.described.get('count', 'the given')} images to {config.out}")
     return config.out

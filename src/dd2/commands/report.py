@@ -19,6 +19,7 @@ from dd2.evaluation.report import Section, page
 from dd2.external import check_trust, is_code
 from dd2.files import write_atomic
 from dd2.images import png
+from dd2.processes import say
 from dd2.sampling import Ways
 from dd2.seeding import seed_of, stream
 
@@ -66,7 +67,7 @@ def report(config: ReportConfig) -> None:
     sections = [_section(config, run.resolve()) for run in config.runs]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(config.out, page(sections))
-    print(f"wrote {config.out}")
+    say(f"wrote {config.out}")
 
 
 def _section(config: ReportConfig, folder: Path) -> Section:

@@ -13,6 +13,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.images import save_folder, save_grid, save_npz
+from dd2.processes import say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways, first_redrawn_step
 from dd2.teachers.filtering import Sampling
@@ -112,7 +113,7 @@ def sample(config: SampleConfig) -> Tensor:
         save_npz(images, config.out, labels, seeds)
     else:
         save_folder(images, config.out, labels, seeds)
-    print(f"wrote {config.count} images to {config.out}")
+    say(f"wrote {config.count} images to {config.out}")
     return images
 
 

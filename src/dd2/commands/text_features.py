@@ -12,6 +12,7 @@ from torch import Tensor
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.files import writable_folder, write_atomic
+from dd2.processes import say
 from dd2.progress import progress
 from dd2.teachers.captions import left_padded
 
@@ -72,7 +73,7 @@ def text_features(config: TextFeaturesConfig) -> Path:
             bar.update(len(part))
     tensors = {"features": torch.cat(features), "mask": torch.cat(masks)}
     write_atomic(config.out, save(tensors, metadata={"model": config.model, "captions": json.dumps(lines)}))
-    print(f"wrote the features of {len(lines)} captions to {config.out}")
+    say(f"wrote the features of {len(lines)} captions to {config.out}")
     return config.out
 
 

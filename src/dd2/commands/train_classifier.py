@@ -13,6 +13,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
 from dd2.losses import Losses
+from dd2.processes import say
 from dd2.seeding import on_cpu
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.schedule import OptimConfig
@@ -80,7 +81,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
         for _ in range(HELD_OUT):
             images, labels = data.batch("test", config.batch, random)
             right.append((classifier(images.to(device)).argmax(-1).cpu() == labels).float().mean())
-    print(f"accuracy on {HELD_OUT * config.batch:,} draws of held-out images: {torch.stack(right).mean():.4f}")
+    say(f"accuracy on {HELD_OUT * config.batch:,} draws of held-out images: {torch.stack(right).mean():.4f}")
     folder = config.out / "classifier"
     save_classifier(folder, classifier)
     return folder

@@ -14,6 +14,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.losses import Losses
+from dd2.processes import say
 from dd2.teachers.families import TeacherSizes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.train import ar_loss
@@ -101,7 +102,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     log = MetricsLog(config.out / "metrics.jsonl")
     log.rewind("held_out", -1)
     log.append({"stage": "held_out", "step": config.iterations, "nats_per_image": nats})
-    print(f"negative log-likelihood of held-out images: {nats:.2f} nats per image")
+    say(f"negative log-likelihood of held-out images: {nats:.2f} nats per image")
     folder = config.out / "teacher"
     save_teacher(folder, teacher)
     return folder

@@ -11,6 +11,7 @@ import torch
 
 from dd2.errors import InputError
 from dd2.files import writable_folder
+from dd2.processes import say
 from dd2.reproduce.benches import Bench, open_bench
 from dd2.reproduce.page import collect, write, write_index
 from dd2.reproduce.tables import TABLES, Table, open_table
@@ -65,13 +66,13 @@ def reproduce(config: ReproduceConfig) -> None:
     tables = {name: open_table(name, bench) for name in names}
     workshop = Workshop(bench, config.out.resolve() / config.bench, config.count, config.device)
     cells = _cells(workshop, tables, config.seeds)
-    print(_plan(workshop, cells, budget))
+    say(_plan(workshop, cells, budget))
     if config.dry_run:
         return
     writable_folder(config.results, "results folder")
     workshop.prepare()
     for index, cell in enumerate(cells):
-        print(f"[{index + 1} of {len(cells)}] {cell}", flush=True)
+        say(f"[{index + 1} of {len(cells)}] {cell}")
         workshop.run(cell)
     for name, table in tables.items():
         evaluations = {
@@ -80,8 +81,8 @@ def reproduce(config: ReproduceConfig) -> None:
         }
         file = f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
         write(config.results, file, table, collect(table, evaluations), _made(config, name, bench, budget))
-        print(f"wrote {config.results / file}.md", flush=True)
-    print(f"wrote {write_index(config.results, config.bench)}")
+        say(f"wrote {config.results / file}.md")
+    say(f"wrote {write_index(config.results, config.bench)}")
 
 
 def _evaluation(name: str, table: Table) -> dict[str, Any]:

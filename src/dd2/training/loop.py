@@ -14,7 +14,7 @@ import tyro
 
 from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.images import save_grid
-from dd2.processes import any_of, rank, sum_over_processes, world_size
+from dd2.processes import any_of, rank, say, sum_over_processes, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of, stream
 from dd2.training import checkpoint
@@ -174,7 +174,7 @@ class Trainer:
                 refused.append(error)
                 continue
             for error in refused:
-                print(f"skipped: {error}; going on from step {number}", file=sys.stderr)
+                say(f"skipped: {error}; going on from step {number}", sys.stderr)
             return int(state["step"]), float(state["seconds"])
         if refused:
             raise refused[0]
@@ -249,8 +249,7 @@ class Trainer:
             if self._stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop = True
-            if rank() == 0:
-                print("\nstopping after this iteration; saving…", file=sys.stderr)
+            say("\nstopping after this iteration; saving…", sys.stderr)
 
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -78,6 +78,7 @@ def test_adapted_digits_teacher_is_within_a_hundredth_of_a_nat(original, tmp_pat
     assert torch.equal(adapted.logits(adapted.codebook[greedy], labels).argmax(-1), greedy)
 
 
+@pytest.mark.e2e
 def test_part_a_alone_fits_the_table(original, tmp_path):
     config = AdaptConfig(fit_iterations=600, fit=rates(3e-3), sequences=64, iterations=0)
     trainer = Trainer(tmp_path, 0, LoopConfig(preview_every=0), torch.device("cpu"), "again")
@@ -86,6 +87,7 @@ def test_part_a_alone_fits_the_table(original, tmp_path):
     assert (fitted - table_of(original)).square().mean() < 1e-2 * table_of(original).var()
 
 
+@pytest.mark.e2e
 def test_real_images_as_data(original, tmp_path):
     save_teacher(tmp_path / "official", original)
     arguments = ["--adapt.data", "digits", "--adapt.sequences", "256", "--adapt.iterations", "2", "--adapt.fit-iterations", "2"]
@@ -123,6 +125,7 @@ def test_what_stage_0_cannot_use_is_refused_before_a_run_exists(original, tmp_pa
         assert not run.exists()
 
 
+@pytest.mark.e2e
 def test_from_official_files_to_a_one_step_generator_with_one_config(tmp_path, monkeypatch, capsys):
     torch.save({"model": golden_model("llamagen_tiny", "gpt_shapes")}, tmp_path / "gpt.pt")
     torch.save({"model": golden_model("llamagen_tiny", "vq_shapes")}, tmp_path / "vq.pt")

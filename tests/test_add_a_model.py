@@ -13,6 +13,8 @@ from dd2.cli import main
 from dd2.errors import InputError
 from dd2.pipeline import OneStepPipeline
 
+pytestmark = pytest.mark.e2e
+
 PAGE = (Path(__file__).parents[1] / "docs" / "add-a-model.md").read_text()
 SHORT = ["--tune.iterations", "3", "--csd.iterations", "3", "--teacher-samples", "300", "--loop.preview-every", "0"]
 

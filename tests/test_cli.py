@@ -70,6 +70,7 @@ def refused(capsys, *arguments: object) -> str:
     return lines[0]
 
 
+@pytest.mark.e2e
 def test_errors_are_one_line_where_the_terminal_knows_ascii_alone(tmp_path):
     command = [sys.executable, "-m", "dd2", "distill", "--out", str(tmp_path / "r")]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -337,6 +338,7 @@ def test_sample_writes_what_it_is_asked_for(run, tmp_path, capsys):
         assert len(np.load(tmp_path / "one.npz")["arr_0"]) == 4
 
 
+@pytest.mark.e2e
 def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
     assert main(["evaluate", str(run), "--count", "150", "--batch", "64"]) == 0
     assert "gap closed" in capsys.readouterr().out
@@ -357,6 +359,7 @@ def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
             assert min(picture.size) > 100
 
 
+@pytest.mark.e2e
 def test_evaluate_extras(run, tmp_path, capsys):
     """Few steps, path length, export; a second evaluation finds the features of the first."""
     arguments = ["evaluate", str(run), "--count", "60", "--batch", "30", "--steps", "1", "3", "--path-length", "20"]
@@ -384,6 +387,7 @@ def test_evaluate_extras(run, tmp_path, capsys):
     assert "warning: 60 images" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 def test_users_features(run, tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text("def mean_rows(images):\n    return images.mean(-1).flatten(1)\n")
     monkeypatch.chdir(tmp_path)

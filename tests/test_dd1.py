@@ -150,6 +150,7 @@ def test_a_saved_student_draws_the_same(tmp_path, build):
         load_generator(tmp_path / "generator")
 
 
+@pytest.mark.e2e
 def test_training_learns_the_map(tmp_path):
     """On a fixed set of pairs the student gives most data back from their noise, and hardly any from other noise."""
     teacher = tiny_teacher()
@@ -171,6 +172,7 @@ def test_training_learns_the_map(tmp_path):
 
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
+@pytest.mark.e2e
 def test_the_commands(tmp_path: Path, capsys, monkeypatch, build):
     save_teacher(tmp_path / "teacher", build())
     run, steps = tmp_path / "run", 3 if build is tiny_var else 16

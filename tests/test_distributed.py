@@ -25,6 +25,8 @@ from dd2.training.metrics import MetricsLog
 from models import tiny_teacher, tiny_var
 from test_training import regression
 
+pytestmark = pytest.mark.e2e
+
 SMALL = [
     "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
     "--tune.iterations", "4", "--tune.batch", "4", "--tune.accumulate", "2", "--tune.sampling.cfg-scale", "None",
@@ -139,6 +141,7 @@ def test_compiled_shards_train_as_plain_networks_do(tmp_path, flags):
         assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_job_and_the_resumed_run_is_bit_exact(tmp_path, flags):
     """Sharded over two processes; benchmarks/faults.py does it often, whole copies too."""
     whole, killed, sharded = tmp_path / "whole", tmp_path / "killed", ("--loop.parallel", "fsdp2")

@@ -25,6 +25,8 @@ from dd2.evaluation.images import ImageSet
 from dd2.frechet import FeatureStatistics, frechet_distance
 from dd2.images import export_npz, save_folder, save_npz, to_uint8
 
+pytestmark = pytest.mark.e2e
+
 
 def draw(seed: int, count: int = 200) -> Tensor:
     return digits.batch("train", count, torch.Generator().manual_seed(seed))[0]

@@ -92,6 +92,7 @@ def test_plans_say_what_to_change(capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_real_process():
     """What the tensors of a training hold at most, and a little more; benchmarks/plan_memory.py asks more cases."""
     case = CASES["tiny batch"]

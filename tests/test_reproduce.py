@@ -27,6 +27,8 @@ from dd2.reproduce.workshop import Cell, Workshop
 from dd2.student import Student
 from models import TINY_HEAD, tiny_teacher, tiny_var
 
+pytestmark = pytest.mark.e2e
+
 SMALL = {
     "teacher_samples": 96,
     "head.depth": 1,
@@ -55,6 +57,7 @@ def tiny_bench(tmp_path, monkeypatch) -> Bench:
     return bench
 
 
+@pytest.mark.long
 def test_all_tables_of_a_bench(tiny_bench, tmp_path, capsys):
     arguments = ["reproduce", "--bench", "tiny", "--seeds", "0", "--count", "60", "--out", "runs", "--results", "results"]
     assert main([*arguments, "--dry-run"]) == 0

@@ -33,6 +33,8 @@ from dd2.processes import rank
 from dd2.tokenizers.train import CodeUsage
 from dd2.training.loop import Trainer
 
+pytestmark = pytest.mark.e2e
+
 told = open(Path(__file__).with_name(f"process{rank()}.jsonl"), "w")
 
 

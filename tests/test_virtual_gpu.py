@@ -13,6 +13,8 @@ from dd2.training.metrics import MetricsLog
 from models import TINY_HEAD, tiny_teacher, tiny_text, tiny_var
 from virtual_gpu import virtual_gpu
 
+pytestmark = pytest.mark.e2e
+
 DISTILL = [
     "--teacher-samples", "64", "--head.depth", "1", "--head.width", "16", "--head.frequencies", "4",
     "--tune.iterations", "2", "--tune.batch", "4", "--tune.accumulate", "2", "--regress.iterations", "2",
@@ -72,7 +74,7 @@ def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
         assert main(["distill", *flags, *DISTILL, *more]) == 0
         assert gpu.operations["cuda"] > 5 * gpu.operations["cpu"] > 0
         assert main(["sample", str(run), "--count", "6", "--steps", "2", "--out", str(tmp_path / "grid.png")]) == 0
-        assert main(["evaluate", str(run), "--count", "30", "--skip", "1", "--path-length", "4"]) == 0
+        assert main(["evaluate", str(run), "--count", "30", "--skip", "1", "--path-length", "4", "--batch", "16"]) == 0
     rows = MetricsLog(run / "metrics.jsonl").rows()
     assert {row["stage"] for row in rows} == {"tune", "regress", "guidance", "csd", "align", "csd_aligned"}
     assert all("seconds/backward" in row for row in rows)  # timed by events

@@ -5,6 +5,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ class Section:
     images: dict[str, Tensor]
     pictures: list[tuple[str, str, bytes]] = field(default_factory=list)
 
+    @cached_property
+    def curves(self) -> bytes:
+        """Its training curves as a PNG file."""
+        return curves(MetricsLog(self.run / "metrics.jsonl").rows())
+
 
 def write_run_report(section: Section) -> None:
     """Write samples.png, curves.png and report.html into the run's own folder."""
     write_atomic(section.run / "samples.png", png(titled(_blocks([section]))))
-    write_atomic(section.run / "curves.png", _curves(section))
+    write_atomic(section.run / "curves.png", section.curves)
     write_atomic(section.run / "report.html", page([section]))
 
 
@@ -166,13 +172,9 @@ def _further(section: Section) -> str:
     )
 
 
-def _curves(section: Section) -> bytes:
-    return curves(MetricsLog(section.run / "metrics.jsonl").rows())
-
-
 def _curves_of(section: Section) -> str:
     name = html.escape(section.run.name)
-    return f'<h3>{name}</h3><img alt="training curves of {name}" src="{_inline(_curves(section))}">'
+    return f'<h3>{name}</h3><img alt="training curves of {name}" src="{_inline(section.curves)}">'
 
 
 def _explanations(sections: Sequence[Section]) -> str:

@@ -20,6 +20,8 @@ from dd2.tokenizers.vq import VQTokenizer
 from models import TINY_VQ, tiny_teacher
 from test_distributed import free_port, launch, rows
 
+pytestmark = pytest.mark.e2e
+
 WORKER = """
 import json
 import sys
@@ -32,8 +34,6 @@ from dd2.files import weights_digest
 from dd2.processes import rank
 from dd2.tokenizers.train import CodeUsage
 from dd2.training.loop import Trainer
-
-pytestmark = pytest.mark.e2e
 
 told = open(Path(__file__).with_name(f"process{rank()}.jsonl"), "w")
 

@@ -16,6 +16,9 @@ from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 
+HANG = 1200
+"""Seconds after which a process is taken to hang; a busy machine may be slow, and that is no failure."""
+
 TINY_HEAD = HeadConfig(depth=2, width=24, frequencies=8)
 TINY_VQ = VQConfig(
     codebook_size=12,

@@ -121,6 +121,9 @@ def test_every_command_takes_such_a_teacher(tmp_path, capsys):
     assert "Not measured" in (out / "report.html").read_text()
     for more in (["--steps", "4"], ["--method", "teacher"], ["--decoding", "nearest"]):
         assert main(["sample", str(out), "--count", "8", "--out", str(tmp_path / f"{more[-1]}.png"), *more]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(out), "--count", "4", "--steps", "2", "--top-k", "5", "--out", str(tmp_path / "k.png")]) == 0
+    assert "note: guidance, temperature, top-k and top-p have no effect" in capsys.readouterr().err
     assert main(["report", str(out), "--out", str(tmp_path / "page.html"), "--data", "digits"]) == 0
     assert main(["distill", str(out / "config.yaml")]) == 0  # finished: it finds everything done
     assert main(["export", str(out), str(tmp_path / "shipped")]) == 0

@@ -1,6 +1,8 @@
 """DD1, the baseline: the ODE against closed forms, the student's mask, training, and the commands."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,14 @@ def test_a_saved_student_draws_the_same(tmp_path, build):
     (tmp_path / "generator" / "config.json").write_text(json.dumps(config | {"method": "dd3"}))
     with pytest.raises(InputError, match="unknown method 'dd3'"):
         load_generator(tmp_path / "generator")
+
+
+@pytest.mark.e2e
+def test_commands_and_pipeline_know_dd1s_folders():
+    """In a process that has imported nothing else."""
+    for front_door in ("dd2.commands", "dd2.pipeline"):
+        code = f"import {front_door}; from dd2.checkpoints.native import NETWORKS; assert 'dd1' in NETWORKS"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.e2e

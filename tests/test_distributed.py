@@ -22,7 +22,7 @@ from dd2.teachers.code import CodeTeacher
 from dd2.training import checkpoint
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
-from models import tiny_teacher, tiny_var
+from models import HANG, tiny_teacher, tiny_var
 from test_training import regression
 
 pytestmark = pytest.mark.e2e
@@ -57,13 +57,13 @@ def start(processes: int, *arguments: object) -> subprocess.Popen:
 def finish(run: Path, processes: int, *arguments: object) -> str:
     """Run to the end; judged by its result, as a process may rarely abort after everything is written."""
     process = start(processes, "distill", "--out", run, *arguments)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=HANG)
     assert (run / "generator" / "config.json").is_file(), errors
     return errors
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.time() + 180
+    deadline = time.time() + HANG
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.time() < deadline
@@ -131,7 +131,7 @@ def test_compiled_shards_train_as_plain_networks_do(tmp_path, flags):
     process = launch(
         "--nproc-per-node", 2, "--master-port", free_port(), worker, "distill", "--out", tmp_path / "run", *short, *compiled
     )
-    errors = process.communicate(timeout=240)[1]
+    errors = process.communicate(timeout=HANG)[1]
     assert process.returncode == 0, errors
     graphs = [int(number) for number in re.findall(r"graphs: (\d+)", errors)]
     assert len(graphs) == 2
@@ -149,7 +149,7 @@ def test_a_killed_process_ends_the_job_and_the_resumed_run_is_bit_exact(tmp_path
     process = start(2, "distill", "--out", killed, *flags, *sharded)
     wait_for(killed / "checkpoints" / "csd" / "00000002", process)
     os.kill(workers(process)[-1], signal.SIGKILL)
-    process.communicate(timeout=90)  # the other one does not wait for it forever
+    process.communicate(timeout=HANG)  # the other one does not wait for it forever
     assert not (killed / "generator").exists()
     finish(killed, 2, *flags, *sharded)
     assert rows(killed) == rows(whole)
@@ -165,7 +165,7 @@ def test_checkpoints_load_on_other_process_counts(tmp_path, flags):
     wait_for(run / "checkpoints" / "csd" / "00000002", process)
     for number in (*workers(process), process.pid):
         os.kill(number, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert main(["distill", "--out", str(run), *flags]) == 0
     assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(tmp_path / "one")]
     a, b = weights(tmp_path / "one"), weights(run)
@@ -178,7 +178,7 @@ def test_pre_emption_saves_once_for_all(tmp_path, flags):
     process = start(2, "distill", "--out", run, *flags, "--tune.iterations", 100_000, "--loop.save-every", 100_000)
     wait_for(run / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=HANG)
     assert errors.count("interrupted: tune saved at step") == 1
     (saved,) = checkpoint.steps(run / "checkpoints" / "tune")
     assert f"saved at step {saved} of 100000" in errors
@@ -203,12 +203,12 @@ def test_two_agents_make_one_job(tmp_path, flags):
     wait_for(run / "checkpoints" / "csd" / "00000002", jobs[0])
     for number in (*workers(jobs[1]), jobs[1].pid):  # a host is gone, worker and agent
         os.kill(number, signal.SIGKILL)
-    jobs[0].communicate(timeout=120)
-    jobs[1].communicate(timeout=60)
+    jobs[0].communicate(timeout=HANG)
+    jobs[1].communicate(timeout=HANG)
     assert jobs[0].returncode != 0
     assert not (run / "generator").exists()
     for job in agents("--loop.parallel", "fsdp2"):
-        job.communicate(timeout=240)
+        job.communicate(timeout=HANG)
     assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(tmp_path / "one")]
     a, b = weights(tmp_path / "one"), weights(run)
     for name in a:
@@ -236,7 +236,7 @@ except NumericalError as error:
 def test_nan_on_one_process_stops_all(tmp_path):
     (tmp_path / "job.py").write_text(NAN.format(tests=str(Path(__file__).parent), run=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    done = subprocess.run([*command, tmp_path / "job.py"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, tmp_path / "job.py"], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode != 0
     said = re.findall(r"rank \d fit iteration (\d+): .* not finite", done.stderr)
     assert said  # two losses an iteration on each process: the ninth is in the fifth
@@ -246,7 +246,7 @@ def test_nan_on_one_process_stops_all(tmp_path):
 
 def test_micro_batches_must_divide_among_processes(tmp_path, flags):
     process = start(2, "distill", "--out", tmp_path / "run", *flags, "--tune.accumulate", 3)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=HANG)
     assert errors.count("dd2: accumulate 3 of the student is no multiple of the 2 processes") == 1
 
 

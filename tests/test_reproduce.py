@@ -25,7 +25,7 @@ from dd2.reproduce.page import Measured, collect, markdown, verdict
 from dd2.reproduce.tables import TABLES, Claim, Row, Table, dd2, open_table, value
 from dd2.reproduce.workshop import Cell, Workshop
 from dd2.student import Student
-from models import TINY_HEAD, tiny_teacher, tiny_var
+from models import HANG, TINY_HEAD, tiny_teacher, tiny_var
 
 pytestmark = pytest.mark.e2e
 
@@ -210,7 +210,7 @@ def test_a_report_opens_in_a_browser(page, tmp_path):
     probed.write_text(page.read_text().replace("<body>", f"<body>{probe}"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", probed.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
     found = re.search(r"<body([^>]*)>", done.stdout)
     assert found is not None
     assert "data-failed" not in found[1]

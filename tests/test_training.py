@@ -31,7 +31,7 @@ from dd2.training.samples import TeacherSamples
 from dd2.training.schedule import OptimConfig
 from dd2.training.stage import Stage, Update
 from dd2.training.timing import part
-from models import tiny_teacher
+from models import HANG, tiny_teacher
 
 CPU = torch.device("cpu")
 
@@ -251,7 +251,7 @@ def test_signal_saves_and_says_how_to_resume(tmp_path, small_run, number):
     while not (run / "metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert f"resume with: dd2 distill {run}/config.yaml" in errors
@@ -427,7 +427,7 @@ try:
 except OSError as error:
     sys.exit(_fail(f"{{error.strerror or error}}: {{error.filename}}", FAILED))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     folder = tmp_path / "run" / "checkpoints" / "fit"

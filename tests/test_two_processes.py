@@ -17,7 +17,7 @@ from dd2.checkpoints.native import save_teacher, save_tokenizer
 from dd2.cli import main
 from dd2.processes import rank, world_size
 from dd2.tokenizers.vq import VQTokenizer
-from models import TINY_VQ, tiny_teacher
+from models import HANG, TINY_VQ, tiny_teacher
 from test_distributed import free_port, launch, rows
 
 pytestmark = pytest.mark.e2e
@@ -87,7 +87,7 @@ def on_two(folder: Path, *commands: Command) -> tuple[Told, Told]:
     job = ("--nproc-per-node", 2, "--master-port", free_port(), folder / "worker.py", folder / "commands.json")
     process = launch(*job)
     try:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=HANG)
     finally:
         if process.poll() is None:  # hung
             process.terminate()

@@ -1,4 +1,4 @@
-"""The one exception that reaches the command line as a single line and exit code 2."""
+"""What reaches the command line as one line: bad input (exit code 2), and what ends a run (1, or 130 after an interruption)."""
 
 
 class InputError(ValueError):

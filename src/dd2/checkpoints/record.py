@@ -45,6 +45,8 @@ class RunRecord:
             InputError: the folder is no run, or the record is damaged.
         """
         file = run / FILE
+        if not run.exists():
+            raise InputError(f"{run} does not exist; give a run folder of dd2 distill, dd2 dd1 or dd2 demo")
         if not file.is_file():
             older = (run / "config.yaml").is_file()
             what = "it was made by an older dd2: start the command that made it again, which writes it" if older else ""

@@ -86,6 +86,12 @@ def open_generator(path: Path, device: torch.device, captions: str = "", trust: 
     Raises:
         InputError: there is none, or it cannot be opened.
     """
+    if not captions and (path / FILE).is_file():
+        captions = RunRecord.read(path).captions
+    return _generator(path, device, captions, trust)
+
+
+def _generator(path: Path, device: torch.device, captions: str, trust: Sequence[str]) -> Generator:
     folder = path if (path / "model.safetensors").exists() or not (path / "generator").is_dir() else path / "generator"
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run folder of dd2 distill or a generator folder")
@@ -93,8 +99,6 @@ def open_generator(path: Path, device: torch.device, captions: str = "", trust: 
         raise InputError(
             f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml"
         )
-    if not captions and (path / FILE).is_file():
-        captions = RunRecord.read(path).captions
     return _opened(folder, device, captions, trust)
 
 
@@ -104,9 +108,9 @@ def open_run(path: Path, device: torch.device, captions: str = "", trust: Sequen
     Raises:
         InputError: the folder is no run, or teacher and generator do not belong together.
     """
-    generator = open_generator(path, device, captions, trust)
     record = RunRecord.read(path)
     captions = captions or record.captions
+    generator = _generator(path, device, captions, trust)
     teacher = open_record_teacher(record, path, device, captions, trust)
     made_by = samples_identity(path / "teacher_samples").get("teacher")
     if made_by is not None and made_by != teacher.fingerprint():

@@ -1,5 +1,6 @@
 """dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
 
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -122,7 +123,10 @@ def _opened(config: SampleConfig, device: torch.device) -> Ways:
     if config.method in ("generator", "two_passes") and config.steps == 1:
         return Ways(open_generator(config.run, device, config.captions, config.trust))
     run = open_run(config.run, device, config.captions, config.trust)
-    return Ways(run.generator, run.teacher, _sampling(config, run.sampling), run.ar_diffusion, config.prefix)
+    sampling = _sampling(config, run.sampling)
+    if sampling != run.sampling and (note := run.teacher.check(sampling)):
+        say(f"note: {note}", sys.stderr)
+    return Ways(run.generator, run.teacher, sampling, run.ar_diffusion, config.prefix)
 
 
 def _draw(config: SampleConfig, ways: Ways) -> Draw:

@@ -3,6 +3,7 @@
 import io
 import json
 import statistics
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,12 @@ def write_index(folder: Path, bench: str) -> Path:
 
 
 def _said(entry: dict[str, Any]) -> str:
-    return f"- {entry['claim']}: **{'found' if entry['found'] else 'not found'}** ({entry['measured']})."
+    said = f"- {entry['claim']}: **{'found' if entry['found'] else 'not found'}** ({entry['measured']})."
+    return _wrapped(said, subsequent_indent="  ")
+
+
+def _wrapped(text: str, **how: Any) -> str:
+    return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False, **how)
 
 
 def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str, Any]], made: dict[str, Any]) -> str:
@@ -113,7 +119,7 @@ def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str,
     lines = [f"# {table.title}, on {made['bench']}", "", f"`{made['command']}`", "", _described(made), ""]
     lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
     lines += [f"| {row.label} | {row.steps} | {_cells(row, columns, results)} | {row.paper} |" for row in table.rows]
-    lines += ["", *([table.note, ""] if table.note else []), "What the paper claims, and what is found here:", ""]
+    lines += ["", *([_wrapped(table.note), ""] if table.note else []), "What the paper claims, and what is found here:", ""]
     lines += [_said(entry) for entry in verdicts]
     return "\n".join([*lines, "", f"![{table.title}]({name}.png)", ""])
 
@@ -125,7 +131,7 @@ def _cells(row: Row, columns: list[str], results: Results) -> str:
 
 def _described(made: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, made["seeds"]))
-    return (
+    return _wrapped(
         f"Seeds {seeds}: mean ± standard deviation; a claim counts as found if the difference of the means exceeds the larger "
         f"deviation. {made['count']:,} images per method, as many of the teacher. Budget {made['budget']:g} minutes of the "
         f"bench's machine per DD2 distillation: {made['iterations']}. Made on {made['machine']}, {made['threads']} "

@@ -111,9 +111,10 @@ class Workshop:
             cache=self.root / "features",
             metrics=MetricConfig(kid_subsets=10),
             device=self.device,
+            trust=(self._teacher(),),  # named by the user, if it is code
             **fields,
         )
-        file = folder / "evaluations" / f"{_digest(flat(config), ('run', 'cache', 'device'))}.json"
+        file = folder / "evaluations" / f"{_digest(flat(config), ('run', 'cache', 'device', 'trust'))}.json"
         if not file.is_file():
             numbers = evaluate(config)
             file.parent.mkdir(exist_ok=True)

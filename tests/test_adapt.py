@@ -94,6 +94,7 @@ def test_real_images_as_data(original, tmp_path):
     out = tmp_path / "run"
     assert main(["adapt", "--teacher", str(tmp_path / "official"), "--out", str(out), *arguments]) == 0
     assert load_teacher(out / "teacher").backbone.continuous
+    assert main(["adapt", str(out / "config.yaml")]) == 0  # finished: it finds everything done
     (_, *rows) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert any(row["stage"] == "adapt" and 0 < row["teacher/loss"] < 6 for row in rows)
 

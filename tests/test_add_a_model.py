@@ -84,8 +84,47 @@ def test_a_folder_alone_imports_nothing(here, capsys):
     assert main(["sample", "trusting.yaml"]) == 2
     assert "trust names the code bag" in capsys.readouterr().err
     assert "bag" not in sys.modules
+    smuggled = (
+        "csd: {further_emas: ['0.9', '--teacher=bag:teacher']}",
+        "csd: {further_emas: ['0.9', '--teacher', 'bag:teacher']}",
+        "csd: {further_emas: ['0.9', '--trust=bag']}",
+        "teacher: bag:teacher",
+    )
+    for text in smuggled:
+        Path("smuggling.yaml").write_text(text)
+        assert main(["distill", "smuggling.yaml", "--out", "runs/x"]) == 2
+        assert "bag" not in sys.modules
+    Path("smuggling.yaml").write_text("run: [runs/bag, '--features=bag:teacher']")
+    assert main(["evaluate", "smuggling.yaml"]) == 2
+    assert "bag" not in sys.modules
+    assert not Path("runs/x").exists()
     assert not Path("shipped").exists()
+    Path("odd_name.yaml").write_text("teacher: bag:teacher\nout: runs:x")  # overridden, and no code
+    assert main(["distill", "odd_name.yaml", "--teacher", "digits", "--loop.save-every", "0"]) == 2
+    assert "save_every must be at least 1" in capsys.readouterr().err
     assert main(["distill", "runs/bag/config.yaml", "--teacher", "bag:teacher"]) == 0  # the same flag again
+
+
+def test_a_stage_one_model_of_such_a_teacher_is_one_too(here, capsys):
+    assert main(["distill", "digits", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
+    fresh()
+    again = ["distill", "digits", "--teacher", "runs/bag/ar_diffusion", "--trust", "bag", "--out", "runs/ar", *SHORT]
+    assert main(again) == 0, capsys.readouterr().err
+    fresh()
+    assert main(["sample", "runs/ar", "--steps", "3", "--count", "4", "--trust", "bag"]) == 0
+    assert main(["export", "runs/ar", "shipped", "--trust", "bag"]) == 0
+
+
+def test_its_own_ways_to_decode_go_with_it(here):
+    """A teacher whose decoding is more than its tokenizer's: what is shipped decodes alike."""
+    text = Path("bag.py").read_text().replace("return CodeTeacher(backbone", "return Dark(backbone")
+    text += (
+        "\n\nclass Dark(CodeTeacher):\n    def decode(self, tokens, cond):\n        return 0 * super().decode(tokens, cond) - 1\n"
+    )
+    Path("bag.py").write_text(text)
+    fresh()
+    assert main(["distill", "digits", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
+    assert (OneStepPipeline.from_pretrained("runs/bag", "cpu", trust=["bag"])([0, 1]) == -1).all()
 
 
 def test_what_is_no_teacher_is_refused(here, capsys):

@@ -262,6 +262,30 @@ def test_another_configuration_does_not_resume_a_run(capsys, tmp_path, teacher_f
     start_run(tmp_path, replace(config, loop=LoopConfig(save_every=3)), "distill")  # changes nothing that is computed
 
 
+def test_fields_without_a_flag_may_stand_in_a_file(tmp_path, capsys):
+    """In any order, and what is typed comes first."""
+    from dd2.commands.export import ExportConfig
+
+    file = tmp_path / "export.yaml"
+    for text, typed, expected in (
+        ("out: b\nrun: a\nstep: best", [], ("a", "b", "best")),
+        ("run: a\nout: b", ["c"], ("c", "b", "newest")),
+        ("out: b", ["c"], ("c", "b", "newest")),
+        ("run: a\nout: b", ["c", "d", "--step", "3"], ("c", "d", "3")),
+    ):
+        file.write_text(text)
+        config = load_config(ExportConfig, str(file), typed)
+        assert (str(config.run), str(config.out), config.step) == expected
+
+
+def test_runs_of_an_older_dd2_are_told_apart(capsys, tmp_path, teacher_folder):
+    (tmp_path / "config.yaml").write_text("distill: {k: 3}")
+    assert "a run of an older dd2" in refused(capsys, "distill", "--teacher", teacher_folder, "--out", tmp_path)
+    assert "distill.k is called csd.k now" in refused(capsys, "distill", tmp_path / "config.yaml")
+    assert "--distill.k is called --csd.k now" in refused(capsys, "distill", "--distill.k", 3)
+    assert "made by an older dd2" in refused(capsys, "evaluate", tmp_path)
+
+
 def test_a_run_folder_has_one_process(capsys, tmp_path, teacher_folder):
     import fcntl
 

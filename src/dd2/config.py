@@ -56,6 +56,7 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
     """
     known, places = dict(field_types(config_class)), positional(config_class)
     arguments: list[str] = []
+    bare: dict[str, list[str]] = {}
     for name, value in values.items():
         section, _, rest = name.partition(".")
         if section in RENAMED and name not in known:
@@ -66,17 +67,24 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
             hint = f"; did you mean {close[0]}?" if close else f"; see --help for the fields of {config_class.__name__}"
             raise InputError(f"{file}: there is no field {name}{hint}")
         flag = f"--{name.replace('_', '-')}"
+        texts = [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
+        if (isinstance(value, list) or name in places) and any(_is_flag(text) for text in texts):
+            raise InputError(f"{file}: {name} holds {next(filter(_is_flag, texts))!r}, which is a flag and no value")
         if name in places:
-            arguments = [*(map(str, value) if isinstance(value, list) else [str(value)]), *arguments]
+            bare[name] = texts
         elif isinstance(value, bool):
             arguments.append(flag if value else _negated(flag))
         elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
+            arguments += [flag, *texts]
         elif value is None and type(None) not in get_args(known[name]):
             raise InputError(f"{file}: {name} has no value")
         else:
-            arguments += [flag, str(value)]
-    return arguments
+            arguments.append(f"{flag}={value}")
+    return [*(text for name in places for text in bare.get(name, [])), *arguments]
+
+
+def _is_flag(text: str) -> bool:
+    return text.startswith("-") and not re.fullmatch(r"-[\d.]+(e[+-]?\d+)?", text)
 
 
 def positional(config_class: Any) -> list[str]:
@@ -86,26 +94,41 @@ def positional(config_class: Any) -> list[str]:
     return [name for name, marks in marked if tyro.conf.Positional in marks]
 
 
-def refuse_unnamed_code(values: dict[str, Any], named: Sequence[str], file: Path) -> None:
-    """Refuse code that a file names and the command line does not: reading somebody's file must not run their code.
+CODE_FIELDS = ("teacher", "features", "trust")
+"""Fields that may name code of the user's: module:function, or modules."""
+
+
+def refuse_unnamed_code(config: Any, typed: Sequence[str], file: Path) -> None:
+    """Refuse code that a file brought in: reading somebody's file must not run what they chose.
 
     Args:
-        values: fields of a YAML file.
-        named: what was typed after it.
+        config: as parsed from the file and what was typed.
+        typed: the command line without the file.
         file: that file.
 
     Raises:
-        InputError: a field is module:function, and its flag was not typed.
+        InputError: a field names code, and its flag was not typed with it.
     """
-    for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
-        for text in value if isinstance(value, list) else [value]:
-            is_code = isinstance(text, str) and (name == "trust" or CODE.fullmatch(text))
-            if is_code and text not in named:
+    for name in CODE_FIELDS:
+        flag, value = f"--{name}", getattr(config, name, ())
+        texts = {str: (value,), tuple: value}.get(type(value), ())  # in another command the field may be something else
+        for text in texts:
+            if (name == "trust" or CODE.fullmatch(text)) and text not in _values_of(flag, typed):
                 raise InputError(
                     f"{file}: {name} names the code {text}, which a file alone does not get to run; if you trust it, add "
                     f"{flag} {text}"
                 )
+
+
+def _values_of(flag: str, typed: Sequence[str]) -> set[str]:
+    """What was typed behind a flag."""
+    found: set[str] = set()
+    for index, word in enumerate(typed):
+        if word == flag:
+            found |= set(itertools.takewhile(lambda text: not text.startswith("-"), typed[index + 1 :]))
+        elif word.startswith(f"{flag}="):
+            found.add(word.removeprefix(f"{flag}="))
+    return found
 
 
 def to_yaml(config: Any) -> str:
@@ -122,6 +145,18 @@ def field_types(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]
             yield from field_types(kind, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, kind
+
+
+def defaults(config_class: Any) -> dict[str, Any]:
+    """{"section.field": value} of the fields that have a default, in plain YAML types."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            made = field.default_factory()
+            found[field.name] = dataclasses.asdict(made) if dataclasses.is_dataclass(made) else made  # pyright: ignore
+    return dict(_flatten(_plain(found)))
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -204,17 +239,19 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
         file = find_yaml(name)
         source = f"{file}: "
         values = read_yaml(file)
-        refuse_unnamed_code(values, overrides, file)
         typed = sum(1 for _ in itertools.takewhile(lambda text: not text.startswith("-"), overrides))
         typed_fields = positional(config_class)[:typed]
         kept = {field: value for field, value in values.items() if field not in typed_fields}
         arguments = to_arguments(kept, config_class, file)
     try:
-        return _parse(config_class, _in_places(arguments, overrides), command)
+        config = _parse(config_class, _in_places(arguments, overrides), command)
     except InputError as error:
         if source:
             _parse(config_class, overrides, command)  # the flags' own fault is reported as such
         raise InputError(f"{source}{error}") from None
+    if name:
+        refuse_unnamed_code(config, overrides, find_yaml(name))
+    return config
 
 
 def _in_places(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:

@@ -26,13 +26,13 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
         InputError: there is no such module or function.
     """
     module_name, _, function = spec.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    if here not in sys.path:  # and it stays: the function may import more when it is called
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
-        raise InputError(f"{what} {spec}: the module cannot be imported ({error})") from error
-    finally:
-        sys.path.pop(0)
+        raise InputError(f"{what} {spec}: the module cannot be imported ({type(error).__name__}: {error})") from error
     called = getattr(module, function, None)
     if not callable(called):
         raise InputError(f"{what} {spec}: module {module_name} has no function {function}")

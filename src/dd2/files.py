@@ -60,7 +60,7 @@ def writable_folder(path: Path, what: str) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{what} {path} cannot be written to ({error.strerror}); choose another with --out") from error
+        raise InputError(f"{what} {path} cannot be written to ({error.strerror}); choose another one") from error
     return path
 
 

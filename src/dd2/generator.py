@@ -1,12 +1,13 @@
 """A distilled generator as it is shipped: the network and what turns labels into conditions and tokens into images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.student import OneStepNetwork, Student
+from dd2.teachers.base import Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.base import Tokenizer, nearest_ids
@@ -20,11 +21,24 @@ class Generator:
         student: the network.
         tokenizer: tokens to images.
         conditions: what labels stand for.
+        teacher: a teacher of the user's own code, whose ways to decode and to snap the network's tokens have; None where the
+            tokenizer is all there is to know.
     """
 
     student: OneStepNetwork
     tokenizer: Tokenizer
     conditions: Conditions
+    teacher: Teacher | None = None
+
+    @classmethod
+    def of(cls, student: OneStepNetwork, teacher: Teacher) -> "Generator":
+        """A network distilled from a teacher."""
+        return cls(student, teacher.tokenizer, teacher.conditions, teacher if teacher.code else None)
+
+    @property
+    def code(self) -> str:
+        """The module:function that a folder must name to be opened again; empty where it says all by itself."""
+        return "" if self.teacher is None else self.teacher.code
 
     @property
     def device(self) -> torch.device:
@@ -33,7 +47,8 @@ class Generator:
 
     def to(self, device: torch.device) -> "Generator":
         """The same on a device."""
-        return Generator(self.student.to(device), self.tokenizer.to(device), self.conditions)
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return replace(self, student=self.student.to(device), tokenizer=self.tokenizer.to(device), teacher=teacher)
 
     @property
     def as_teacher(self) -> HeadTeacher:
@@ -46,13 +61,24 @@ class Generator:
             raise InputError(
                 f"a {type(self.student).__name__} is no AR-diffusion model; ar_diffusion/ of a run of dd2 distill is"
             )
-        return self.student.as_teacher(self.tokenizer, self.conditions)
+        teacher = self.student.as_teacher(self.tokenizer, self.conditions)
+        teacher.code = self.code
+        return teacher
 
     def snap(self, tokens: Tensor) -> Tensor:
-        """The tokenizer's nearest codes, as standardised tokens (..., C)."""
+        """The nearest codes, as standardised tokens (..., C)."""
+        if self.teacher is not None:
+            return self._standardised(self.teacher).snap(tokens)
         to_tokens, codes = self.student.backbone.to_tokens, self.tokenizer.codebook
         return to_tokens(codes[nearest_ids(tokens, to_tokens(codes))])
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Standardised tokens (B, n, C) to images (B, channels, H, W) in about [-1, 1]."""
+    def decode(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Standardised tokens (B, n, C), drawn under cond (B, ...), to images (B, channels, H, W) in about [-1, 1]."""
+        if self.teacher is not None:
+            return self._standardised(self.teacher).decode(tokens, cond)
         return self.tokenizer.decode_codes(self.student.backbone.to_codes(tokens))
+
+    def _standardised(self, teacher: Teacher) -> Teacher:
+        """The teacher in the standardisation of the network."""
+        teacher.backbone.normalise_by(self.student.backbone.token_mean, self.student.backbone.token_std)
+        return teacher

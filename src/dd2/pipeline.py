@@ -69,7 +69,7 @@ class OneStepPipeline:
         with torch.inference_mode():
             cond = generator.conditions(torch.tensor(list(labels), dtype=torch.long, device=generator.device))
             tokens = Ways(generator).one_step()(cond, seeds)
-            return generator.decode(generator.snap(tokens) if nearest else tokens).clamp(-1, 1).cpu()
+            return generator.decode(generator.snap(tokens) if nearest else tokens, cond).clamp(-1, 1).cpu()
 
 
 def _download(name: str) -> Path:

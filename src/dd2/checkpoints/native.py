@@ -4,8 +4,8 @@ teacher/    config.json  model.safetensors  tokenizer/
 generator/  config.json  model.safetensors  tokenizer/
 tokenizer/  config.json  model.safetensors
 
-A generator whose teacher came from module:function names that function instead of a family, and has no tokenizer folder: both
-come from there, once the user has named it.
+A generator whose teacher came from module:function names that function instead of a family, and has no tokenizer folder:
+backbone, tokenizer and conditions come from there, once the user has named it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch import nn
 
 from dd2.checkpoints.folder import config_of, construct, load_weights, read_config, write_model
 from dd2.errors import InputError
-from dd2.external import check_trust, is_code, load_function
+from dd2.external import check_trust, load_function
 from dd2.files import atomic_folder
 from dd2.generator import Generator
 from dd2.processes import first_process_only
@@ -57,7 +57,7 @@ class NetworkKind:
     network: type[OneStepNetwork]
 
 
-NETWORKS = {"dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.backbone, config), Student)}
+NETWORKS = {"dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.student_backbone(), config), Student)}
 """By method; baselines add their own (`dd2.baselines`)."""
 
 
@@ -90,7 +90,6 @@ def save_generator(
     dtype: torch.dtype = torch.float32,
     *,
     role: Role = "generator",
-    code: str = "",
 ) -> None:
     """Write a generator folder with its tokenizer inside: all that `dd2 sample --steps 1` needs.
 
@@ -99,9 +98,8 @@ def save_generator(
         generator: what is written.
         dtype: storage format.
         role: what the network is.
-        code: the module:function that its teacher came from, for backbones of no known family.
     """
-    student = generator.student
+    student, code = generator.student, generator.code
     method = _family_of(student, {name: kind.network for name, kind in NETWORKS.items()})
     config: dict[str, Any] = {"kind": "generator", "role": role, "method": method, "head": config_of(student)}
     if code:
@@ -157,7 +155,7 @@ def load_generator(folder: Path, trust: Sequence[str] = ()) -> Generator:
         teacher = _fresh(config, folder)
     student = kind.build(teacher, construct(kind.config, config.get("head"), folder / "config.json"))
     load_weights(folder, student)
-    return Generator(student.eval().requires_grad_(False), teacher.tokenizer, teacher.conditions)
+    return Generator.of(student.eval().requires_grad_(False), teacher)
 
 
 def load_ar_teacher(folder: Path, trust: Sequence[str] = ()) -> HeadTeacher:
@@ -183,14 +181,8 @@ def teacher_from_code(spec: str) -> Teacher:
     teacher = load_function(spec, "teacher")()
     if not isinstance(teacher, Teacher):
         raise InputError(f"teacher {spec} must give a dd2.teachers.base.Teacher, it gave a {type(teacher).__name__}")
+    teacher.code = spec
     return teacher.eval().requires_grad_(False)
-
-
-def code_of(teacher: Teacher) -> str:
-    """The module:function that a generator of this teacher must name, empty where its folder can say all by itself."""
-    known = any(type(teacher.backbone) is family.backbone for family in FAMILIES.values())
-    known = known and isinstance(teacher.tokenizer, tuple(kind for _, kind in TOKENIZERS.values() if isinstance(kind, type)))
-    return teacher.source if is_code(teacher.source) and not known else ""
 
 
 def _fresh(config: dict[str, Any], folder: Path) -> CodeTeacher:

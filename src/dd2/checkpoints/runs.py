@@ -46,7 +46,6 @@ def open_teacher(name: str, device: torch.device, captions: str = "", trust: Seq
                 "ar_diffusion folder, or module:function"
             )
         teacher = load_ar_teacher(folder, trust) if read_kind(folder) == "generator" else load_teacher(folder)
-    teacher.source = name
     if captions:
         teacher.conditions.use_captions(Path(captions))
     return teacher.to(device)
@@ -116,7 +115,7 @@ def open_run(path: Path, device: torch.device, captions: str = "", trust: Sequen
     if made_by is not None and made_by != teacher.fingerprint():
         raise InputError(f"{path}: the teacher named in {FILE} is not the one that was distilled; restore it")
     student = generator.student.backbone
-    if not torch.equal(teacher.tokenizer.codebook, generator.tokenizer.codebook):
+    if not generator.code and not torch.equal(teacher.tokenizer.codebook, generator.tokenizer.codebook):
         raise InputError(f"{path}: the teacher named in {FILE} has another codebook than the generator; restore it")
     teacher.backbone.normalise_by(student.token_mean, student.token_std)
     tuned = _opened(path / "ar_diffusion", device, captions, trust) if (path / "ar_diffusion").is_dir() else None

@@ -8,7 +8,7 @@ import torch
 
 from dd2.baselines.dd1.student import DD1Config, DD1Student
 from dd2.baselines.dd1.train import DD1TrainConfig, dd1_stage
-from dd2.checkpoints.native import code_of, save_generator
+from dd2.checkpoints.native import save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
 from dd2.commands.run_folder import read_seconds, start_run, write_seconds
@@ -108,6 +108,5 @@ def distil_dd1(config: DD1RunConfig) -> dict[str, float]:
     stage, average = dd1_stage(student, teacher, pairs, config.train)
     seconds["dd1"] = trainer.run(stage)
     write_seconds(config.out, seconds)
-    generator = Generator(average, teacher.tokenizer, teacher.conditions)
-    save_generator(config.out / "generator", generator, code=code_of(teacher))
+    save_generator(config.out / "generator", Generator.of(average, teacher))
     return seconds

@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 
-from dd2.checkpoints.native import Role, code_of, load_generator, save_generator
+from dd2.checkpoints.native import Role, load_generator, save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
 from dd2.commands.adapt import adapt, check_adaptation
 from dd2.commands.run_folder import read_seconds, start_run, write_seconds
 from dd2.device import pick_device
 from dd2.errors import InputError
+from dd2.external import is_code
 from dd2.files import atomic_folder
 from dd2.generator import Generator
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, RegressConfig, TuneConfig
 from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
-from dd2.processes import say
+from dd2.processes import first_process_only, say
 from dd2.student import HeadConfig, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
 from dd2.teachers.head import HeadTeacher
+from dd2.teachers.layers import layer_stacks
 from dd2.training.checkpoint import steps
 from dd2.training.layers import prepare_layers
 from dd2.training.loop import LoopConfig, Trainer
@@ -152,7 +154,9 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
     if isinstance(teacher, HeadTeacher):
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")
-        said.add("stage 1 is skipped: the teacher is an AR-diffusion model already; tune.* and head.* have no effect")
+        said.add("stage 1 is skipped, as the teacher is such a model: tune.* (but for its sampling) and head.* have no effect")
+    if (config.loop.recompute or config.loop.compile) and not layer_stacks(teacher.backbone):
+        said.add("loop.recompute and loop.compile have no effect: the backbone has no LayerStack (docs/add-a-model.md)")
     for text in sorted(said):
         say(f"note: {text}", sys.stderr)
 
@@ -185,8 +189,7 @@ def _stage1(
 
 
 def _save(folder: Path, student: Student, teacher: Teacher, role: Role) -> None:
-    generator = Generator(student, teacher.tokenizer, teacher.conditions)
-    save_generator(folder, generator, role=role, code=code_of(teacher))
+    save_generator(folder, Generator.of(student, teacher), role=role)
 
 
 def _placed(network: Student, config: DistillConfig, device: torch.device) -> Student:
@@ -200,16 +203,22 @@ def _copied(stage1: Path, out: Path, teacher: Teacher) -> tuple[TeacherSamples, 
         raise InputError(f"stage1 {stage1} has no ar_diffusion/ folder; give a run of dd2 distill whose stage 1 has ended")
     if samples_identity(stage1 / "teacher_samples").get("teacher") != teacher.fingerprint():
         raise InputError(f"stage1 {stage1} was made from another teacher; give a run of the same one")
-    for name in ("teacher_samples", "ar_diffusion"):
-        if not (out / name).is_dir():
-            with atomic_folder(out / name) as partial:
-                shutil.copytree(stage1 / name, partial, dirs_exist_ok=True)
+    _copy(stage1, out)
     spent = read_seconds(stage1)
     return TeacherSamples.load(out / "teacher_samples", teacher), {name: spent.get(name, 0.0) for name in ("samples", "tune")}
 
 
+@first_process_only
+def _copy(stage1: Path, out: Path) -> None:
+    for name in ("teacher_samples", "ar_diffusion"):
+        if not (out / name).is_dir():
+            with atomic_folder(out / name) as partial:
+                shutil.copytree(stage1 / name, partial, dirs_exist_ok=True)
+
+
 def _stage1_model(config: DistillConfig, like: Student, device: torch.device) -> Student:
-    stage1, trust = Path(config.stage1), (config.teacher, *config.trust)
+    stage1 = Path(config.stage1)
+    trust = (config.teacher, *config.trust) if is_code(config.teacher) else config.trust
     student = load_generator(stage1 / "ar_diffusion", trust).student.to(device)
     if not isinstance(student, Student) or student.config != like.config:
         found = getattr(student, "config", None)

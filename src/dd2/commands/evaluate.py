@@ -65,7 +65,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.metrics.fid_infinity:
         check_extrapolation(config.count, channels)
     found = read_features(network, torch.zeros(2, *run.teacher.tokenizer.image_shape, device=device))["pool"].shape[1]
-    check_channels(found, reference)  # before anything is drawn
+    check_channels(found, reference)  # before the methods are drawn
     banks = scorer.drawn(compared)  # all processes have waited for each other; what follows is done once
     if rank() != 0:
         return {}
@@ -89,7 +89,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             "seeds": f"one per image, derived from {config.seed}",
             "rounding": "uint8, round(127.5 x + 127.5)",
             "sampling": flat(run.sampling),
-            "decoding": "continuous tokens, and nearest codes in generator_nearest",
+            "decoding": "tokens as drawn" + ("; nearest codes in generator_nearest" if "generator_nearest" in compared else ""),
         },
         "absent": absent(run.teacher),
         "warnings": warnings(config.count, channels, reference.described),

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dd2.checkpoints.native import code_of, save_generator
+from dd2.checkpoints.native import save_generator
 from dd2.checkpoints.record import FILE, RunRecord
 from dd2.checkpoints.runs import open_record_teacher
 from dd2.config import OutPath, RunFolder
@@ -54,7 +54,7 @@ def export(config: ExportConfig) -> Path:
     if not (config.run / "config.yaml").is_file():
         raise InputError(f"{config.run} is no run of dd2 distill: it has no config.yaml")
     if config.out.exists():
-        raise InputError(f"out {config.out} exists; choose another --out")
+        raise InputError(f"out {config.out} exists; choose another OUT")
     checkpoint = _checkpoint(config)
     file = checkpoint / f"{_file_name(config.average)}.safetensors"
     if not file.is_file():
@@ -69,8 +69,7 @@ def export(config: ExportConfig) -> Path:
         student.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:
         raise InputError(f"{file} does not fit the run's {FILE} ({' '.join(str(error).split())[:200]})") from error
-    generator = Generator(student, teacher.tokenizer, teacher.conditions)
-    save_generator(config.out, generator, getattr(torch, config.dtype), code=code_of(teacher))
+    save_generator(config.out, Generator.of(student, teacher), getattr(torch, config.dtype))
     say(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")
     return config.out
 

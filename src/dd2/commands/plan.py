@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dd2.checkpoints.native import load_teacher
 from dd2.checkpoints.released import RELEASED, sketch
-from dd2.checkpoints.runs import embedded, open_teacher
+from dd2.checkpoints.runs import open_teacher
 from dd2.commands.distill import DistillConfig
 from dd2.errors import InputError
 from dd2.external import is_code
@@ -27,9 +26,9 @@ RESERVE = 0.9
 
 @dataclass(frozen=True)
 class PlanConfig(DistillConfig):
-    """What a distillation needs: dd2 plan configs/var_d16.yaml --gpus 8 --memory 80GB.
+    """What a distillation needs: dd2 plan configs/var_d16.yaml --model var_d16 --gpus 8 --memory 80GB.
 
-    Networks are laid out without weights, so nothing is loaded or computed. Parameters and operations are exact; memory adds up
+    Networks are laid out without weights, and nothing is computed. Parameters and operations are exact; memory adds up
     what must be there at once; time assumes a share of the peak rate.
     """
 
@@ -94,14 +93,12 @@ def plan(config: PlanConfig) -> Needs:
 def _teacher(config: PlanConfig) -> CodeTeacher:
     if config.model:
         return sketch(config.model)
-    if is_code(config.teacher):
-        return require_codes(open_teacher(config.teacher, torch.device("cpu")), "dd2 plan").to("meta")
-    folder = Path(config.teacher)
-    if not (folder / "config.json").is_file() and config.teacher != "digits":
+    if not (is_code(config.teacher) or config.teacher == "digits" or Path(config.teacher).is_dir()):
         raise InputError(
             f"teacher {config.teacher} is not there, so its sizes are unknown; give --model, one of {', '.join(RELEASED)}"
         )
-    return load_teacher(embedded("teacher") if config.teacher == "digits" else folder).to("meta")
+    teacher = open_teacher(config.teacher, torch.device("cpu"), trust=config.trust)
+    return require_codes(teacher, "dd2 plan").to("meta")
 
 
 def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:

@@ -105,7 +105,7 @@ def _nearest(config: ReportConfig, run: FinishedRun, network: FeatureNetwork, na
     cond = run.generator.conditions.default(SAMPLES, device)
     with torch.inference_mode():
         seeds = [seed_of("report", config.seed, i) for i in range(SAMPLES)]
-        samples = run.generator.decode(Ways(run.generator).one_step()(cond, seeds))
+        samples = run.generator.decode(Ways(run.generator).one_step()(cond, seeds), cond)
     found = nearest_training(network, samples, training.to(device), held_out.to(device))
     text = (
         f"Each sample above the nearest of {TRAINING_IMAGES:,} training images (augmented as in training), in the features of "

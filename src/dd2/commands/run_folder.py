@@ -13,7 +13,7 @@ import torch
 
 import dd2
 from dd2.checkpoints.record import RunRecord
-from dd2.config import flat, read_yaml, to_yaml, with_fields
+from dd2.config import RENAMED, defaults, flat, read_yaml, to_yaml, with_fields
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
@@ -70,7 +70,12 @@ def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> No
         if config.loop.resume == "never":
             raise InputError(f"{out} holds a run; go on with it by --resume auto, or choose another --out")
         # A field that is missing there is younger than that run, which had its default.
-        before, now = flat(type(config)()) | read_yaml(file), flat(config)
+        kept, now = read_yaml(file), flat(config)
+        if older := [name for name in kept if name.partition(".")[0] in RENAMED]:
+            raise InputError(
+                f"{out} holds a run of an older dd2 ({older[0]} has another name now), and cannot go on; choose another --out"
+            )
+        before = defaults(type(config)) | kept
         changed = [key for key in now if before.get(key) != now[key] and not _may_change(key)]
         if changed:
             key = changed[0]

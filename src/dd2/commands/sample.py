@@ -104,8 +104,7 @@ def sample(config: SampleConfig) -> Tensor:
             cond = conditions(torch.tensor(labels[chosen], device=device))
             tokens = draw(cond, seeds[chosen])
             tokens = generator.snap(tokens) if config.decoding == "nearest" else tokens
-            images = generator.decode(tokens) if ways.teacher is None else ways.teacher.decode(tokens, cond)
-            parts.append(images.cpu())
+            parts.append(generator.decode(tokens, cond).cpu())
             bar.update(len(cond))
     images = torch.cat(parts)
     if config.out.suffix == ".png":

@@ -75,5 +75,5 @@ def interpolations(generator: Generator, rows: int = 4, columns: int = COLUMNS, 
         a, b = (end.flatten().expand(columns, -1) for end in ends[row])
         noise = slerp(a, b, torch.linspace(0, 1, columns, device=device)).view(columns, *shape)
         cond = generator.conditions(labels[row].expand(columns))
-        walks.append(generator.decode(generator.student.as_generator(noise, cond)).cpu())
+        walks.append(generator.decode(generator.student.as_generator(noise, cond), cond).cpu())
     return torch.cat(walks)

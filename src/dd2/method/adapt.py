@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dd2.losses import Losses
 from dd2.teachers.code import CodeTeacher
+from dd2.teachers.train import with_dropout
 
 
 def fit_loss(layer: nn.Module, codebook: Tensor, table: Tensor) -> Losses:
@@ -33,8 +34,7 @@ def adapt_loss(
         class_dropout: share of sequences under the null condition, so that guidance stays what it was.
         random: random stream of this step.
     """
-    dropped = torch.rand(len(cond), generator=random, device=random.device) < class_dropout
-    cond = torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), adapted.backbone.null_condition(cond), cond)
+    cond = with_dropout(adapted, cond, class_dropout, random)
     log_q = adapted.logits(adapted.codebook[ids], cond).log_softmax(-1)
     if original is None:
         return F.nll_loss(log_q.flatten(0, 1), ids.flatten()), {}

@@ -113,14 +113,14 @@ class Teacher(nn.Module, ABC):
         conditions: what labels stand for.
 
     Attributes:
-        source: the name it was opened by ("digits", a folder, module:function), if it was.
+        code: the module:function that builds it, where it comes from one.
         stored_as: what `stored` gives is called on disk ("ids", "latents").
 
     Raises:
         InputError: tokenizer and backbone have different numbers of tokens.
     """
 
-    source: str = ""
+    code: str = ""
     stored_as: str
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, conditions: Conditions) -> None:

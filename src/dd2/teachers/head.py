@@ -119,7 +119,7 @@ class HeadTeacher(Teacher):
         """Nothing: the head works in the standardisation that it was trained with."""
 
     def fingerprint(self) -> str:
-        return weights_digest(self.backbone, self.head)
+        return f"{weights_digest(self.backbone, self.head)} {self.euler_steps} Euler steps"
 
     def check(self, sampling: Sampling) -> str:
         neutral = Sampling(cfg_scale=sampling.cfg_scale if sampling.cfg_scale in (None, 1.0) else None)

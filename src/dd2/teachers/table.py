@@ -1,5 +1,6 @@
 """A teacher whose joint distribution over all V^n sequences is a table: Proposition 1 can be checked exactly on it."""
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -88,6 +89,9 @@ class TableTeacher(CodeTeacher):
         for step in self.order.steps[first_step:last_step]:
             ids[:, step] = choose(step, self.log_p(self.codebook[ids], cond, sampling)[:, step])
         return ids[:, first_step:last_step]
+
+    def fingerprint(self) -> str:
+        return super().fingerprint() + hashlib.sha256(self.joint.cpu().numpy().tobytes()).hexdigest()
 
     def sequences(self, count: int, random: torch.Generator) -> Tensor:
         """Ids (count, n) from the joint distribution."""

@@ -5,8 +5,10 @@ interruption loses less than one file's work, and a torn or altered file is made
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +33,7 @@ class Store:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
+        self._verified: set[Path] = set()
 
     @classmethod
     def filled(cls, folder: Path, count: int, shard: int, batch: int, make: Make, title: str, unit: str) -> "Store":
@@ -61,8 +64,16 @@ class Store:
 
     @classmethod
     def existing(cls, folder: Path) -> "Store":
-        """What `filled` left in a folder."""
-        return cls(sorted(folder.glob("*.safetensors")))
+        """What `filled` left in a folder.
+
+        Raises:
+            InputError: files of different counts lie beside each other.
+        """
+        files = sorted(folder.glob("*.safetensors"))
+        spans = [file.stem.partition("-") for file in files]
+        if any(stop != start for (_, _, stop), (start, _, _) in itertools.pairwise(spans)):
+            raise InputError(f"{folder} holds files of different counts beside each other; delete it, and have it made again")
+        return cls(files)
 
     @property
     def count(self) -> int:
@@ -71,7 +82,10 @@ class Store:
 
     def names(self) -> set[str]:
         """What is kept."""
-        return set(_whole(self.files[0])) if self.files else set()
+        if not self.files:
+            return set()
+        with self._opened(self.files[0]) as rows:
+            return set(rows.keys())
 
     def load(self, name: str) -> Tensor:
         """One kept thing of all rows.
@@ -84,7 +98,15 @@ class Store:
     def stream(self, name: str) -> Iterator[Tensor]:
         """One kept thing, file by file. Errors as `load`."""
         for file in self.files:
-            yield _whole(file)[name]
+            with self._opened(file) as rows:
+                yield rows.get_tensor(name)
+
+    def _opened(self, file: Path) -> Any:
+        """A file, whose checksum has been looked at once."""
+        if file not in self._verified:
+            _whole(file)
+            self._verified.add(file)
+        return safe_open(file, "pt")
 
 
 def _digest(rows: dict[str, Tensor]) -> str:

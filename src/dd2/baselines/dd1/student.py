@@ -155,7 +155,7 @@ class DD1Student(OneStepNetwork):
 
 def _build(teacher: Teacher, config: DD1Config) -> DD1Student:
     codes = require_codes(teacher, "a DD1 student")
-    return DD1Student(codes.backbone, codes.output, codes.tokenizer.codebook, config)
+    return DD1Student(codes.student_backbone(), codes.output, codes.tokenizer.codebook, config)
 
 
 NETWORKS["dd1"] = NetworkKind(DD1Config, _build, DD1Student)

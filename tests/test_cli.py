@@ -413,11 +413,11 @@ def test_evaluate_extras(run, tmp_path, capsys):
 
 @pytest.mark.e2e
 def test_users_features(run, tmp_path, monkeypatch):
-    (tmp_path / "my_features.py").write_text("def mean_rows(images):\n    return images.mean(-1).flatten(1)\n")
+    (tmp_path / "row_features.py").write_text("def mean_rows(images):\n    return images.mean(-1).flatten(1)\n")
     monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", str(run), "--count", "60", "--features", "my_features:mean_rows"]) == 0
+    assert main(["evaluate", str(run), "--count", "60", "--features", "row_features:mean_rows"]) == 0
     numbers = json.loads((run / "metrics.json").read_text())
-    assert numbers["features"] == "my_features:mean_rows"
+    assert numbers["features"] == "row_features:mean_rows"
     assert numbers["accuracy"] == {}
 
 

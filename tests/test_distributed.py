@@ -157,6 +157,7 @@ def test_a_killed_process_ends_the_job_and_the_resumed_run_is_bit_exact(tmp_path
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long
 def test_checkpoints_load_on_other_process_counts(tmp_path, flags):
     """Begun sharded on two processes, finished whole on one."""
     assert main(["distill", "--out", str(tmp_path / "one"), *flags]) == 0
@@ -244,6 +245,7 @@ def test_nan_on_one_process_stops_all(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == [2, 4]
 
 
+@pytest.mark.long
 def test_micro_batches_must_divide_among_processes(tmp_path, flags):
     process = start(2, "distill", "--out", tmp_path / "run", *flags, "--tune.accumulate", 3)
     _, errors = process.communicate(timeout=HANG)

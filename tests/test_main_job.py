@@ -100,6 +100,7 @@ def test_hub_names_are_downloaded(run, monkeypatch):
         OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
 
 
+@pytest.mark.long
 def test_from_scratch_trains_every_part(tmp_path, monkeypatch):
     """`dd2 demo --from-scratch`, every part shortened: the parts are trained, used and reported."""
     from dd2.commands import demo

@@ -62,7 +62,7 @@ def test_a_tensor_left_behind_is_found():
 @pytest.mark.parametrize(
     ("build", "precision", "more"),
     [
-        (tiny_teacher, "float32", ["--csd.d", "dmd", "--csd.generator-draws", "2"]),
+        pytest.param(tiny_teacher, "float32", ["--csd.d", "dmd", "--csd.generator-draws", "2"], marks=pytest.mark.long),
         (tiny_var, "bfloat16", ["--csd.snap-guidance", "--loop.recompute", "--sample-in-loop"]),
     ],
 )

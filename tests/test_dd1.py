@@ -15,9 +15,10 @@ from dd2.checkpoints.native import load_generator, save_generator, save_teacher
 from dd2.cli import main
 from dd2.errors import InputError
 from dd2.generator import Generator
-from dd2.sampling import one_step, token_noise, two_passes
+from dd2.sampling import one_step, two_passes
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.head import token_noise
 from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import sample_seed

@@ -11,10 +11,10 @@ from dd2.cli import main
 from dd2.method.config import RegressConfig
 from dd2.method.recipe import Networks, regress_stage
 from dd2.method.regress import regress_loss
-from dd2.sampling import token_noise
 from dd2.student import HeadConfig, Student
 from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.head import token_noise
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import sample_seed

@@ -14,11 +14,11 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.generator import Generator
 from dd2.order import Order
-from dd2.seeding import image_noise
+from dd2.seeding import one_each
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.head import EULER_STEPS, draw_by_head
+from dd2.teachers.head import EULER_STEPS, draw_by_head, token_noise
 
 Draw = Callable[[Tensor, Sequence[int]], Tensor]
 """Conditions (B, ...) and B seeds to tokens (B, n, C)."""
@@ -27,14 +27,8 @@ Prefix = Literal["snapped", "generated"]
 """What the teacher reads of the generator's tokens when it draws the rest (Alg. 4)."""
 
 
-def token_noise(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
-    """The noise of all tokens, (B, n, C) on the backbone's device; image i's from seeds[i] alone."""
-    return image_noise(seeds, backbone.token_shape).to(backbone.device)
-
-
 def _noise(backbone: Backbone, cond: Tensor, seeds: Sequence[int]) -> Tensor:
-    if len(seeds) != len(cond):
-        raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
+    one_each(cond, seeds)
     return token_noise(backbone, seeds)
 
 

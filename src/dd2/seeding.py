@@ -27,6 +27,16 @@ def on_cpu(random: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(random.initial_seed()) if random.device.type != "cpu" else random
 
 
+def one_each(cond: Tensor, seeds: Sequence[int]) -> None:
+    """Refuse seeds that are not one per condition (B, ...).
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if len(seeds) != len(cond):
+        raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
+
+
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise, (len(seeds), *shape) float32 on the CPU; row i depends on seeds[i] alone."""
     return _per_image(seeds, "noise", lambda g: torch.randn(shape, generator=g))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.sampling import token_noise
 from dd2.scores import CodeMixture
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.head import token_noise
 from dd2.training.samples import TeacherSamples, sample_seed
 
 Solver = Literal["euler", "heun"]

@@ -9,7 +9,7 @@ from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.files import weights_digest
 from dd2.scores import CodeMixture
-from dd2.seeding import image_uniforms
+from dd2.seeding import image_uniforms, one_each
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
@@ -130,8 +130,7 @@ class CodeTeacher(Teacher):
         Raises:
             ValueError: the seeds or the prefix do not fit.
         """
-        if len(seeds) != len(cond):
-            raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
+        one_each(cond, seeds)
         uniforms = image_uniforms(seeds, (self.order.n,)).to(self.device)
         return self.walk(cond, sampling, lambda step, log_p: draw(log_p, uniforms[:, step]), prefix, first_step, last_step)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dd2.errors import InputError
 from dd2.files import weights_digest
 from dd2.scores import HeadScore
-from dd2.seeding import image_noise
+from dd2.seeding import image_noise, one_each
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling
@@ -17,6 +17,11 @@ from dd2.tokenizers.base import Tokenizer
 
 EULER_STEPS = 10
 """Of each token, as in the paper (App. B.3)."""
+
+
+def token_noise(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
+    """The noise of all tokens, (B, n, C) on the backbone's device; image i's from seeds[i] alone."""
+    return image_noise(seeds, backbone.token_shape).to(backbone.device)
 
 
 @torch.no_grad()
@@ -99,11 +104,9 @@ class HeadTeacher(Teacher):
         prefix: Tensor | None = None,
         first_step: int = 0,
     ) -> Tensor:
-        if len(seeds) != len(cond):
-            raise ValueError(f"one seed per condition is needed: {len(cond)} conditions, {len(seeds)} seeds")
-        noise = image_noise(seeds, self.backbone.token_shape).to(self.device)
-        steps = self.euler_steps
-        return draw_by_head(self.backbone, self.head, cond, noise, euler_steps=steps, prefix=prefix, first_step=first_step)
+        one_each(cond, seeds)
+        noise, euler_steps = token_noise(self.backbone, seeds), self.euler_steps
+        return draw_by_head(self.backbone, self.head, cond, noise, euler_steps=euler_steps, prefix=prefix, first_step=first_step)
 
     def snap(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -13,6 +13,7 @@ from dd2.baselines.dd1.student import DD1Config, DD1Student
 from dd2.baselines.dd1.train import DD1TrainConfig, dd1_loss, dd1_stage
 from dd2.checkpoints.native import load_generator, save_generator, save_teacher
 from dd2.cli import main
+from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 from dd2.generator import Generator
 from dd2.sampling import one_step, two_passes
@@ -40,7 +41,7 @@ def test_in_one_dimension_the_ode_is_the_quantile_function(solver):
     log_p = random_log_p(1, 5, 0)
     quantiles = (torch.arange(2000) + 0.5) / 2000
     noise = Normal(0.0, 1.0).icdf(quantiles).unsqueeze(1)
-    found = flow_to_codes(noise, log_p.expand(2000, 5), codes, steps=200, solver=solver)
+    found = flow_to_codes(noise, CodeDistribution.over_all(log_p.expand(2000, 5)), codes, steps=200, solver=solver)
     expected = torch.searchsorted(log_p[0].exp().cumsum(0)[:4], quantiles)
     assert (found != expected).float().mean() < 0.01
     assert (found.diff() >= 0).all()
@@ -53,11 +54,11 @@ def test_normal_noise_becomes_the_distribution():
     noise = torch.randn(20_000, 4, generator=g)
     p = log_p[0].softmax(-1)
     for steps, bound in ((4, 0.2), (40, 0.015)):  # sampling alone gives about 0.008
-        ids = flow_to_codes(noise, log_p.expand(20_000, 12), codes, steps=steps, solver="heun")
+        ids = flow_to_codes(noise, CodeDistribution.over_all(log_p.expand(20_000, 12)), codes, steps=steps, solver="heun")
         assert (ids != 3).all()
         assert (ids.bincount(minlength=12) / 20_000 - p).abs().sum() / 2 < bound
     with pytest.raises(InputError, match="at least 1 step"):
-        flow_to_codes(noise, log_p.expand(20_000, 12), codes, steps=0, solver="heun")
+        flow_to_codes(noise, CodeDistribution.over_all(log_p.expand(20_000, 12)), codes, steps=0, solver="heun")
 
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
@@ -66,8 +67,8 @@ def test_pairs_step_by_step_are_those_of_the_whole_sequence(build):
     teacher: CodeTeacher = build()
     sampling, noise = Sampling(top_k=5), token_noise(teacher.backbone, [3, 4, 5, 6])
     ids = data_of_noise(teacher, noise, LABELS, sampling, steps=8)
-    log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
-    assert torch.equal(flow_to_codes(noise, log_p, teacher.codebook, steps=8, solver="heun"), ids)
+    log_p = teacher.distribution(teacher.codebook[ids], LABELS, sampling).dense()
+    assert torch.equal(flow_to_codes(noise, CodeDistribution.over_all(log_p), teacher.codebook, steps=8, solver="heun"), ids)
     assert torch.equal(data_of_noise(teacher, noise[1:], LABELS[1:], sampling, steps=8), ids[1:])
 
 

@@ -59,7 +59,7 @@ def test_gts_target_is_the_teachers_velocity():
     """A student that is the closed-form velocity has loss 0; the Monte-Carlo loss at it is the noise's variance."""
     teacher, student = tiny_teacher(), random_student(0)
     tokens = teacher.codebook[teacher.generate(LABELS, Sampling(), range(4))]
-    log_p = teacher.log_p(tokens, LABELS, Sampling())
+    log_p = teacher.distribution(tokens, LABELS, Sampling()).dense()
 
     class Exact(nn.Module):
         def forward(self, x_t, t, features):

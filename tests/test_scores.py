@@ -1,5 +1,6 @@
 """Eq. 1 against autograd of the log-density, in float64 and float32, and at its limits."""
 
+import itertools
 import math
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dd2.distribution import CodeDistribution
 from dd2.scores import posterior_mean, score, velocity
+from dd2.teachers.filtering import Sampling, filtered
 
 
 def problem(seed: int, rows: int = 40, codes: int = 11, channels: int = 5, dtype=torch.float64):
@@ -73,16 +78,61 @@ def test_chunks_change_nothing(max_elements):
     torch.testing.assert_close(whole.grad, parted.grad)
 
 
-def test_memory_is_bounded_by_max_elements(monkeypatch):
-    from dd2 import scores
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made; views of given ones are none of them."""
 
-    blocks = []
-    inner = scores._weights
-    monkeypatch.setattr(scores, "_weights", lambda *a: blocks.append((w := inner(*a)).numel()) or w)
-    x_t, t, log_p, codebook = problem(4, rows=100, codes=10)
-    posterior_mean(x_t.requires_grad_(), t, log_p, codebook, max_elements=70).sum().backward()
-    assert max(blocks) <= 70
-    assert len(blocks) == 2 * 15
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
+                self.numel = max(self.numel, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("kept", [None, 3])
+def test_memory_is_bounded_by_max_elements(kept):
+    x_t, t, log_p, codebook = problem(4, rows=100, codes=1000)
+    prior = CodeDistribution.over_all(log_p) if kept is None else filtered(log_p, Sampling(top_k=kept))
+    x_t.requires_grad_()
+    with Largest(prior.log_p) as largest:
+        posterior_mean(x_t, t, prior, codebook, max_elements=7500).sum().backward()
+    assert largest.numel <= 7500  # the 100,000 weights of all rows at once are never there
+
+
+@pytest.mark.parametrize("kept", [1, 2, 40, 99])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_the_kept_codes_alone_give_the_same_as_all_of_them(kept, top_p):
+    """Rows that keep fewer codes than others are padded; t reaches far below where training goes."""
+    x_t, t, log_p, codebook = problem(11, rows=60, codes=200)
+    prior = filtered(3 * log_p, Sampling(top_k=kept, top_p=top_p))
+    assert prior.ids is not None
+    assert prior.ids.shape[-1] <= kept
+    for level in (t, t.clamp_max(0.01), torch.full_like(t, 1e-9)):
+        found = []
+        for distribution in (prior, prior.dense().double()):
+            x = x_t.clone().requires_grad_()
+            mean = posterior_mean(x, level, distribution, codebook, max_elements=3000)
+            (grad,) = torch.autograd.grad((mean * x_t.roll(1, 0)).sum(), x)
+            found += [mean, grad]
+        assert relative_error(found[0].detach(), found[2].detach()) < 1e-6  # log_p itself is float32
+        assert relative_error(found[1], found[3]) < 1e-5
+
+
+def test_kept_codes_in_float32_against_float64():
+    for seed, level in itertools.product(range(5), (0.01, 0.1, 0.5, 0.98)):
+        x_t, _, log_p, codebook = problem(seed, rows=50, codes=300)
+        prior = filtered(4 * log_p, Sampling(top_k=30))
+        t = torch.full((50,), level, dtype=torch.float64)
+        x_0 = codebook[prior.draw(torch.rand(50, generator=torch.Generator().manual_seed(seed)))]
+        x_t = (1 - level) * x_0 + level * (x_t - x_t.mean())
+        exact = posterior_mean(x_t, t, prior, codebook)
+        found = posterior_mean(x_t.float(), t.float(), prior, codebook.float())
+        assert relative_error(found.double(), exact) < 1e-5
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 from dd2.order import RasterOrder
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
+from dd2.teachers.filtering import Sampling, filtered, guided
 from dd2.teachers.llamagen import LlamaGenConfig
 from dd2.teachers.next_scale import NextScaleOrder
 from dd2.tokenizers.base import nearest_ids
@@ -44,8 +45,8 @@ def test_cached_generation_follows_the_full_forward_pass(teacher, cond, sampling
     from dd2.seeding import image_uniforms
 
     ids = teacher.generate(cond, sampling, range(5))
-    log_p = teacher.log_p(teacher.codebook[ids], cond, sampling)
-    assert torch.equal(draw(log_p, image_uniforms(range(5), (teacher.order.n,))), ids)
+    log_p = teacher.distribution(teacher.codebook[ids], cond, sampling).dense()
+    assert torch.equal(CodeDistribution.over_all(log_p).draw(image_uniforms(range(5), (teacher.order.n,))), ids)
     assert len(torch.unique(ids)) > 4
 
 
@@ -94,15 +95,15 @@ def test_guidance_conventions(teacher, cond):
     """None is no guidance for everybody; numbers mean what the family's authors mean by them."""
     tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(5))]
     logits, null = teacher.logits(tokens, cond), teacher.logits(tokens, teacher.backbone.null_condition(cond))
-    torch.testing.assert_close(teacher.log_p(tokens, cond, Sampling()), logits.log_softmax(-1))
-    found = teacher.log_p(tokens, cond, Sampling(cfg_scale=1.5))
+    torch.testing.assert_close(teacher.distribution(tokens, cond, Sampling()).dense(), logits.log_softmax(-1))
+    found = teacher.distribution(tokens, cond, Sampling(cfg_scale=1.5)).dense()
     if isinstance(teacher.order, NextScaleOrder):  # (1 + t) cond - t null, t = cfg k / (S - 1)
         t = torch.tensor([0.0] + [0.75] * 4 + [1.5] * 16).unsqueeze(-1)
         expected, none = (1 + t) * logits - t * null, 0.0
     else:
         expected, none = null + 1.5 * (logits - null), 1.0
     torch.testing.assert_close(found, expected.log_softmax(-1))
-    torch.testing.assert_close(teacher.log_p(tokens, cond, Sampling(cfg_scale=none)), logits.log_softmax(-1))
+    torch.testing.assert_close(teacher.distribution(tokens, cond, Sampling(cfg_scale=none)).dense(), logits.log_softmax(-1))
 
 
 def test_guidance_can_end_early():
@@ -113,8 +114,8 @@ def test_guidance_can_end_early():
         assert teacher.cfg_weights(sampling).tolist() == [3.0] * guided_tokens + [1.0] * (16 - guided_tokens)
     sampling = Sampling(cfg_scale=3.0, cfg_interval=3)
     ids = teacher.generate(LABELS, sampling, range(5))
-    log_p = teacher.log_p(teacher.codebook[ids], LABELS, sampling)
-    plain, whole = (teacher.log_p(teacher.codebook[ids], LABELS, Sampling(cfg_scale=s)) for s in (None, 3.0))
+    log_p = teacher.distribution(teacher.codebook[ids], LABELS, sampling).dense()
+    plain, whole = (teacher.distribution(teacher.codebook[ids], LABELS, Sampling(cfg_scale=s)).dense() for s in (None, 3.0))
     torch.testing.assert_close(log_p[:, :5], whole[:, :5])
     torch.testing.assert_close(log_p[:, 5:], plain[:, 5:])
     with pytest.raises(InputError, match="cfg_interval belongs to LlamaGen"):
@@ -134,15 +135,15 @@ def test_standardisation_changes_no_logit(teacher, cond):
 
 def test_filters():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    assert filtered_log_p(logits, Sampling(top_k=2)).exp().tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
-    assert filtered_log_p(logits, Sampling(top_p=0.7)).exp().tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
-    assert filtered_log_p(logits, Sampling(top_p=0.01)).exp().tolist()[0] == pytest.approx([1, 0, 0, 0])
-    assert filtered_log_p(logits, Sampling(top_k=9)).exp().tolist()[0] == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    assert filtered(logits, Sampling(top_k=2)).dense().exp().tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
+    assert filtered(logits, Sampling(top_p=0.7)).dense().exp().tolist()[0] == pytest.approx([0.625, 0.375, 0, 0])
+    assert filtered(logits, Sampling(top_p=0.01)).dense().exp().tolist()[0] == pytest.approx([1, 0, 0, 0])
+    assert filtered(logits, Sampling(top_k=9)).dense().exp().tolist()[0] == pytest.approx([0.5, 0.3, 0.15, 0.05])
     # top-k comes before top-p: of the two kept codes the first alone holds 0.6
-    assert filtered_log_p(logits, Sampling(top_k=2, top_p=0.6)).exp().tolist()[0] == pytest.approx([1, 0, 0, 0])
-    warm = filtered_log_p(logits, Sampling(temperature=0.5)).exp()
+    assert filtered(logits, Sampling(top_k=2, top_p=0.6)).dense().exp().tolist()[0] == pytest.approx([1, 0, 0, 0])
+    warm = filtered(logits, Sampling(temperature=0.5)).dense().exp()
     torch.testing.assert_close(warm, torch.tensor([[0.25, 0.09, 0.0225, 0.0025]]) / 0.365)
-    assert torch.isneginf(filtered_log_p(logits, Sampling(top_k=1)))[0].tolist() == [False, True, True, True]
+    assert torch.isneginf(filtered(logits, Sampling(top_k=1)).dense())[0].tolist() == [False, True, True, True]
 
 
 def test_guidance_is_extrapolation():
@@ -155,9 +156,9 @@ def test_guidance_is_extrapolation():
 def test_draw_follows_the_distribution():
     p = torch.tensor([0.0, 0.2, 0.5, 0.0, 0.3, 0.0])
     uniforms = (torch.arange(10_000) + 0.5) / 10_000
-    counts = torch.bincount(draw(p.log().expand(10_000, -1), uniforms), minlength=6) / 10_000
+    counts = torch.bincount(CodeDistribution.over_all(p.log().expand(10_000, -1)).draw(uniforms), minlength=6) / 10_000
     torch.testing.assert_close(counts, p, atol=2e-4, rtol=0)
-    edges = draw(p.log().expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    edges = CodeDistribution.over_all(p.log().expand(2, -1)).draw(torch.tensor([0.0, 1 - 2**-24]))
     assert edges.tolist() == [1, 4]
 
 

@@ -1,4 +1,4 @@
-"""Devices: choosing one by name, and switching autocast off on it."""
+"""Devices: choosing one by name, switching autocast off on it, and how much memory a temporary may take there."""
 
 import contextlib
 import os
@@ -33,3 +33,14 @@ def pick_device(name: str) -> torch.device:
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Float32 whatever the autocast around it; the meta device knows none."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def tile_rows(columns: int, device: torch.device) -> int:
+    """Rows of a temporary (rows, columns) in work that goes tile by tile: what a CPU's cache holds, or what fills a GPU.
+
+    Args:
+        columns: numbers in a row.
+        device: where the tile is.
+    """
+    elements = 2**26 if device.type == "cuda" else 2**19
+    return max(1, elements // max(columns, 1))

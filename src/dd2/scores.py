@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_MAX_ELEMENTS = 2**26
-"""Largest (rows x V) block of posterior weights: 256 MiB in float32, of which a few are alive at a time."""
+from dd2.device import full_precision, tile_rows
+from dd2.distribution import CodeDistribution
 
 
 class ConditionalScore(ABC):
@@ -44,22 +45,34 @@ class ConditionalScore(ABC):
 class CodeMixture(ConditionalScore):
     """Eq. 1: tokens that are code c_j with probability p_j.
 
-    The prior is looked at once, here, and not for every draw: each look waits for a GPU. Neither is t, whose noise levels
-    `NoiseLevelConfig` keeps inside (0, 1); `posterior_mean` looks at both.
+    Sums run over the codes that can be drawn, tile by tile: no (positions x V) tensor exists, forward or backward.
+
+    Nothing is looked at here that a GPU would have to wait for: t is kept inside (0, 1) by `NoiseLevelConfig`, and a position
+    without any code comes out as NaN. `posterior_mean` looks at both.
 
     Args:
-        log_p: (*P, V) log-probabilities of the positions P, -inf where a code is excluded. They need not be normalised, and
-            no gradient flows into them.
+        prior: p at the positions P; no gradient flows into it.
         codebook: (V, C) codes, in the same (standardised) space as x_t.
-        max_elements: bound on rows x V of the weights computed at once, forward and backward.
+        max_elements: bound on the numbers of a tile's temporaries, about; None is `tile_rows`.
 
     Raises:
-        ValueError: shapes do not match, or a row of `log_p` excludes every code.
+        ValueError: shapes do not match.
     """
 
-    def __init__(self, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS) -> None:
-        _check_prior(log_p, codebook, max_elements)
-        self.log_p, self.codebook, self.max_elements = log_p.detach(), codebook.detach(), max_elements
+    def __init__(self, prior: CodeDistribution, codebook: Tensor, *, max_elements: int | None = None) -> None:
+        if codebook.ndim != 2 or codebook.shape[0] == 0:
+            raise ValueError(f"codebook must be (V, C) with V > 0, got {tuple(codebook.shape)}")
+        if prior.num_codes != len(codebook):
+            expected = f"log_p must be (..., V) with the codebook's V = {len(codebook)}"
+            raise ValueError(f"{expected}, got {prior.num_codes} codes")
+        if max_elements is not None and max_elements < 1:
+            raise ValueError(f"max_elements must be at least 1, got {max_elements}")
+        codes, channels = codebook.shape
+        # Fewer rows than channels would read the codebook more often than they use it.
+        by_cache = max(tile_rows(codes, codebook.device), channels)
+        self.rows = by_cache if max_elements is None else max(1, max_elements // codes)
+        self.prior, self.codebook = prior, codebook.detach()
+        self._codes: dict[torch.dtype, _Codes] = {}
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         """As `ConditionalScore.x0_hat`; float64 for float64 x_t and float32 otherwise.
@@ -69,25 +82,28 @@ class CodeMixture(ConditionalScore):
         Raises:
             ValueError: x_t is not (..., *P, C), or t has another shape than x_t without channels.
         """
-        codes, channels = self.codebook.shape
-        positions = self.log_p.shape[:-1]
+        channels, positions = self.codebook.shape[1], self.prior.positions
         if x_t.ndim <= len(positions) or x_t.shape[x_t.ndim - 1 - len(positions) :] != (*positions, channels):
             expected = f"(..., {', '.join(map(str, (*positions, channels)))})"
             raise ValueError(f"x_t must be {expected}: log_p's positions by the codebook's C, got {tuple(x_t.shape)}")
         if t.shape != x_t.shape[:-1]:
             raise ValueError(f"t must have x_t's shape without channels, {tuple(x_t.shape[:-1])}, got {tuple(t.shape)}")
         dtype = torch.float64 if x_t.dtype == torch.float64 else torch.float32
+        if dtype not in self._codes:
+            self._codes[dtype] = _Codes(self.codebook.to(dtype))
         rows = math.prod(positions)
-        draws = math.prod(x_t.shape[: x_t.ndim - 1 - len(positions)])
-        with torch.autocast(x_t.device.type, enabled=False):
-            flat: Tensor = _PosteriorMean.apply(  # pyright: ignore[reportAssignmentType]
+        draws = math.prod(t.shape[: t.ndim - len(positions)])
+        prior = self.prior if len(positions) == 1 else self.prior.view(rows)
+        with full_precision(x_t.device):
+            mean: Tensor = _PosteriorMean.apply(  # pyright: ignore[reportAssignmentType]
                 x_t.reshape(draws, rows, channels).to(dtype),
                 t.detach().reshape(draws, rows, 1).to(dtype),
-                self.log_p.reshape(rows, codes),
-                self.codebook.to(dtype),
-                max(1, self.max_elements // codes),
+                prior.log_p.detach().to(dtype),
+                prior.ids,
+                self._codes[dtype],
+                self.rows,
             )
-        return flat.view(x_t.shape)
+        return mean.view(x_t.shape)
 
 
 class HeadScore(ConditionalScore):
@@ -111,14 +127,15 @@ class HeadScore(ConditionalScore):
 
 
 def posterior_mean(
-    x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS
+    x_t: Tensor, t: Tensor, log_p: Tensor | CodeDistribution, codebook: Tensor, *, max_elements: int | None = None
 ) -> Tensor:
     """E[x_0 | x_t] of a token whose prior over the codebook is p (Eq. 1).
 
     Args:
         x_t: (..., C) noised tokens.
         t: (...) noise level of each token, in the open interval (0, 1).
-        log_p: (..., V) as in `CodeMixture`, for all of x_t or for its last dimensions.
+        log_p: (..., V) log-probabilities, -inf where a code is excluded; they need not be normalised. For all of x_t or for its
+            last dimensions. Or a distribution over the codes that are kept.
         codebook: (V, C) codes.
         max_elements: as in `CodeMixture`.
 
@@ -126,88 +143,126 @@ def posterior_mean(
         (..., C) posterior means, as `CodeMixture.x0_hat`.
 
     Raises:
-        ValueError: as `CodeMixture`, or t leaves (0, 1).
+        ValueError: as `CodeMixture`, or t leaves (0, 1), or a row of `log_p` excludes every code.
     """
     return _checked(t, log_p, codebook, max_elements).x0_hat(x_t, t)
 
 
-def velocity(x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS) -> Tensor:
+def velocity(
+    x_t: Tensor, t: Tensor, log_p: Tensor | CodeDistribution, codebook: Tensor, *, max_elements: int | None = None
+) -> Tensor:
     """E[eps - x_0 | x_t], the RectFlow velocity (App. C.1). Arguments and errors as `posterior_mean`."""
     return _checked(t, log_p, codebook, max_elements).velocity(x_t, t)
 
 
-def score(x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, *, max_elements: int = DEFAULT_MAX_ELEMENTS) -> Tensor:
+def score(
+    x_t: Tensor, t: Tensor, log_p: Tensor | CodeDistribution, codebook: Tensor, *, max_elements: int | None = None
+) -> Tensor:
     """Gradient of log p_t(x_t) in x_t (Eq. 1). Arguments and errors as `posterior_mean`."""
     return _checked(t, log_p, codebook, max_elements).score(x_t, t)
 
 
-def _checked(t: Tensor, log_p: Tensor, codebook: Tensor, max_elements: int) -> CodeMixture:
+def _checked(t: Tensor, log_p: Tensor | CodeDistribution, codebook: Tensor, max_elements: int | None) -> CodeMixture:
     if not ((t > 0) & (t < 1)).all():
         raise ValueError("t must lie in the open interval (0, 1); 0 is clean data and 1 pure noise, where Eq. 1 ends")
-    return CodeMixture(log_p, codebook, max_elements=max_elements)
+    if isinstance(log_p, Tensor):
+        if log_p.ndim < 1:
+            raise ValueError("log_p must be (..., V), got a number")
+        log_p = CodeDistribution.over_all(log_p)
+    mixture = CodeMixture(log_p, codebook, max_elements=max_elements)
+    # A maximum of -inf (all codes excluded), +inf or NaN has no posterior; amax sees all three.
+    if log_p.log_p.numel() and not torch.isfinite(log_p.log_p.amax(-1)).all():
+        raise ValueError("every row of log_p needs a finite maximum: a row is all -inf, or holds +inf or NaN")
+    return mixture
+
+
+class _Codes:
+    """A codebook, and sums over the codes of each row: all V of them, or the K whose ids are given.
+
+    Codes are centred, which is exact (the posterior is translation-equivariant) and keeps float32 products small. Products with
+    all V codes are taken densely, as V x C is little, and then those of the K codes that count are picked: reading K rows of the
+    codebook for each position would cost more.
+
+    Args:
+        codebook: (V, C).
+    """
+
+    def __init__(self, codebook: Tensor) -> None:
+        self.centre = codebook.mean(0)
+        self.codes = codebook - self.centre
+        offset = (self.codes * (self.centre + self.codes / 2)).sum(1, keepdim=True)
+        self._energy = torch.cat([self.codes, offset], 1).T
+
+    def weights(self, x: Tensor, t: Tensor, log_p: Tensor, ids: Tensor | None) -> Tensor:
+        """Posterior weights w_j (Eq. 1), (..., R, K), of x (..., R, C) and t (..., R, 1) under log_p (R, K)."""
+        # log w_j = log p_j + (1 - t) / t^2 (x . c_j - (1 - t) |c_j|^2 / 2) but for a constant; the bracket is one product.
+        energy = _picked(torch.cat([x, t - 1], -1) @ self._energy, ids)
+        return torch.softmax(torch.addcmul(log_p, energy, _sharpness(t)), -1)
+
+    def along(self, grad: Tensor, mean: Tensor, ids: Tensor | None) -> Tensor:
+        """Products g . (c_j - mean), (..., R, K)."""
+        return _picked(grad @ self.codes.T, ids) - (grad * mean).sum(-1, keepdim=True)
+
+    def mixed(self, weights: Tensor, ids: Tensor | None) -> Tensor:
+        """Sum over centred codes of weights (..., R, K), (..., R, C)."""
+        if ids is None:
+            return weights @ self.codes
+        bags = ids.expand(weights.shape).reshape(-1, ids.shape[-1])
+        mixed = F.embedding_bag(bags, self.codes, per_sample_weights=weights.reshape(bags.shape), mode="sum")
+        return mixed.view(*weights.shape[:-1], -1)
+
+
+def _sharpness(t: Tensor) -> Tensor:
+    """(1 - t) / t^2, so far bounded that nothing overflows, however small t is: the posterior is one code long before."""
+    return ((1 - t) / t / t).clamp_max(1e25)
+
+
+def _picked(products: Tensor, ids: Tensor | None) -> Tensor:
+    """Those of (..., R, V) at the ids (R, K)."""
+    return products if ids is None else products.gather(-1, ids.long().expand(*products.shape[:-1], -1))
 
 
 class _PosteriorMean(torch.autograd.Function):
-    """Row-chunked forward and backward: the (rows, V) weights are recomputed, never stored. Draws share a row's log_p."""
+    """Forward and backward tile by tile: unless one tile is all, weights are computed again, never stored.
+
+    Draws share a row's prior.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_t: Tensor, t: Tensor, log_p: Tensor, codebook: Tensor, rows: int) -> Tensor:
-        # Centring is exact (the posterior is translation-equivariant) and keeps float32 products small.
-        centre = codebook.mean(0)
-        codes = codebook - centre
-        x = x_t - (1 - t) * centre
-        half_norms = codes.square().sum(-1) / 2
-        mean = torch.empty_like(x)
-        for draw, part in _chunks(x, rows):
-            weights = _weights(x[draw, part], t[draw, part], log_p[part], codes, half_norms)
-            torch.mm(weights, codes, out=mean[draw, part])
-        ctx.save_for_backward(x, t, log_p, codes, half_norms, mean)
-        ctx.rows = rows
-        return mean + centre
+    def forward(ctx: Any, x: Tensor, t: Tensor, log_p: Tensor, ids: Tensor | None, codes: _Codes, rows: int) -> Tensor:
+        ctx.codes, ctx.rows = codes, rows
+        if len(x) * x.shape[1] <= rows:
+            weights = codes.weights(x, t, log_p, ids)
+            mean = codes.mixed(weights, ids)
+        else:
+            weights, mean = None, torch.empty_like(x)
+            for draw, part in _tiles(x, rows):
+                kept = None if ids is None else ids[part]
+                mean[draw, part] = codes.mixed(codes.weights(x[draw, part], t[draw, part], log_p[part], kept), kept)
+        ctx.save_for_backward(x, t, log_p, ids, mean, weights)
+        return mean + codes.centre
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, t, log_p, codes, half_norms, mean = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x, t, log_p, ids, mean, weights), codes = ctx.saved_tensors, ctx.codes
         grad = grads[0].to(x.dtype)
-        covariance_grad = torch.empty_like(x)
+        # Cov_w(c) g = sum_j w_j (g . (c_j - mean)) c_j: centring first avoids cancellation when w is peaked.
         # The caller's autocast is active here, unlike in forward; half precision would be divided by t^2.
-        with torch.autocast(x.device.type, enabled=False):
-            for draw, part in _chunks(x, ctx.rows):
-                weights = _weights(x[draw, part], t[draw, part], log_p[part], codes, half_norms)
-                # Cov_w(c) g = sum_j w_j (g . (c_j - mean)) c_j: centring first avoids cancellation when w is peaked.
-                g = grad[draw, part]
-                along = g @ codes.T - (g * mean[draw, part]).sum(-1, keepdim=True)
-                torch.mm(weights * along, codes, out=covariance_grad[draw, part])
-        # Two divisions, not one by t^2, which underflows for tiny t.
-        return covariance_grad * (1 - t) / t / t, None, None, None, None
+        with full_precision(x.device):
+            if weights is not None:
+                found = codes.mixed(weights * codes.along(grad, mean, ids), ids)
+            else:
+                found = torch.empty_like(x)
+                for draw, part in _tiles(x, ctx.rows):
+                    kept = None if ids is None else ids[part]
+                    weights = codes.weights(x[draw, part], t[draw, part], log_p[part], kept)
+                    weights *= codes.along(grad[draw, part], mean[draw, part], kept)
+                    found[draw, part] = codes.mixed(weights, kept)
+        return found * _sharpness(t), None, None, None, None, None
 
 
-def _weights(x: Tensor, t: Tensor, log_p: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
-    """Posterior weights w_j (Eq. 1), (rows, V)."""
-    log_p = log_p.to(x.dtype)
-    energy = (1 - t) * ((x @ codes.T) - (1 - t) * half_norms)
-    # energy_j = (1-t) x.c_j - (1-t)^2 |c_j|^2 / 2. The largest allowed one is taken off before dividing by t^2,
-    # so that the quotient is 0 or negative, possibly -inf, but never NaN, however small t is.
-    energy = energy.masked_fill(log_p == -math.inf, -math.inf)
-    energy = energy - energy.amax(-1, keepdim=True)
-    return torch.softmax(log_p + energy / t / t, dim=-1)
-
-
-def _chunks(x: Tensor, rows: int) -> list[tuple[int, slice]]:
+def _tiles(x: Tensor, rows: int) -> list[tuple[int, slice]]:
     """Blocks of (draws, R, C): the number of a draw, and at most `rows` of its rows."""
-    draws, length, _ = x.shape
-    parts = [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
-    return [(draw, part) for part in parts for draw in range(draws)]
-
-
-def _check_prior(log_p: Tensor, codebook: Tensor, max_elements: int) -> None:
-    if codebook.ndim != 2 or codebook.shape[0] == 0:
-        raise ValueError(f"codebook must be (V, C) with V > 0, got {tuple(codebook.shape)}")
-    if log_p.ndim < 1 or log_p.shape[-1] != len(codebook):
-        raise ValueError(f"log_p must be (..., V) with the codebook's V = {len(codebook)}, got {tuple(log_p.shape)}")
-    if max_elements < 1:
-        raise ValueError(f"max_elements must be at least 1, got {max_elements}")
-    # A maximum of -inf (all codes excluded), +inf or NaN has no posterior; amax sees all three.
-    if log_p.numel() and not torch.isfinite(log_p.amax(-1)).all():
-        raise ValueError("every row of log_p needs a finite maximum: a row is all -inf, or holds +inf or NaN")
+    parts = [slice(start, min(start + rows, x.shape[1])) for start in range(0, x.shape[1], rows)]
+    return [(draw, part) for part in parts for draw in range(len(x))]

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 from dd2.scores import CodeMixture
 from dd2.teachers.code import CodeTeacher
@@ -107,28 +108,28 @@ def data_of_noise(
     """
     codebook = teacher.codebook
     return teacher.walk(
-        cond, sampling, lambda step, log_p: flow_to_codes(noise[:, step], log_p, codebook, steps=steps, solver=solver)
+        cond, sampling, lambda step, found: flow_to_codes(noise[:, step], found, codebook, steps=steps, solver=solver)
     )
 
 
-def flow_to_codes(noise: Tensor, log_p: Tensor, codebook: Tensor, *, steps: int, solver: Solver) -> Tensor:
+def flow_to_codes(noise: Tensor, prior: CodeDistribution, codebook: Tensor, *, steps: int, solver: Solver) -> Tensor:
     """The code at which each token's ODE ends.
 
     Args:
-        noise: (..., C) where it starts.
-        log_p: (..., V) log-probabilities of the codes.
+        noise: (*P, C) where it starts.
+        prior: of each position P.
         codebook: (V, C) standardised codes.
         steps, solver: as `data_of_noise`.
 
     Returns:
-        (...) ids, never of a code that `log_p` excludes.
+        (*P) ids, each of a code that can be drawn.
 
     Raises:
         InputError: steps below 1, or another solver.
     """
     if steps < 1 or solver not in ("euler", "heun"):
         raise InputError(f'the ODE needs at least 1 step and solver "euler" or "heun", got {steps} and {solver!r}')
-    x, given = noise.float(), CodeMixture(log_p, codebook)
+    x, given = noise.float(), CodeMixture(prior, codebook)
 
     def v(x: Tensor, level: float) -> Tensor:
         return given.velocity(x, x.new_full(x.shape[:-1], min(level, START)))
@@ -138,9 +139,4 @@ def flow_to_codes(noise: Tensor, log_p: Tensor, codebook: Tensor, *, steps: int,
         if solver == "heun" and following > 0:
             slope = (slope + v(x + (following - level) * slope, following)) / 2
         x = x + (following - level) * slope
-    return _nearest_allowed(x, log_p, codebook)
-
-
-def _nearest_allowed(x: Tensor, log_p: Tensor, codebook: Tensor) -> Tensor:
-    closeness = x @ codebook.T - codebook.square().sum(-1) / 2
-    return closeness.masked_fill(log_p == -torch.inf, -torch.inf).argmax(-1)
+    return prior.nearest(x, codebook)

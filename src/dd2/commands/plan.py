@@ -10,10 +10,11 @@ from torch import nn
 from dd2.checkpoints.released import RELEASED, sketch
 from dd2.checkpoints.runs import open_teacher
 from dd2.commands.distill import DistillConfig
+from dd2.device import tile_rows
 from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.processes import say
-from dd2.scores import DEFAULT_MAX_ELEMENTS, HeadScore
+from dd2.scores import HeadScore
 from dd2.student import Student
 from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.layers import layer_stacks
@@ -119,7 +120,9 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     averages = 1 + len(csd.further_emas)
     half = 0.5 if config.loop.precision == "bfloat16" else 1.0
     codes, channels = len(teacher.codebook), teacher.codebook.shape[1]
-    log_p = 4.0 * batch * teacher.order.n * codes
+    rows, allowed = batch * teacher.order.n, min(csd.sampling.top_k or codes, codes)
+    prior = min(4.0 * codes, 8.0 * allowed) * rows  # log p of all codes, or log p and ids of the kept ones
+    tile = 4.0 * codes * tile_rows(codes, torch.device("cuda"))
     # The residual stream is float32 whatever the autocast: a layer keeps it twice, or once if the layer is computed again.
     layers, kept = sum(map(len, layer_stacks(student.backbone))), passes["backbone"].saved
     stream = 4.0 * layers * batch * student.backbone.positions * student.backbone.width
@@ -137,9 +140,9 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
         "gradients": 2 * network / shards,
         "Adam": 4 * network / shards,
         "activations": half * max(guidance, generator) + stream,
-        "log p and Eq. 1": (1 + guided) * log_p
-        + 4.0 * 3 * min(DEFAULT_MAX_ELEMENTS, csd.generator_draws * batch * teacher.order.n * codes)
-        + 4.0 * csd.generator_draws * batch * teacher.order.n * channels * 8,
+        "log p and Eq. 1": prior
+        + 3 * min(tile, 4.0 * csd.generator_draws * rows * codes)
+        + 4.0 * csd.generator_draws * rows * channels * 8,
     }
     backbone, one_head, heads = passes["backbone"], passes["one_head"], passes["generator_head"]
     generated = backbone.flops + one_head.flops

@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dd2.device import full_precision
+from dd2.device import full_precision, tile_rows
+from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 from dd2.files import weights_digest
 from dd2.scores import CodeMixture
 from dd2.seeding import image_uniforms, one_each
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import Conditions
-from dd2.teachers.filtering import Sampling, draw, filtered_log_p, guided
+from dd2.teachers.filtering import Sampling, filtered, guided
 from dd2.tokenizers.base import Tokenizer, nearest_ids
 
 
@@ -38,7 +39,7 @@ class CodeTeacher(Teacher):
         return self.backbone.to_tokens(self.tokenizer.codebook)
 
     def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> CodeMixture:
-        return CodeMixture(self.log_p(tokens, cond, sampling), self.codebook)
+        return CodeMixture(self.distribution(tokens, cond, sampling), self.codebook)
 
     def sample(
         self,
@@ -98,15 +99,28 @@ class CodeTeacher(Teacher):
         """
         return torch.full((self.order.num_steps,), 1.0 if sampling.cfg_scale is None else sampling.cfg_scale)
 
-    def log_p(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> Tensor:
-        """(B, n, V) log of the sampling distribution after cfg, temperature, top-k, top-p; -inf where cut off."""
+    @torch.no_grad()
+    def distribution(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> CodeDistribution:
+        """The sampling distribution at every position (B, n), after cfg, temperature, top-k and top-p; without gradient.
+
+        Logits of all V codes exist for a tile of positions at a time.
+        """
         weights = self._guidance(sampling)
         if weights is None:
-            return filtered_log_p(self.logits(tokens, cond), sampling)
-        both = self.logits(tokens.repeat(2, 1, 1), torch.cat([cond, self.backbone.null_condition(cond)]))
-        logits, null_logits = both.chunk(2)
-        by_position = weights.to(logits.device)[self.order.step_of].unsqueeze(-1)  # (n, 1)
-        return filtered_log_p(guided(logits, null_logits, by_position), sampling)
+            halves = [self.features(tokens, cond)]
+        else:
+            both = torch.cat([cond, self.backbone.null_condition(cond)])
+            halves = list(self.features(tokens.repeat(2, 1, 1), both).chunk(2))
+            weights = weights.to(tokens.device)[self.order.step_of].repeat(len(tokens)).unsqueeze(-1)  # (B n, 1)
+        rows = [half.flatten(0, 1) for half in halves]
+        step, parts = tile_rows(len(self.tokenizer.codebook), tokens.device), []
+        for start in range(0, len(rows[0]), step):
+            part = slice(start, start + step)
+            logits = self.classify(rows[0][part])
+            if weights is not None:
+                logits = guided(logits, self.classify(rows[1][part]), weights[part])
+            parts.append(filtered(logits, sampling))
+        return CodeDistribution.cat(parts).view(*tokens.shape[:2])
 
     def _guidance(self, sampling: Sampling) -> Tensor | None:
         """Guidance weights (S,), or None where no step is guided."""
@@ -132,14 +146,14 @@ class CodeTeacher(Teacher):
         """
         one_each(cond, seeds)
         uniforms = image_uniforms(seeds, (self.order.n,)).to(self.device)
-        return self.walk(cond, sampling, lambda step, log_p: draw(log_p, uniforms[:, step]), prefix, first_step, last_step)
+        return self.walk(cond, sampling, lambda step, found: found.draw(uniforms[:, step]), prefix, first_step, last_step)
 
     @torch.no_grad()
     def walk(
         self,
         cond: Tensor,
         sampling: Sampling,
-        choose: Callable[[slice, Tensor], Tensor],
+        choose: Callable[[slice, CodeDistribution], Tensor],
         prefix: Tensor | None = None,
         first_step: int = 0,
         last_step: int | None = None,
@@ -149,7 +163,7 @@ class CodeTeacher(Teacher):
         Args:
             cond: (B, ...) conditions.
             sampling: the sampling distribution.
-            choose: (positions of the step, log p (B, positions, V)) -> ids (B, positions).
+            choose: (positions of the step, their distribution (B, positions)) -> ids (B, positions).
             prefix: (B, p, C) standardised tokens of the steps before `first_step`.
             first_step, last_step: steps to choose; `last_step` itself is not, None means to the end.
 
@@ -171,7 +185,7 @@ class CodeTeacher(Teacher):
             logits = self.classify(self.backbone.next_features(cache, seen, both))
             if weights is not None:
                 logits = guided(*logits.chunk(2), float(weights[index]))
-            ids.append(choose(step, filtered_log_p(logits, sampling)))
+            ids.append(choose(step, filtered(logits, sampling)))
             tokens = torch.cat([tokens, codebook[ids[-1]]], 1)
         return torch.cat(ids, 1)
 

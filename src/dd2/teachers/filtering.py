@@ -1,4 +1,4 @@
-"""From logits to the teacher's sampling distribution: guidance, temperature, top-k, top-p -> log p."""
+"""From logits to the teacher's sampling distribution: guidance, temperature, top-k, top-p."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 
 
@@ -45,42 +46,34 @@ def guided(logits: Tensor, null_logits: Tensor, weight: float | Tensor) -> Tenso
     return null_logits + weight * (logits.float() - null_logits)
 
 
-def filtered_log_p(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities after temperature, then top-k, then top-p, as in LlamaGen's and VAR's samplers.
+def filtered(logits: Tensor, sampling: Sampling) -> CodeDistribution:
+    """The distribution after temperature, then top-k, then top-p, as in LlamaGen's and VAR's samplers.
+
+    Of equally likely codes at the edge of top-k as many are kept as fit.
 
     Args:
         logits: (..., V), already guided.
         sampling: what to apply; its cfg_scale is not used here.
 
     Returns:
-        (..., V) float32, normalised over the kept codes, -inf for the others.
+        Normalised over the kept codes, float32; the codes that are cut off are left out.
     """
     logits = logits.float() / sampling.temperature
     codes = logits.shape[-1]
     if 0 < sampling.top_k < codes:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
-    if sampling.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
+        kept, ids = logits.topk(sampling.top_k, dim=-1)
+    elif sampling.top_p < 1:
+        kept, ids = logits.sort(dim=-1, descending=True)
+    else:
+        return CodeDistribution.over_all(logits.log_softmax(-1))
+    if sampling.top_p < 1 and kept.numel():
+        p = kept.softmax(-1)
         before = p.cumsum(-1) - p
         before[..., 0] = 0  # the likeliest code always stays
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= sampling.top_p)
-        logits = logits.masked_fill(drop, -math.inf)
-    return logits.log_softmax(-1)
-
-
-def draw(log_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample by inverting the cumulative distribution, so that one number per token decides.
-
-    Args:
-        log_p: (..., V) log-probabilities.
-        uniforms: (...) in [0, 1).
-
-    Returns:
-        (...) int64 ids; a code of probability 0 is never drawn.
-    """
-    cumulative = log_p.double().exp().cumsum(-1)
-    target = uniforms.double().unsqueeze(-1) * cumulative[..., -1:]
-    ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return ids.clamp_max(log_p.shape[-1] - 1)
+        stays = before < sampling.top_p
+        most = int(stays.sum(-1).max())
+        stays, kept, ids = stays[..., :most], kept[..., :most], ids[..., :most]
+        kept = kept.masked_fill(~stays, -math.inf)
+        ids = torch.where(stays, ids, ids[..., :1])
+    ids, order = ids.sort(dim=-1)
+    return CodeDistribution.of_kept(kept.gather(-1, order).log_softmax(-1), ids, codes)

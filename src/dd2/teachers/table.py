@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dd2.distribution import CodeDistribution
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.filtering import Sampling
@@ -59,7 +60,8 @@ class TableTeacher(CodeTeacher):
         self.register_buffer("joint", joint)
         self.standardise()
 
-    def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
+    def features(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, n, V) log-probabilities: the classifier behind them is the identity."""
         ids = nearest_ids(tokens, self.codebook)
         rows = []
         for position in range(self.order.n):
@@ -77,7 +79,7 @@ class TableTeacher(CodeTeacher):
         self,
         cond: Tensor,
         sampling: Sampling,
-        choose: Callable[[slice, Tensor], Tensor],
+        choose: Callable[[slice, CodeDistribution], Tensor],
         prefix: Tensor | None = None,
         first_step: int = 0,
         last_step: int | None = None,
@@ -87,7 +89,7 @@ class TableTeacher(CodeTeacher):
         if prefix is not None:
             ids[:, :first_step] = nearest_ids(prefix, self.codebook)
         for step in self.order.steps[first_step:last_step]:
-            ids[:, step] = choose(step, self.log_p(self.codebook[ids], cond, sampling)[:, step])
+            ids[:, step] = choose(step, self.distribution(self.codebook[ids], cond, sampling)[:, step])
         return ids[:, first_step:last_step]
 
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dd2.device import full_precision
+from dd2.device import full_precision, tile_rows
 from dd2.errors import InputError
 
 
@@ -92,8 +92,13 @@ class TrainableTokenizer(Tokenizer):
 
 
 def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code of each token, in float32 whatever the autocast: (..., C), (V, C) -> (...) int64."""
+    """Index of the nearest code of each token, in float32 whatever the autocast: (..., C), (V, C) -> (...) int64.
+
+    Distances to all V codes exist for a tile of tokens at a time.
+    """
     with full_precision(tokens.device):
-        codes = codebook.float()
-        closeness = tokens.reshape(-1, tokens.shape[-1]).float() @ codes.T - codes.square().sum(-1) / 2
-    return closeness.argmax(-1).view(tokens.shape[:-1])
+        codes, rows = codebook.float(), tokens.reshape(-1, tokens.shape[-1]).float()
+        half_norms = codes.square().sum(-1) / 2
+        parts = rows.split(tile_rows(len(codes), tokens.device))
+        found = [torch.addmm(-half_norms, part, codes.T).argmax(-1) for part in parts]
+    return torch.cat(found).view(tokens.shape[:-1])

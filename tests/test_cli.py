@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig
 from dd2.training.samples import TeacherSamples
-from models import TINY_HEAD, tiny_teacher
+from models import HANG, TINY_HEAD, tiny_teacher
 
 
 @pytest.fixture(scope="module")
@@ -339,18 +341,46 @@ def test_packaged_training_configurations_load(kind):
     assert load_config(DistillConfig, kind).teacher in ("digits", str(teacher.out / "teacher"))
 
 
+def test_an_interrupted_sample_keeps_what_is_done(run, tmp_path):
+    arguments = [run, "--count", 10**6, "--batch", 50, "--out", tmp_path / "a.npz", "--precision", "float32", "--seed", 3]
+    command = [sys.executable, "-m", "dd2", "sample", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        deadline = time.monotonic() + HANG
+        while sum(path.stat().st_size for path in tmp_path.iterdir()) < 50_000:  # pixels are on their way to the disk
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=HANG)[1]
+    assert process.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    kept = np.load(tmp_path / "a.npz")
+    done = len(kept["arr_0"])
+    assert 0 < done < 10**6
+    assert done % 50 == 0
+    assert kept["seeds"].tolist() == list(range(3, 3 + done))
+    assert f"the first {done} of 1000000 images are in" in said
+    assert f"--first {done} --count {10**6 - done}" in said
+
+
 def test_sample_writes_what_it_is_asked_for(run, tmp_path, capsys):
     def sample(*arguments: object) -> None:
         assert main(["sample", *map(str, arguments)]) == 0
 
-    sample(run, "--labels", "2,0", "--count", 5, "--seed", 10, "--out", tmp_path / "a.npz", "--batch", 2)
+    exact = ("--labels", "2,0", "--seed", 10, "--precision", "float32")
+    sample(run, *exact, "--count", 5, "--out", tmp_path / "a.npz", "--batch", 2)
     a = np.load(tmp_path / "a.npz")
     assert (a["arr_0"].shape, a["arr_0"].dtype) == ((5, 16, 16, 1), np.uint8)
     assert a["labels"].tolist() == [2, 0, 2, 0, 2]
     assert a["seeds"].tolist() == [10, 11, 12, 13, 14]
-    sample(run, "--labels", "2,0", "--count", 2, "--seed", 12, "--out", tmp_path / "b.npz")
-    close = np.abs(np.load(tmp_path / "b.npz")["arr_0"].astype(int) - a["arr_0"][2:4].astype(int))
-    assert close.max() <= 1  # the same seeds and labels in another batch, up to rounding
+    for more, whole in ((("--seed", 12, "--count", 2), slice(2, 4)), (("--first", 1, "--count", 3), slice(1, 4))):
+        out = tmp_path / f"{more[0]}.npz"
+        sample(run, *exact, *more, "--out", out)
+        found = np.load(out)
+        close = np.abs(found["arr_0"].astype(int) - a["arr_0"][whole].astype(int))
+        assert close.max() <= 1  # the same seeds and labels in another batch, up to rounding
+        assert all(np.array_equal(found[name], a[name][whole]) for name in ("labels", "seeds"))
     sample(run, "--count", 3, "--out", tmp_path / "folder")
     names = ["000000_label0_seed0.png", "000001_label1_seed1.png", "000002_label2_seed2.png"]
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == names

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -23,7 +24,8 @@ from dd2.evaluation import inception
 from dd2.evaluation.features import classifier_features, inception_features, open_features, read_features
 from dd2.evaluation.images import ImageSet
 from dd2.frechet import FeatureStatistics, frechet_distance
-from dd2.images import export_npz, save_folder, save_npz, to_uint8
+from dd2.images import grid, to_uint8
+from dd2.writers import FolderWriter, NpzWriter, open_writer
 
 pytestmark = pytest.mark.e2e
 
@@ -36,7 +38,7 @@ def write(images: Tensor, path: Path) -> Path:
     """As a folder, a zip or an .npz, by the ending."""
     labels = [0] * len(images)
     if path.suffix == ".npz":
-        save_npz(images, path, labels, list(range(len(images))))
+        save(path, images, labels, list(range(len(images))))
     elif path.suffix == ".zip":
         folder = path.with_suffix("")
         write(images, folder)
@@ -45,8 +47,14 @@ def write(images: Tensor, path: Path) -> Path:
                 archive.write(file, f"some/where/{file.name}")
     else:
         path.mkdir()
-        save_folder(images, path, labels, list(range(len(images))))
+        save(path, images, labels, list(range(len(images))))
     return path
+
+
+def save(path: Path, images: Tensor, labels: list[int], seeds: list[int]) -> None:
+    with open_writer(path) as writer:
+        for part in torch.arange(len(images)).split(7):  # as a command does: batch by batch
+            writer.add(images[part], [labels[i] for i in part], [seeds[i] for i in part])
 
 
 def evaluated(images: Path, reference: Path, *more: object) -> dict[str, float]:
@@ -100,10 +108,56 @@ def test_images_are_mapped_not_loaded(tmp_path):
     assert opened.seeds == list(range(20))
     np.savez_compressed(tmp_path / "b.npz", arr_0=to_uint8(images))
     assert torch.equal(ImageSet(tmp_path / "b.npz")[torch.arange(20)], opened[torch.arange(20)])
-    order = torch.randperm(20)
-    export_npz(tmp_path / "c.npz", order, 7, lambda index: images[index])
-    with np.load(tmp_path / "c.npz") as content:
-        assert np.array_equal(content["arr_0"], to_uint8(images)[order])
+    with np.load(tmp_path / "a.npz") as content:
+        assert np.array_equal(content["arr_0"], to_uint8(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.png", "a"])
+def test_what_was_written_before_an_interruption_is_whole(tmp_path, name):
+    images, out = draw(3, 20), tmp_path / name
+    if not out.suffix:
+        out.mkdir()
+    with pytest.raises(KeyboardInterrupt), open_writer(out, first=5) as writer:  # noqa: PT012
+        writer.add(images[:7], range(7), range(7))
+        writer.add(images[7:14], range(7), range(7, 14))
+        raise KeyboardInterrupt
+    assert writer.count == 14
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if out.suffix == ".npz":
+        with np.load(out) as content:
+            assert np.array_equal(content["arr_0"], to_uint8(images[:14]))
+            assert content["seeds"].tolist() == list(range(14))
+    elif out.suffix == ".png":
+        assert np.array_equal(np.asarray(Image.open(out)), np.asarray(grid(images[:14])))
+    else:
+        assert sorted(path.name for path in out.iterdir())[13] == "000018_label6_seed13.png"
+        assert np.array_equal(np.asarray(Image.open(out / "000005_label0_seed0.png")), to_uint8(images)[0, ..., 0])
+
+
+def test_nothing_is_written_where_nothing_was_done_and_a_failing_disk_is_told(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path / "a.npz"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    images = draw(3, 6)
+    with pytest.raises(OSError, match="gone"), FolderWriter(tmp_path / "gone") as writer:  # noqa: PT012
+        writer.add(images, [0] * 6, range(6))
+        writer.add(images, [0] * 6, range(6))
+    with pytest.raises(OSError, match="gone"):
+        NpzWriter(tmp_path / "gone" / "a.npz")
+
+
+def test_an_npz_is_written_without_holding_it_in_memory(tmp_path):
+    """64 MiB of pixels in batches of 4 MiB."""
+    images = torch.zeros(16, 1, 512, 512)
+    tracemalloc.start()
+    with NpzWriter(tmp_path / "a.npz") as writer:
+        for _ in range(16):
+            writer.add(images, [0] * 16, range(16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "a.npz").stat().st_size > 64 * 2**20
+    assert peak < 36 * 2**20  # numpy's and Python's own: a batch on its way, and a buffer of 16 MiB
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -129,9 +183,9 @@ def test_bad_images_and_references(tmp_path, capsys):
     assert "no arr_0" in refused(capsys, "evaluate", "--images", tmp_path / "other.npz", "--reference", r)
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
     assert "cannot be read" in refused(capsys, "evaluate", "--images", tmp_path / "broken.npz", "--reference", r)
-    save_npz(draw(1, 12), tmp_path / "uneven.npz", [0] * 7 + [1] * 5, list(range(12)))
+    save(tmp_path / "uneven.npz", draw(1, 12), [0] * 7 + [1] * 5, list(range(12)))
     assert "5 to 7 of each of 2 labels" in refused(capsys, "evaluate", "--images", tmp_path / "uneven.npz", "--reference", r)
-    save_npz(draw(1, 12), tmp_path / "twice.npz", [0] * 12, [1] * 12)
+    save(tmp_path / "twice.npz", draw(1, 12), [0] * 12, [1] * 12)
     assert "11 of 12 were drawn with a seed" in refused(capsys, "evaluate", "--images", tmp_path / "twice.npz", "--reference", r)
     Image.new("L", (8, 8)).save(tmp_path / "r" / "small.png")
     assert "differ in size" in refused(capsys, "evaluate", "--images", a, "--reference", r)

@@ -24,6 +24,7 @@ from dd2.reproduce.benches import Bench, open_bench
 from dd2.reproduce.page import Measured, collect, markdown, verdict
 from dd2.reproduce.tables import TABLES, Claim, Row, Table, dd2, open_table, value
 from dd2.reproduce.workshop import Cell, Workshop
+from dd2.sampling import Ways
 from dd2.student import Student
 from models import HANG, TINY_HEAD, tiny_teacher, tiny_var
 
@@ -232,7 +233,7 @@ def test_pictures_of_memorising_and_of_walks(tmp_path):
     torch.testing.assert_close(copied.images[20:], copied.images[:20])
     for teacher in (tiny_teacher(), tiny_var()):
         generator = Generator(Student.from_teacher(teacher, TINY_HEAD).eval(), teacher.tokenizer, teacher.conditions)
-        walk = interpolations(generator, rows=2, columns=5)
+        walk = interpolations(Ways(generator), rows=2, columns=5)
         assert walk.shape == (10, 1, 16, 16)
         steps = (walk[1:5] - walk[:4]).square().mean((1, 2, 3))
         assert 0 < steps.max() < (walk[4] - walk[0]).square().mean() * 4

@@ -165,6 +165,7 @@ def virtual_gpu() -> Iterator[VirtualGPU]:
             "torch.cuda",
             is_available=lambda: True,
             get_device_name=lambda: "virtual",
+            get_device_capability=lambda _: (8, 0),
             set_device=lambda _: None,
             synchronize=lambda *_: None,
         ),

@@ -35,6 +35,10 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+DECODED_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
+"""Numbers of the largest activation when images are decoded; a few of them are alive at a time."""
+
+
 def tile_rows(columns: int, device: torch.device) -> int:
     """Rows of a temporary (rows, columns) in work that goes tile by tile: what a CPU's cache holds, or what fills a GPU.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dd2.errors import InputError
+from dd2.precision import in_precision
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.conditions import Conditions
@@ -50,6 +51,12 @@ class Generator:
         teacher = None if self.teacher is None else self.teacher.to(device)
         return replace(self, student=self.student.to(device), tokenizer=self.tokenizer.to(device), teacher=teacher)
 
+    def in_precision(self, dtype: torch.dtype) -> "Generator":
+        """The same for drawing in `dtype`, under autocast; weights that need none are shared (`dd2.precision`)."""
+        if self.code:
+            return self
+        return replace(self, student=in_precision(self.student, dtype), tokenizer=self.tokenizer.in_precision(dtype))
+
     @property
     def as_teacher(self) -> HeadTeacher:
         """The network as the AR-diffusion model that it is, if it comes from stage 1.
@@ -76,7 +83,7 @@ class Generator:
         """Standardised tokens (B, n, C), drawn under cond (B, ...), to images (B, channels, H, W) in about [-1, 1]."""
         if self.teacher is not None:
             return self._standardised(self.teacher).decode(tokens, cond)
-        return self.tokenizer.decode_codes(self.student.backbone.to_codes(tokens))
+        return self.tokenizer.decode_tiled(self.student.backbone.to_codes(tokens))
 
     def _standardised(self, teacher: Teacher) -> Teacher:
         """The teacher in the standardisation of the network."""

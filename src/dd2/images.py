@@ -1,9 +1,6 @@
-"""Images as files: grids for people, folders and npz for tools."""
+"""Images as bytes: the one rounding, grids for people, PNG. `dd2.writers` makes folders and .npz files of them."""
 
 import io
-import os
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +22,19 @@ def byte_levels(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int = 0, padding: int = 2, zoom: int = 0) -> Image.Image:
-    """One picture of all images (N, channels, H, W) in [-1, 1].
+    """As `one_picture`, of images (N, channels, H, W) in [-1, 1]."""
+    return one_picture(to_uint8(images), columns, padding, zoom)
+
+
+def one_picture(pixels: np.ndarray, columns: int = 0, padding: int = 2, zoom: int = 0) -> Image.Image:
+    """One picture of all images, uint8 (N, H, W, channels).
 
     Args:
-        images: what to show, row by row.
+        pixels: what to show, row by row.
         columns: images per row; 0 makes the grid about square.
         padding: pixels between images, before zooming.
         zoom: whole-number enlargement; 0 brings small images to about 48 pixels.
     """
-    pixels = to_uint8(images)
     count, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     zoom = zoom or max(1, 48 // height)
@@ -44,7 +45,7 @@ def grid(images: Tensor, columns: int = 0, padding: int = 2, zoom: int = 0) -> I
         left = padding + index % columns * (width + padding)
         sheet[top : top + height, left : left + width] = image
     sheet = sheet.repeat(zoom, 0).repeat(zoom, 1)
-    return _pil(sheet)
+    return picture(sheet)
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 0) -> None:
@@ -60,47 +61,6 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def save_folder(images: Tensor, folder: Path, labels: list[int], seeds: list[int]) -> None:
-    """One PNG per image, named by index, label and seed."""
-    for index, pixels in enumerate(to_uint8(images)):
-        name = f"{index:06d}_label{labels[index]}_seed{seeds[index]}.png"
-        write_atomic(folder / name, png(_pil(pixels)))
-
-
-def save_npz(images: Tensor, path: Path, labels: list[int], seeds: list[int]) -> None:
-    """`arr_0` uint8 NHWC (the ADM evaluator's key), with labels and seeds beside it."""
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=to_uint8(images), labels=np.asarray(labels), seeds=np.asarray(seeds))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
-
-
-def export_npz(path: Path, order: Tensor, batch: int, draw: Callable[[Tensor], Tensor]) -> None:
-    """Write `arr_0` uint8 NHWC without holding the images in memory.
-
-    Args:
-        path: the .npz.
-        order: (N,) indices of images in the order of the file.
-        batch: images at a time.
-        draw: indices -> images (B, channels, H, W) in [-1, 1].
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with (
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as file,
-        ):
-            for index, part in enumerate(order.split(batch)):
-                pixels = to_uint8(draw(part))
-                if index == 0:
-                    shape = (len(order), *pixels.shape[1:])
-                    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                file.write(pixels.tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _pil(pixels: np.ndarray) -> Image.Image:
+def picture(pixels: np.ndarray) -> Image.Image:
+    """One image uint8 (H, W, channels) of 1 or 3 channels."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd2.device import full_precision
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values, each (B, heads, positions, head_dim), to the mixed values."""
 
@@ -95,6 +97,9 @@ class RasterOrder(Order):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys, grouped = q.shape[-2], k.shape[-2], q.shape[1] != k.shape[1]
         if queries == 1:  # the newest position sees everything
+            if q.device.type == "cpu":  # whose kernel for bfloat16 takes 4 times as long for one query
+                with full_precision(q.device):
+                    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=grouped).to(v.dtype)
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if queries == keys:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

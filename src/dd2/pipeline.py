@@ -11,6 +11,7 @@ from dd2.checkpoints.runs import open_generator
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.generator import Generator
+from dd2.precision import Precision, pick_precision
 from dd2.sampling import Ways
 
 
@@ -19,14 +20,21 @@ class OneStepPipeline:
 
     Args:
         generator: the distilled network and its tokenizer, on one device.
+        dtype: the arithmetic that it draws in.
     """
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float32) -> None:
+        self._ways = Ways(generator).in_precision(dtype)
+        self.generator, self.dtype = self._ways.generator, dtype
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, device: str = "auto", captions: str = "", trust: Sequence[str] = ()
+        cls,
+        name: str | Path,
+        device: str = "auto",
+        captions: str = "",
+        trust: Sequence[str] = (),
+        dtype: Precision = "auto",
     ) -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
 
@@ -35,6 +43,7 @@ class OneStepPipeline:
             device: auto, cpu, cuda or cuda:N.
             captions: for text-conditional models, a file of dd2 text-features; labels are its rows. By default the run's.
             trust: modules of yours that the generator may import, because its teacher was module:function.
+            dtype: "float32", "bfloat16", "float16" (CUDA), or "auto": bfloat16 where the device computes in it.
 
         Raises:
             InputError: there is nothing to load, or it is damaged.
@@ -42,7 +51,9 @@ class OneStepPipeline:
         path = Path(name)
         if not path.exists() and str(name).count("/") == 1:
             path = _download(str(name))
-        return cls(open_generator(path, pick_device(device), captions, trust))
+        place = pick_device(device)
+        precision = pick_precision(dtype, place)
+        return cls(open_generator(path, place, captions, trust), precision)
 
     def __call__(self, labels: Sequence[int], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
         """Draw one image per label.
@@ -68,8 +79,8 @@ class OneStepPipeline:
             raise InputError(f"labels must be classes 0 to {count - 1}, got {min(labels)} to {max(labels)}")
         with torch.inference_mode():
             cond = generator.conditions(torch.tensor(list(labels), dtype=torch.long, device=generator.device))
-            tokens = Ways(generator).one_step()(cond, seeds)
-            return generator.decode(generator.snap(tokens) if nearest else tokens, cond).clamp(-1, 1).cpu()
+            tokens = self._ways.one_step()(cond, seeds)
+            return self._ways.decode(generator.snap(tokens) if nearest else tokens, cond).clamp(-1, 1).cpu()
 
 
 def _download(name: str) -> Path:

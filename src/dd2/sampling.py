@@ -5,7 +5,7 @@ All return standardised tokens (B, n, C) and take one seed per image; the comman
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.generator import Generator
 from dd2.order import Order
+from dd2.precision import autocast
 from dd2.seeding import one_each
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
@@ -103,6 +104,7 @@ class Ways:
         sampling: how the teacher samples.
         tuned: the stage-1 model, where there is one.
         prefix: what the teacher reads in `few_steps`.
+        precision: the arithmetic that the networks draw and decode in; all tokens and images are float32.
     """
 
     generator: Generator
@@ -110,14 +112,35 @@ class Ways:
     sampling: Sampling = field(default_factory=Sampling)
     tuned: Generator | None = None
     prefix: Prefix = "snapped"
+    precision: torch.dtype = torch.float32
+
+    def in_precision(self, dtype: torch.dtype) -> "Ways":
+        """The same in another precision than float32."""
+        return replace(
+            self,
+            generator=self.generator.in_precision(dtype),
+            teacher=None if self.teacher is None else self.teacher.in_precision(dtype),
+            tuned=None if self.tuned is None else self.tuned.in_precision(dtype),
+            precision=dtype,
+        )
+
+    def decode(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Standardised tokens (B, n, C), drawn under cond (B, ...), to images (B, channels, H, W) in about [-1, 1]."""
+        with autocast(tokens.device, self.precision):
+            return self.generator.decode(tokens, cond).float()
 
     def one_step(self) -> Draw:
         """The generator alone."""
-        return lambda cond, seeds: one_step(self.generator.student, cond, seeds)
+        return self._drawn(lambda cond, seeds: one_step(self.generator.student, cond, seeds))
+
+    def of_noise(self, noise: Tensor, cond: Tensor) -> Tensor:
+        """What the generator alone makes of noise (B, n, C) under cond (B, ...)."""
+        with autocast(noise.device, self.precision):
+            return self.generator.student.as_generator(noise, cond).float()
 
     def two_passes(self) -> Draw:
         """The generator's own second pass."""
-        return lambda cond, seeds: two_passes(self.generator.student, cond, seeds)
+        return self._drawn(lambda cond, seeds: two_passes(self.generator.student, cond, seeds))
 
     def few_steps(self, steps: int) -> Draw:
         """The teacher redraws the last steps - 1 AR steps; 1 is `one_step`.
@@ -127,9 +150,10 @@ class Ways:
         """
         if steps == 1:
             return self.one_step()
-        teacher = self._teacher()
+        teacher = self.known_teacher
         first_redrawn_step(teacher.order, steps)
-        return lambda cond, seeds: refine(self.generator.student, teacher, cond, self.sampling, seeds, steps, self.prefix)
+        generator = self.generator.student
+        return self._drawn(lambda cond, seeds: refine(generator, teacher, cond, self.sampling, seeds, steps, self.prefix))
 
     def ar_diffusion(self) -> Draw:
         """The stage-1 model, step by step.
@@ -140,7 +164,7 @@ class Ways:
         if self.tuned is None:
             raise InputError("there is no stage-1 model (ar_diffusion/) here; give a run of dd2 distill that has trained one")
         tuned = self.tuned.as_teacher
-        return lambda cond, seeds: tuned.sample(cond, self.sampling, seeds)
+        return self._drawn(lambda cond, seeds: tuned.sample(cond, self.sampling, seeds))
 
     def by_teacher(self) -> Draw:
         """The teacher itself, with its key/value cache.
@@ -148,10 +172,25 @@ class Ways:
         Raises:
             InputError: there is none.
         """
-        teacher = self._teacher()
-        return lambda cond, seeds: teacher.sample(cond, self.sampling, seeds)
+        teacher = self.known_teacher
+        return self._drawn(lambda cond, seeds: teacher.sample(cond, self.sampling, seeds))
 
-    def _teacher(self) -> Teacher:
+    def _drawn(self, draw: Draw) -> Draw:
+        """In the precision."""
+
+        def drawn(cond: Tensor, seeds: Sequence[int]) -> Tensor:
+            with autocast(cond.device, self.precision):
+                return draw(cond, seeds).float()
+
+        return drawn
+
+    @property
+    def known_teacher(self) -> Teacher:
+        """The teacher.
+
+        Raises:
+            InputError: there is none.
+        """
         if self.teacher is None:
             raise InputError("the teacher is unknown here: give the run folder of dd2 distill, not a generator alone")
         return self.teacher

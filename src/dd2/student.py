@@ -117,6 +117,11 @@ class OneStepNetwork(nn.Module, ABC):
         """One pass: noise (B, n, C), cond (B, ...) -> clean standardised tokens (B, n, C)."""
 
     @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """Modules that are called in float32, whatever the autocast around them."""
+        return ()
+
+    @property
     def has_two_passes(self) -> bool:
         """Whether `two_passes` can be called."""
         return False

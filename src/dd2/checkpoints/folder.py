@@ -50,7 +50,7 @@ def write_model(folder: Path, module: nn.Module, config: dict[str, Any], dtype: 
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:
-    """Load model.safetensors of a folder into `module`, as float32 and with every tensor accounted for."""
+    """Load model.safetensors of a folder into `module`, in its own dtypes and with every tensor accounted for."""
     file = folder / "model.safetensors"
     try:
         tensors = load_file(file)
@@ -68,7 +68,7 @@ def load_weights(folder: Path, module: nn.Module) -> None:
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
-    module.load_state_dict({key: value.float() for key, value in tensors.items()})
+    module.load_state_dict(tensors)
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

@@ -25,10 +25,11 @@ from dd2.evaluation.score import Scorer
 from dd2.evaluation.speed import speed_numbers
 from dd2.evaluation.summary import summary
 from dd2.files import writable_folder, write_atomic
-from dd2.images import export_npz
+from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.training.samples import TeacherSamples, samples_identity
+from dd2.writers import NpzWriter
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         What was stored; empty on all processes but the first.
     """
     device = pick_device(config.device)
+    pick_precision(config.precision, device)  # refuses before anything is read
     network = open_features(config.features, device)
     return evaluate_images(config, network, device) if config.images else _evaluate_run(config, network, device)
 
@@ -73,7 +75,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.path_length:
         numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
     if config.speed:
-        numbers |= speed_numbers(run.teacher, ways_of(run, config), config.batch)
+        numbers |= speed_numbers(ways_of(run, config), config.batch)
     seconds = {**spent, "evaluate": time.perf_counter() - start}
     seconds["total"] = sum(seconds.values())
     decides = {key: value for key, value in flat(config).items() if key not in ("run", "device", "trust")}
@@ -84,6 +86,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "features_digest": network.digest,
         "evaluation": {
             **decides,
+            "precision": name_of(pick_precision(config.precision, device)),
             "reference": reference.described,
             "images_per_label": config.count / labels,
             "seeds": f"one per image, derived from {config.seed}",
@@ -107,12 +110,14 @@ def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) ->
     """The evaluation that gave a run's metrics.json, as far as it decides what is drawn."""
     made = numbers["evaluation"]
     same = {name: made[name] for name in ("count", "features", "batch", "seed", "prefix", "marginal")}
+    same["precision"] = made.get("precision", "float32")
     return EvaluateConfig(run=run, steps=tuple(made["steps"]), skip=tuple(made["skip"]), trust=trust, **same)
 
 
 def ways_of(run: FinishedRun, config: EvaluateConfig) -> Ways:
     """What an evaluation draws from."""
-    return Ways(run.generator, run.teacher, run.sampling, run.ar_diffusion, config.prefix)
+    ways = Ways(run.generator, run.teacher, run.sampling, run.ar_diffusion, config.prefix)
+    return ways.in_precision(pick_precision(config.precision, run.generator.device))
 
 
 def comparison(config: EvaluateConfig, run: FinishedRun, network: FeatureNetwork) -> tuple[Scorer, dict[str, Method]]:
@@ -120,9 +125,11 @@ def comparison(config: EvaluateConfig, run: FinishedRun, network: FeatureNetwork
     folder = config.run / "teacher_samples"
     samples = TeacherSamples.load(folder, run.teacher)
     banks = config.cache or config.run / "features"
-    scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, config.metrics)
+    ways = ways_of(run, config)
+    precision = name_of(ways.precision)
+    scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, precision, config.metrics)
     marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"
-    return scorer, methods(ways_of(run, config), run.teacher, marginal, made_of, config.steps, config.skip)
+    return scorer, methods(ways, run.teacher, marginal, made_of, config.steps, config.skip)
 
 
 def _reference(
@@ -138,6 +145,8 @@ def _export(out: Path, config: EvaluateConfig, scorer: Scorer, generator: Method
         return generator.draw(scorer.labels(index), scorer.seeds("methods", index))[0]
 
     order = torch.randperm(config.count, generator=torch.Generator().manual_seed(config.seed))
-    with torch.inference_mode():
-        export_npz(out, order, config.batch, draw)
+    writable_folder(out.parent, "output folder")
+    with NpzWriter(out) as writer, torch.inference_mode():
+        for index in order.split(config.batch):
+            writer.add(draw(index), scorer.labels(index).tolist(), scorer.seeds("methods", index))
     say(f"wrote {config.count} shuffled images to {out}")

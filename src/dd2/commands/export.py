@@ -42,7 +42,7 @@ class ExportConfig:
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Format on disk; loading always gives float32."""
+    """Format on disk. What it is drawn in is chosen where it is used (--precision)."""
 
 
 def export(config: ExportConfig) -> Path:

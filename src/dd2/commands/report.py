@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from dd2.checkpoints.runs import FinishedRun, open_run
-from dd2.commands.evaluate import comparison, evaluation_of
+from dd2.commands.evaluate import comparison, evaluation_of, ways_of
 from dd2.data.source import open_data
 from dd2.device import pick_device
 from dd2.errors import InputError
@@ -80,6 +80,7 @@ def _section(config: ReportConfig, folder: Path) -> Section:
         raise InputError(f"{folder}/metrics.json is of an older dd2; run dd2 evaluate on it again")
     run = open_run(folder, device, trust=config.trust)
     evaluation = evaluation_of(folder, numbers, config.trust)
+    ways = ways_of(run, evaluation)
     if is_code(evaluation.features):
         check_trust(evaluation.features, config.trust, folder)
     network = open_features(evaluation.features, device)
@@ -88,14 +89,14 @@ def _section(config: ReportConfig, folder: Path) -> Section:
     pictures = []
     data = config.data or ("digits" if run.record.teacher == "digits" else "")
     if data:
-        pictures.append(_nearest(config, run, network, data))
-    walk = titled([("from one noise to another, the label of each row kept", interpolations(run.generator, seed=config.seed))])
+        pictures.append(_nearest(config, run, ways, network, data))
+    walk = titled([("from one noise to another, the label of each row kept", interpolations(ways, seed=config.seed))])
     text = "Noise along the great circle between two draws, its length kept. Jumps are where a token changes its code."
     pictures.append(("a walk through the noise", text, png(walk)))
     return Section(folder, numbers, images, pictures)
 
 
-def _nearest(config: ReportConfig, run: FinishedRun, network: FeatureNetwork, name: str) -> tuple[str, str, bytes]:
+def _nearest(config: ReportConfig, run: FinishedRun, ways: Ways, network: FeatureNetwork, name: str) -> tuple[str, str, bytes]:
     """Random samples above the training images nearest to them."""
     channels, size, _ = run.teacher.tokenizer.image_shape
     data = open_data(name, size, channels)
@@ -105,7 +106,7 @@ def _nearest(config: ReportConfig, run: FinishedRun, network: FeatureNetwork, na
     cond = run.generator.conditions.default(SAMPLES, device)
     with torch.inference_mode():
         seeds = [seed_of("report", config.seed, i) for i in range(SAMPLES)]
-        samples = run.generator.decode(Ways(run.generator).one_step()(cond, seeds), cond)
+        samples = ways.decode(ways.one_step()(cond, seeds), cond)
     found = nearest_training(network, samples, training.to(device), held_out.to(device))
     text = (
         f"Each sample above the nearest of {TRAINING_IMAGES:,} training images (augmented as in training), in the features of "

@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from dd2.checkpoints.runs import open_generator, open_run
 from dd2.config import RunFolder
 from dd2.device import pick_device
-from dd2.errors import InputError
+from dd2.errors import InputError, Interrupted
 from dd2.files import writable_folder
-from dd2.images import save_folder, save_grid, save_npz
+from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways, first_redrawn_step
 from dd2.teachers.filtering import Sampling
+from dd2.writers import open_writer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """Draw images. Image i has seed `seed` + i and label labels[i mod the number of labels].
 
-    The same seed and label give the same image, whatever the count and the batch (up to float rounding).
+    The same seed and label give the same image, whatever the count and the batch (up to rounding in the precision). Files are
+    written as images are drawn; an interruption keeps those that are done.
     """
 
     run: RunFolder
@@ -38,7 +39,9 @@ class SampleConfig:
     count: int = 64
     """Images."""
     seed: int = 0
-    """Seed of the first image."""
+    """Seed of image 0."""
+    first: int = 0
+    """Number of the first image: several jobs, or a second one after an interruption, can share one numbering."""
     steps: int = 1
     """1: the generator alone. k: the teacher redraws the last k - 1 AR steps (Alg. 4)."""
     prefix: Prefix = "snapped"
@@ -60,6 +63,9 @@ class SampleConfig:
     """The teacher's top-p; None: as distilled."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks (dd2 evaluate has float32): bfloat16, float32, or float16 on CUDA. auto: bfloat16 where the
+    device computes in it."""
     batch: int = 256
     """Images at a time."""
     device: str = "auto"
@@ -70,51 +76,51 @@ class SampleConfig:
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**62:
-            raise InputError(f"seed must be in 0 to 2^62 - 1, got {self.seed}")
+        if not 0 <= self.seed < 2**62 or self.first < 0:
+            raise InputError(f"seed must be in 0 to 2^62 - 1 and first not negative, got {self.seed} and {self.first}")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":
             raise InputError(f"steps {self.steps} goes with method generator only, not {self.method}")
 
 
-def sample(config: SampleConfig) -> Tensor:
+def sample(config: SampleConfig) -> None:
     """Draw the images and write them.
 
-    Returns:
-        Images (count, channels, H, W) in about [-1, 1].
+    Raises:
+        InputError: what is asked for is not there, or does not go together.
+        Interrupted: by Ctrl-C; the images that were done are written, whole.
     """
     device = pick_device(config.device)
-    ways = _opened(config, device)
+    precision = pick_precision(config.precision, device)
+    ways = _opened(config, device).in_precision(precision)
     generator, backbone = ways.generator, ways.generator.student.backbone
     conditions = generator.conditions if ways.teacher is None else ways.teacher.conditions
-    labels = parse_labels(config.labels, conditions.num_labels, config.count)
+    labels = parse_labels(config.labels, conditions.num_labels, config.count, config.first)
     first_redrawn_step(backbone.order, config.steps)  # refuses before anything is drawn
     draw = _draw(config, ways)
-    seeds = list(range(config.seed, config.seed + config.count))
+    seeds = list(range(config.seed + config.first, config.seed + config.first + config.count))
     if config.out.suffix and config.out.is_dir():
         raise InputError(f"out {config.out} is a folder; name a file, or a folder without ending")
     if config.out.is_dir() and any(config.out.iterdir()):
         raise InputError(f"out {config.out} is not empty: its old images would mix with the new; choose another --out")
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
-    parts = []
-    with progress("sample", config.count, "img") as bar, torch.inference_mode():
-        for start in range(0, config.count, config.batch):
-            chosen = slice(start, start + config.batch)
-            cond = conditions(torch.tensor(labels[chosen], device=device))
-            tokens = draw(cond, seeds[chosen])
-            tokens = generator.snap(tokens) if config.decoding == "nearest" else tokens
-            parts.append(generator.decode(tokens, cond).cpu())
-            bar.update(len(cond))
-    images = torch.cat(parts)
-    if config.out.suffix == ".png":
-        save_grid(images, config.out)
-    elif config.out.suffix == ".npz":
-        save_npz(images, config.out, labels, seeds)
-    else:
-        save_folder(images, config.out, labels, seeds)
-    say(f"wrote {config.count} images to {config.out}")
-    return images
+    writer = open_writer(config.out, config.first)
+    try:
+        with writer, progress("sample", config.count, "img") as bar, torch.inference_mode():
+            for start in range(0, config.count, config.batch):
+                chosen = slice(start, start + config.batch)
+                cond = conditions(torch.tensor(labels[chosen], device=device))
+                tokens = draw(cond, seeds[chosen])
+                tokens = generator.snap(tokens) if config.decoding == "nearest" else tokens
+                writer.add(ways.decode(tokens, cond), labels[chosen], seeds[chosen])
+                bar.update(len(cond))
+    except KeyboardInterrupt:
+        done = writer.count
+        kept = f"the first {done} of {config.count} images are in {config.out}" if done else "no image was done"
+        rest = f"--first {config.first + done} --count {config.count - done}"
+        raise Interrupted(f"interrupted: {kept}; the rest: the same command with {rest} and another --out") from None
+    say(f"wrote {config.count} images to {config.out} ({name_of(precision)})")
 
 
 def _opened(config: SampleConfig, device: torch.device) -> Ways:
@@ -139,8 +145,8 @@ def _sampling(config: SampleConfig, distilled: Sampling) -> Sampling:
     return replace(distilled, **{name: value for name, value in named.items() if value is not None})
 
 
-def parse_labels(text: str, num_classes: int, count: int) -> list[int]:
-    """The label of each of `count` images from "all" or a comma-separated list.
+def parse_labels(text: str, num_classes: int, count: int, first: int = 0) -> list[int]:
+    """The label of each of `count` images, the first of which has number `first`, from "all" or a comma-separated list.
 
     Raises:
         InputError: an entry is not a class.
@@ -155,4 +161,4 @@ def parse_labels(text: str, num_classes: int, count: int) -> list[int]:
     for label in chosen:
         if not 0 <= label < num_classes:
             raise InputError(f"label {label} is not a class of this model; its classes are 0 to {num_classes - 1}")
-    return [chosen[index % len(chosen)] for index in range(count)]
+    return [chosen[index % len(chosen)] for index in range(first, first + count)]

@@ -7,6 +7,7 @@ from dd2.baselines.marginal import Over
 from dd2.config import RunFolder
 from dd2.errors import InputError
 from dd2.evaluation.metrics import MetricConfig
+from dd2.precision import Precision
 from dd2.sampling import Prefix
 
 
@@ -58,6 +59,9 @@ class EvaluateConfig:
     """Folder of features on disk, RUN/features by default: runs of one teacher that share it draw the teacher once."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
+    precision: Precision = "float32"
+    """Arithmetic in which images are drawn: float32, bfloat16, float16 (CUDA), or auto. Features, metrics and the teacher NLL are
+    float32 in any case."""
     batch: int = 500
     """Images at a time."""
     seed: int = 0

@@ -10,8 +10,8 @@ from torch import Tensor
 from dd2.evaluation.features import FeatureNetwork, read_features
 from dd2.evaluation.neighbours import squared_distances
 from dd2.evaluation.path_length import slerp
-from dd2.generator import Generator
 from dd2.images import grid
+from dd2.sampling import Ways
 from dd2.seeding import image_noise
 
 COLUMNS = 20
@@ -65,8 +65,9 @@ def nearest_training(network: FeatureNetwork, samples: Tensor, training: Tensor,
 
 
 @torch.inference_mode()
-def interpolations(generator: Generator, rows: int = 4, columns: int = COLUMNS, seed: int = 0) -> Tensor:
+def interpolations(ways: Ways, rows: int = 4, columns: int = COLUMNS, seed: int = 0) -> Tensor:
     """Walks along great circles of the noise, its length kept, the label fixed: (rows * columns, channels, H, W)."""
+    generator = ways.generator
     device, shape = generator.device, generator.student.backbone.token_shape
     ends = image_noise([seed + row for row in range(rows)], (2, *shape)).to(device)
     labels = generator.conditions.default_labels(torch.arange(rows, device=device))
@@ -75,5 +76,5 @@ def interpolations(generator: Generator, rows: int = 4, columns: int = COLUMNS, 
         a, b = (end.flatten().expand(columns, -1) for end in ends[row])
         noise = slerp(a, b, torch.linspace(0, 1, columns, device=device)).view(columns, *shape)
         cond = generator.conditions(labels[row].expand(columns))
-        walks.append(generator.decode(generator.student.as_generator(noise, cond), cond).cpu())
+        walks.append(ways.decode(ways.of_noise(noise, cond), cond).cpu())
     return torch.cat(walks)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import skipped
 from dd2.files import weights_digest
+from dd2.precision import autocast
 from dd2.sampling import Draw, Ways
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
@@ -73,7 +74,7 @@ def methods(
             cond = teacher.conditions(labels)
             tokens = draw(cond, seeds)
             tokens = teacher.snap(tokens) if snap else tokens
-            return teacher.decode(tokens, cond), tokens
+            return ways.decode(tokens, cond), tokens
 
         return drawn
 
@@ -91,20 +92,25 @@ def methods(
         decides = {**generator, "prefix": ways.prefix}
         found[few_steps(k)] = Method(f"Generator and teacher, {k} steps", whole(ways.few_steps(k)), decides)
     for m in skips:
-        found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, teacher, m))
+        found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, m))
 
     def independent(labels: Tensor, seeds: list[int]) -> Drawn:
         tokens = marginal.draw(labels, seeds)
-        return teacher.decode(tokens, teacher.conditions(labels)), tokens
+        return ways.decode(tokens, teacher.conditions(labels)), tokens
 
     decides = {"samples": marginal_of, "over": marginal.over}
     found["onestep_marginal"] = Method(f"onestep*, independent tokens (per {marginal.over})", independent, decides)
     return found
 
 
-def _skipped(ways: Ways, teacher: Teacher, m: int) -> Callable[[Tensor, list[int]], Drawn]:
-    codes = require_codes(teacher, f"skip-{m}")
-    return lambda labels, seeds: (skipped(codes, codes.conditions(labels), ways.sampling, seeds, m), None)
+def _skipped(ways: Ways, m: int) -> Callable[[Tensor, list[int]], Drawn]:
+    codes = require_codes(ways.known_teacher, f"skip-{m}")
+
+    def drawn(labels: Tensor, seeds: list[int]) -> Drawn:
+        with autocast(labels.device, ways.precision):
+            return skipped(codes, codes.conditions(labels), ways.sampling, seeds, m), None
+
+    return drawn
 
 
 def absent(teacher: Teacher) -> list[str]:

@@ -41,6 +41,7 @@ class Scorer:
         batch: images at a time.
         seed: seed of the evaluation.
         banks: folder of the features on disk.
+        precision: that the methods draw in; what scores them is float32.
         metrics: what is computed.
     """
 
@@ -51,6 +52,7 @@ class Scorer:
     batch: int
     seed: int
     banks: Path
+    precision: str = "float32"
     metrics: MetricConfig = field(default_factory=MetricConfig)
 
     def teacher_reference(self, teacher: Method) -> Reference:
@@ -168,6 +170,7 @@ class Scorer:
             "captions": self.teacher.conditions.digest(),
             "sampling": asdict(self.sampling),
             "seeds": [seeds_of, self.seed],
+            "precision": self.precision,
             "network": [self.network.name, self.network.digest],
         }
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from dd2.sampling import Ways
-from dd2.teachers.base import Teacher
 
 SPEED_BATCHES = (16, 1, 256)
 """Batches at which speed is measured; the first one's ratio is speedup_vs_teacher."""
 
 
 @torch.inference_mode()
-def speed_numbers(teacher: Teacher, ways: Ways, largest: int) -> dict[str, Any]:
+def speed_numbers(ways: Ways, largest: int) -> dict[str, Any]:
     """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process.
 
     The ratio falls as the batch grows: at large batches both are bound by arithmetic, of which one pass has hardly
@@ -23,7 +22,7 @@ def speed_numbers(teacher: Teacher, ways: Ways, largest: int) -> dict[str, Any]:
     evaluation's own, are left out: they may not fit.
     """
     sizes = [size for size in SPEED_BATCHES if size <= max(largest, 1)]
-    by_batch = {size: _seconds(teacher, ways, size) for size in sizes}
+    by_batch = {size: _seconds(ways, size) for size in sizes}
     return {
         "speedup_vs_teacher": by_batch[sizes[0]]["teacher"] / by_batch[sizes[0]]["generator"],
         "speedup_batch": sizes[0],
@@ -34,16 +33,17 @@ def speed_numbers(teacher: Teacher, ways: Ways, largest: int) -> dict[str, Any]:
     }
 
 
-def _seconds(teacher: Teacher, ways: Ways, size: int) -> dict[str, float]:
+def _seconds(ways: Ways, size: int) -> dict[str, float]:
+    teacher = ways.known_teacher
     cond = teacher.conditions.default(size, teacher.device)
     seeds = list(range(size))
     tokens = torch.zeros(size, *teacher.backbone.token_shape, device=teacher.device)
     by_teacher, one_step = ways.by_teacher(), ways.one_step()
     taken = seconds_per_call(
         {
-            "teacher": lambda: teacher.decode(by_teacher(cond, seeds), cond),
-            "generator": lambda: teacher.decode(one_step(cond, seeds), cond),
-            "decoding_alone": lambda: teacher.decode(tokens, cond),
+            "teacher": lambda: ways.decode(by_teacher(cond, seeds), cond),
+            "generator": lambda: ways.decode(one_step(cond, seeds), cond),
+            "decoding_alone": lambda: ways.decode(tokens, cond),
         }
     )
     return {name: seconds / size for name, seconds in taken.items()}

@@ -47,6 +47,7 @@ def described(numbers: dict[str, Any]) -> str:
     if "sampling" in decides:
         shown = ", ".join(f"{key} {value}" for key, value in decides["sampling"].items())
         balance = f"{decides['images_per_label']:g} images per label; seeds: {decides['seeds']}"
-        lines.append(f"{balance}; {decides['rounding']}; teacher: {shown}")
+        precision = decides.get("precision", "float32")
+        lines.append(f"{balance}; drawn in {precision}; {decides['rounding']}; teacher: {shown}")
     lines += [f"not measured: {text}" for text in numbers.get("absent", [])]
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

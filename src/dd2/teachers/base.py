@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.order import Order
+from dd2.precision import in_precision
 from dd2.scores import ConditionalScore
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling
@@ -142,6 +143,11 @@ class Teacher(nn.Module, ABC):
         """Where it is."""
         return self.backbone.device
 
+    @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """Modules that are called in float32, whatever the autocast around them."""
+        return ()
+
     def student_backbone(self) -> Backbone:
         """A backbone for a student to train: a copy of this one."""
         return copy.deepcopy(self.backbone).requires_grad_(True)
@@ -152,7 +158,24 @@ class Teacher(nn.Module, ABC):
 
     def decode(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Standardised tokens (B, n, C), drawn under cond (B, ...), to images (B, channels, H, W) in about [-1, 1]."""
-        return self.tokenizer.decode_codes(self.backbone.to_codes(tokens))
+        return self.tokenizer.decode_tiled(self.backbone.to_codes(tokens))
+
+    def in_precision(self, dtype: torch.dtype) -> "Teacher":
+        """The same for drawing in `dtype`, under autocast; weights that need none are shared (`dd2.precision`).
+
+        One of the user's own code keeps its weights: nobody knows what it does with them.
+        """
+        if self.code:
+            return self
+        lowered = {}
+        for name, part in self.named_children():
+            if isinstance(part, Tokenizer):
+                lowered[name] = part.in_precision(dtype)
+            else:
+                lowered[name] = part if part in self.float32_parts else in_precision(part, dtype)
+        same = copy.copy(self)
+        same._modules = lowered  # the copy's own; everything else is shared
+        return same
 
     @abstractmethod
     def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> ConditionalScore:

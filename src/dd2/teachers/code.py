@@ -34,6 +34,11 @@ class CodeTeacher(Teacher):
         self.output = output
 
     @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """The classifier (`classify`)."""
+        return (self.output,)
+
+    @property
     def codebook(self) -> Tensor:
         """(V, C) standardised codes, the codebook of Eq. 1."""
         return self.backbone.to_tokens(self.tokenizer.codebook)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.order import Order, RasterOrder
+from dd2.precision import Linear
 from dd2.teachers.base import Backbone
 from dd2.teachers.cache import KVCache
 from dd2.teachers.captions import CaptionEmbedding, attention_mask
@@ -90,8 +91,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim = config.width // config.heads
-        self.wqkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wqkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.wo = Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, order: Order, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x.shape
@@ -112,9 +113,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w1 = Linear(width, hidden, bias=False)
+        self.w3 = Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -225,7 +226,7 @@ class LlamaGenBackbone(Backbone):
         return self._run(tokens, cond, None, before)[:, self.config.condition_positions :]
 
     def new_cache(self) -> KVCache:
-        return KVCache([], [])
+        return KVCache(self.positions)
 
     def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(self.order.inputs(tokens), cond, cache)[:, -1:]
@@ -258,7 +259,7 @@ class LlamaGenTeacher(CodeTeacher):
 def llamagen_teacher(config: LlamaGenConfig, tokenizer: Tokenizer) -> LlamaGenTeacher:
     """A LlamaGen teacher with fresh weights, ready to be trained or loaded."""
     backbone = LlamaGenBackbone(config, tokenizer.codebook)
-    output = nn.Linear(config.width, tokenizer.codebook.shape[0], bias=False)
+    output = Linear(config.width, tokenizer.codebook.shape[0], bias=False)
     nn.init.zeros_(output.weight)
     return LlamaGenTeacher(backbone, output, tokenizer, conditions_of(config))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.order import Attend
+from dd2.precision import Linear
 from dd2.teachers.base import Backbone
 from dd2.teachers.cache import KVCache
 from dd2.teachers.code import CodeTeacher
@@ -190,7 +191,7 @@ class VARBackbone(Backbone):
         return self._layers(x, cond, attend, None, before)[:, first.stop :]
 
     def new_cache(self) -> KVCache:
-        return KVCache([], [])
+        return KVCache(self.order.n)
 
     def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
         step = next(step for step in self.order.steps if step.start == tokens.shape[1])
@@ -266,7 +267,7 @@ def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> VARTeacher:
         raise InputError(f"a VAR teacher needs a multi-scale tokenizer, got {type(tokenizer).__name__}")
     codes, channels = tokenizer.codebook.shape
     backbone = VARBackbone(config, order_of(tokenizer), channels)
-    output = nn.Linear(config.width, codes)
+    output = Linear(config.width, codes)
     nn.init.trunc_normal_(output.weight, std=0.02 * math.sqrt(1 / config.width / 3))
     nn.init.zeros_(output.bias)
     return VARTeacher(backbone, output, tokenizer, ClassLabels(config.num_classes))

@@ -62,6 +62,11 @@ class VQConfig:
             )
 
     @property
+    def largest_activation(self) -> int:
+        """Numbers in the largest tensor that decoding one image makes, at full resolution."""
+        return 2 * self.channels * self.image_size**2
+
+    @property
     def grid(self) -> int:
         """Tokens per row and per column."""
         return self.image_size // 2 ** (len(self.multipliers) - 1)

@@ -1,13 +1,15 @@
 """What a tokenizer is: images to code ids and back."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dd2.device import full_precision, tile_rows
+from dd2.device import DECODED_AT_ONCE, full_precision, tile_rows
 from dd2.errors import InputError
+from dd2.precision import in_precision
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,21 @@ class Tokenizer(nn.Module, ABC):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Continuous tokens (B, n, C) in the tokenizer's space to images (B, channels, H, W)."""
 
+    @property
+    def largest_activation(self) -> int:
+        """Numbers in the largest tensor that decoding one image makes, about."""
+        return 64 * math.prod(self.image_shape)
+
+    def decode_tiled(self, codes: Tensor) -> Tensor:
+        """As `decode_codes`, float32, as many images at a time as memory is meant for."""
+        limit = DECODED_AT_ONCE["cuda" if codes.device.type == "cuda" else "cpu"]
+        tiles = codes.split(max(1, limit // self.largest_activation))
+        return torch.cat([self.decode_codes(tile).float() for tile in tiles])
+
+    def in_precision(self, dtype: torch.dtype) -> "Tokenizer":
+        """As `dd2.precision.in_precision`, laid out as convolutions run fastest."""
+        return in_precision(self, dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
     def decode_first(self, codes: Tensor, missing: Tensor) -> Tensor:
         """Images of sequences that end early.
 
@@ -66,11 +83,11 @@ class Tokenizer(nn.Module, ABC):
             missing: (C,) the code that stands for each missing token, where tokens are places of the image.
         """
         rest = missing.expand(len(codes), self.num_positions - codes.shape[1], -1)
-        return self.decode_codes(torch.cat([codes, rest], 1))
+        return self.decode_tiled(torch.cat([codes, rest], 1))
 
     def decode(self, ids: Tensor) -> Tensor:
         """Ids (B, n) to images (B, channels, H, W)."""
-        return self.decode_codes(self.codebook[ids])
+        return self.decode_tiled(self.codebook[ids])
 
     def check_images(self, images: Tensor) -> None:
         """Refuse images of another shape than the tokenizer's."""

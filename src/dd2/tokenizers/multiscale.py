@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.tokenizers.autoencoder import Decoder, Encoder, VQConfig
 from dd2.tokenizers.base import Quantised, TrainableTokenizer, nearest_ids
@@ -88,6 +89,10 @@ class MultiScaleTokenizer(TrainableTokenizer):
         return sum(side**2 for side in self.config.patch_nums)
 
     @property
+    def largest_activation(self) -> int:
+        return self.config.largest_activation
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.image_channels, self.config.image_size, self.config.image_size
 
@@ -101,10 +106,12 @@ class MultiScaleTokenizer(TrainableTokenizer):
         return list(accumulate(to_maps(codes, sides), sides, self.quantize.apply_phi))[-1]
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(self.f_hat(codes))).clamp(-1, 1)
+        with full_precision(codes.device):  # a sum over many scales
+            f_hat = self.f_hat(codes.float())
+        return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
 
     def decode_first(self, codes: Tensor, missing: Tensor) -> Tensor:
-        return self.decode_codes(codes)  # a sum over scales: those that are missing add nothing
+        return self.decode_tiled(codes)  # a sum over scales: those that are missing add nothing
 
     def quantise(self, images: Tensor) -> Quantised:
         f = self.quant_conv(self.encoder(images))

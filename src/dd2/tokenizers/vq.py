@@ -45,6 +45,10 @@ class VQTokenizer(TrainableTokenizer):
         return self.config.grid**2
 
     @property
+    def largest_activation(self) -> int:
+        return self.config.largest_activation
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.image_channels, self.config.image_size, self.config.image_size
 

@@ -92,6 +92,11 @@ class DD1Student(OneStepNetwork):
         return student.requires_grad_(True)
 
     @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """Both heads."""
+        return self.output, self.continuous
+
+    @property
     def codebook(self) -> Tensor:
         """(V, C) standardised codes."""
         return self.backbone.to_tokens(self.codes)

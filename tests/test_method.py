@@ -10,7 +10,7 @@ from torch import nn
 from dd2.losses import noised
 from dd2.method.align import load_average
 from dd2.method.config import AlignConfig, CSDConfig, TuneConfig
-from dd2.method.csd import generator_loss, guidance_loss
+from dd2.method.csd import SharedBatches, generated, generator_loss, guidance_loss
 from dd2.method.recipe import Networks
 from dd2.method.tune import tune_loss
 from dd2.scores import velocity
@@ -83,7 +83,9 @@ def test_stage_two_gradients(d, snap):
     config = CSDConfig(
         sampling=Sampling(top_k=5), d=d, guidance_draws=2, generator_draws=2, snap_teacher=snap, snap_guidance=snap
     )
-    guidance_loss(guidance, generator, teacher, LABELS, config, random)[0].backward()
+    with torch.no_grad():
+        q = generated(generator, LABELS, random)
+    guidance_loss(guidance, q, teacher, LABELS, config, random)[0].backward()
     assert touched(guidance) == {name for name, _ in guidance.named_parameters()}
     assert not touched(generator)
     guidance.zero_grad()
@@ -118,7 +120,8 @@ def test_generator_gradient_does_not_pass_through_the_condition(monkeypatch):
 
 def test_guidance_loss_is_flow_matching_on_the_generators_tokens():
     generator, guidance, teacher = random_student(1), random_student(2), tiny_teacher()
-    value, _ = guidance_loss(guidance, generator, teacher, LABELS, CSD, torch.Generator().manual_seed(3))
+    random = torch.Generator().manual_seed(3)
+    value, _ = guidance_loss(guidance, generated(generator, LABELS, random).detach(), teacher, LABELS, CSD, random)
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         q = generator.as_generator(torch.randn(4, 16, 4, generator=g), LABELS)
@@ -170,3 +173,13 @@ def test_defaults_are_the_papers():
     assert csd.generator.betas == tune.optim.betas == (0.9, 0.95)
     assert (tune.sampling.cfg_scale, tune.sampling.top_k, csd.sampling.top_k) == (2.0, 8000, 900)
     assert AlignConfig().then_k == 2
+
+
+def test_guidance_updates_share_their_batches_where_that_is_asked_for():
+    """Three updates of two micro-batches each."""
+    for micro_batches, expected in ((0, [0, 1, 2, 3, 4, 5, 6]), (2, [0, 1, 0, 1, 0, 1, 2])):
+        shared, drawn = SharedBatches(micro_batches), iter(range(10))
+        found = [shared.next(lambda: (torch.tensor(next(drawn)), LABELS))[0] for _ in range(6)]  # noqa: B023
+        shared.clear()
+        found.append(shared.next(lambda: (torch.tensor(next(drawn)), LABELS))[0])  # noqa: B023
+        assert [int(batch) for batch in found] == expected

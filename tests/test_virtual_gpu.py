@@ -1,15 +1,21 @@
 """The commands on a GPU, as far as a machine without one can tell: no tensor is left behind on the CPU."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from dd2.checkpoints.native import save_teacher
 from dd2.cli import main
+from dd2.method.config import CSDConfig
+from dd2.method.recipe import Networks, csd_stage
 from dd2.sampling import one_step
 from dd2.student import Student
+from dd2.teachers.filtering import Sampling
+from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
+from dd2.training.samples import TeacherSamples
 from models import TINY_HEAD, tiny_teacher, tiny_text, tiny_var
 from virtual_gpu import virtual_gpu
 
@@ -79,6 +85,34 @@ def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
     assert {row["stage"] for row in rows} == {"tune", "regress", "guidance", "csd", "align", "csd_aligned"}
     assert all("seconds/backward" in row for row in rows)  # timed by events
     assert json.loads((run / "metrics.json").read_text())["frechet"]["generator"] > 0
+
+
+@pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
+@pytest.mark.parametrize("d", ["sid", "dmd"])
+def test_a_training_step_waits_for_nothing(build, d):
+    """A step that looks at a value makes the GPU idle until it has been looked at."""
+    teacher = build()
+    sampling = Sampling(cfg_scale=2.0, top_k=4)
+    kept = teacher.stored(teacher.sample(torch.tensor([0, 1, 2, 0]), sampling, range(4)))
+    samples = TeacherSamples(teacher, kept, torch.tensor([0, 1, 2, 0]))
+    teacher.standardise(kept)
+    networks = Networks.from_tuned(Student.from_teacher(teacher, TINY_HEAD))
+    config = CSDConfig(
+        batch=4, accumulate=1, k=2, d=d, snap_teacher=True, snap_guidance=True, generator_draws=2, sampling=sampling, validation=0
+    )
+    with virtual_gpu() as gpu:
+        networks = networks.placed(lambda network: network.to("cuda"))
+        stage = csd_stage(networks, teacher.to("cuda"), samples, config)
+        trainer = Trainer(Path(), 0, LoopConfig(), torch.device("cuda"), "")
+        gpu.waits.clear()
+        before = gpu.operations["cuda"]
+        for step in range(2):
+            trainer._iteration(stage, step)
+            stage.after(step)
+        assert gpu.operations["cuda"] > before + 100
+        assert gpu.waits == {}
+        trainer._refuse_nan(stage)
+        assert gpu.waits == {"tolist": 1}
 
 
 def test_captions():

@@ -21,7 +21,7 @@ from dd2.commands.distill import DistillConfig, distill
 from dd2.config import load_config, with_fields
 from dd2.losses import noised
 from dd2.method.config import AlignConfig, CSDConfig, RegressConfig, TuneConfig
-from dd2.method.csd import generator_loss, guidance_loss
+from dd2.method.csd import generated, generator_loss, guidance_loss
 from dd2.method.recipe import Networks, csd_stage
 from dd2.method.tune import tune_loss
 from dd2.scores import ConditionalScore, HeadScore
@@ -88,6 +88,7 @@ WIRES: dict[str, tuple[Any, ...]] = {
     "tune.loss": ("diffusion", FIRST_TUNE),
     "csd.iterations": (2, "csd 3 guidance/loss"),
     "csd.k": (3, FIRST_CSD),
+    "csd.share_generated": (True, FIRST_CSD),
     "csd.batch": (3, FIRST_CSD),
     "csd.accumulate": (1, FIRST_CSD),
     "csd.guidance_draws": (3, FIRST_CSD),
@@ -285,7 +286,8 @@ def test_each_network_reads_the_condition_that_is_asked_for(monkeypatch, snap_te
     spied("teacher", teacher)
     spied("guidance", guidance)
     config = CSDConfig(sampling=Sampling(), snap_teacher=snap_teacher, snap_guidance=snap_guidance)
-    guidance_loss(guidance, generator, teacher, LABELS, config, torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    guidance_loss(guidance, generated(generator, LABELS, random).detach(), teacher, LABELS, config, random)
     generator_loss(generator, guidance, teacher, LABELS, config, torch.Generator().manual_seed(0))
     assert [len(tokens) for tokens in read.values()] == [1, 2]
     for name, snaps in (("teacher", snap_teacher), ("guidance", snap_guidance)):
@@ -307,7 +309,7 @@ def test_noise_levels_are_drawn_per_token_and_draw(monkeypatch):
     tokens = teacher.sample(LABELS, Sampling(), range(4))
     tune_loss(guidance, teacher, tokens, LABELS, TuneConfig(sampling=Sampling(), draws=3), random)
     csd = CSDConfig(sampling=Sampling(), guidance_draws=3, generator_draws=3)
-    guidance_loss(guidance, generator, teacher, LABELS, csd, random)
+    guidance_loss(guidance, generated(generator, LABELS, random).detach(), teacher, LABELS, csd, random)
     generator_loss(generator, guidance, teacher, LABELS, csd, random)
     drawn = [t for t in levels if t.ndim == 3]
     assert len(drawn) == 3

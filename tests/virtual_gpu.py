@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+WAITS = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique"}
+"""Calls that look at values of a tensor, or whose result's shape depends on them."""
 NEW_PARAMETER = torch.nn.Parameter.__new__
 
 
@@ -36,12 +38,13 @@ class Generator(torch.Generator):
 
 
 class VirtualGPU(TorchFunctionMode):
-    """While it lasts, device="cuda" works; `operations` counts by device."""
+    """While it lasts, device="cuda" works; `operations` counts by device, and `waits` what a GPU would have to be waited for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.there = WeakTensorKeyDictionary()
         self.operations: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where a tensor would be."""
@@ -77,6 +80,8 @@ class VirtualGPU(TorchFunctionMode):
             raise RuntimeError(f"{name}: a {generator.device.type} generator for a {here.type} tensor")
         if name in ("numpy", "__array__") and here.type == "cuda":
             raise RuntimeError(f"{name} of a tensor on the GPU")
+        if name in WAITS and any(self.device_of(tensor).type == "cuda" for tensor in inputs) and asked != GPU:
+            self.waits[name] += 1
         result = func(*args, **named)
         self.operations[here.type] += 1
         if isinstance(result, Tensor) and args and result is args[0]:

@@ -111,6 +111,9 @@ class CSDConfig:
     """Generator updates."""
     k: int = 5
     """Guidance updates per generator update (App. C.4)."""
+    share_generated: bool = False
+    """The K guidance updates of an iteration learn from one batch of generated sequences, under fresh noise, instead of K: K - 1
+    passes of the generator less."""
     batch: int = 128
     """Sequences per micro-batch."""
     accumulate: int = 8

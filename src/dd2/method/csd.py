@@ -2,6 +2,8 @@
 velocity (Eq. 5); the generator is moved until teacher and guidance agree at every position (Eq. 4).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,25 +15,50 @@ from dd2.training.timing import Timed, part
 
 
 def guidance_loss(
-    guidance: Student, generator: Student, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
+    guidance: Student, q: Tensor, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
 ) -> Losses:
-    """Fake Conditional Score loss on fresh generator output (Eq. 5), `config.guidance_draws` noise draws a sequence (App. C.2).
+    """Fake Conditional Score loss on generator output (Eq. 5), `config.guidance_draws` noise draws a sequence (App. C.2).
 
     Args:
         guidance: what is trained.
-        generator: gives the tokens; gets no gradient.
+        q: (B, n, C) tokens of the generator, without gradient.
         teacher: whose nearest codes the condition q_<i is snapped to under `config.snap_guidance`.
         cond: (B, ...) conditions.
         config: draws, noise levels, snapping.
         random: random stream of this step.
     """
     with torch.no_grad():
-        q = _generated(generator, cond, random)
         condition = teacher.snap(q) if config.snap_guidance else q
     t, eps = _noise(q, config.guidance_draws, config, random)
     with part("guidance"):
         v = guidance.given(condition, cond).velocity(noised(q, t, eps), t)
     return fcs_loss(v, q, eps), {}
+
+
+class SharedBatches:
+    """The generator's batches of one iteration, drawn at its first guidance update and read again by the others.
+
+    Args:
+        micro_batches: of one update, on this process; 0 shares nothing.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches, self._calls = micro_batches, 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def next(self, draw: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The tokens and conditions of the next micro-batch."""
+        if not self.micro_batches:
+            return draw()
+        if len(self._kept) < self.micro_batches:
+            self._kept.append(draw())
+        self._calls += 1
+        return self._kept[(self._calls - 1) % self.micro_batches]
+
+    def clear(self) -> None:
+        """The iteration is over."""
+        self._kept.clear()
+        self._calls = 0
 
 
 def generator_loss(
@@ -51,7 +78,7 @@ def generator_loss(
         The loss, the score difference (see `csd_loss`) and, where a condition is snapped, the root-mean-square distance of
         tokens to their nearest codes.
     """
-    q = _generated(generator, cond, random)
+    q = generated(generator, cond, random)
     with torch.no_grad():
         detached = q.detach()
         # All B x n x V distances: only where they are needed.
@@ -77,8 +104,8 @@ def generator_loss(
     return loss, numbers
 
 
-def _generated(generator: Student, cond: Tensor, random: torch.Generator) -> Tensor:
-    """G(eps) of fresh noise, (B, n, C) float32."""
+def generated(generator: Student, cond: Tensor, random: torch.Generator) -> Tensor:
+    """G(eps) of fresh noise under cond (B, ...), (B, n, C) float32."""
     noise = torch.randn((len(cond), *generator.backbone.token_shape), generator=random, device=cond.device)
     with part("generator"):
         return generator.as_generator(noise, cond).float()

@@ -9,10 +9,11 @@ from torch import Tensor
 from dd2.losses import Losses
 from dd2.method.align import load_average
 from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
-from dd2.method.csd import generator_loss, guidance_loss
+from dd2.method.csd import SharedBatches, generated, generator_loss, guidance_loss
 from dd2.method.regress import regress_loss
 from dd2.method.tune import tune_loss
 from dd2.method.validation import TeacherDistance
+from dd2.processes import world_size
 from dd2.sampling import ar_diffusion, one_step
 from dd2.student import Student
 from dd2.teachers.base import Teacher
@@ -146,13 +147,22 @@ def csd_stage(
         with part("data"):
             return teacher.conditions(samples.random_labels(config.batch, random))
 
+    shared = SharedBatches(config.accumulate // world_size() if config.share_generated else 0)
+
+    def fresh(random: torch.Generator) -> tuple[Tensor, Tensor]:
+        cond = drawn_conditions(random)
+        with torch.no_grad():
+            return generated(generator, cond, random), cond
+
     def train_guidance(random: torch.Generator) -> Losses:
-        return guidance_loss(guidance, generator, teacher, drawn_conditions(random), config, random)
+        q, cond = shared.next(lambda: fresh(random))
+        return guidance_loss(guidance, q, teacher, cond, config, random)
 
     def train_generator(random: torch.Generator) -> Losses:
         return generator_loss(generator, guidance, teacher, drawn_conditions(random), config, random)
 
     def average(step: int) -> None:
+        shared.clear()
         for limit, average in {config.ema: networks.ema, **networks.further}.items():
             ema_update(average, generator, ema_rate(averaged + step, limit))
 

@@ -88,6 +88,7 @@ class Trainer:
         self.log = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
         self.times = PartTimes(device)
         self._stop = False
+        self._unseen: list[tuple[Update, int, torch.Tensor]] = []
         self._writer: CheckpointWriter | None = None
 
     def run(self, stage: Stage) -> float:
@@ -115,6 +116,7 @@ class Trainer:
         if step == stage.iterations:
             return before
         self.log.rewind(stage.name, step)
+        self._unseen.clear()
         start, logged, then = time.perf_counter() - before, step, before
         self._writer = CheckpointWriter(folder, self.config.keep, self._saves_in_background)
         with (
@@ -130,9 +132,13 @@ class Trainer:
                 last = step == stage.iterations
                 stop = any_of(self._stop)  # all processes stop after the same iteration
                 due = step % self.config.save_every == 0 or last
+                logs = step % self.config.log_every == 0 or last or step == 1
+                previews = stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last)
+                if due or stop or logs or previews:
+                    self._refuse_nan(stage)
                 if due and stage.validate:  # not when stopping: there may be seconds left, and no other run has that row
                     numbers["validation"] = stage.validate()
-                if step % self.config.log_every == 0 or last or step == 1 or "validation" in numbers:
+                if logs or "validation" in numbers:
                     row = {name: float(value) for name, value in {**numbers, **stage.measures()}.items()}
                     elapsed = round(time.perf_counter() - start, 3)
                     spent = self.times.mean(step - logged) | {"seconds/iteration": (elapsed - then) / (step - logged)}
@@ -140,7 +146,7 @@ class Trainer:
                     logged, then = step, elapsed
                     shown = {name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name}
                     bar.set_postfix(shown, refresh=False)
-                if stage.preview and self.config.preview_every and (step % self.config.preview_every == 0 or last):
+                if stage.preview and previews:
                     images = stage.preview()  # sharded networks need all processes for it
                     if rank() == 0:
                         save_grid(images, self.folder / "samples" / f"{stage.name}-{step:08d}.png", columns=10)
@@ -213,14 +219,33 @@ class Trainer:
         with part("optimiser"):
             if not update.replicated:
                 sum_gradients(update.parameters)
-                _sum_logged(logged)
+                self._sum_logged(logged)
             limit = update.optim.clip_norm or float("inf")
             logged["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(update.parameters, limit))
-            for name in ("loss", "grad_norm"):
-                if not torch.isfinite(torch.as_tensor(logged[name])):
-                    raise NumericalError(self._diagnosis(stage, update, step, name))
+            both = [torch.as_tensor(logged[name], dtype=torch.float32, device=self.device) for name in ("loss", "grad_norm")]
+            self._unseen.append((update, step, torch.stack(both)))
             update.optimizer.step()
         return logged
+
+    def _sum_logged(self, logged: dict[str, torch.Tensor | float]) -> None:
+        """The numbers of all processes, whose shares add up."""
+        if world_size() > 1:
+            values = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in logged.values()]
+            summed = torch.stack(values)
+            sum_over_processes([summed])
+            logged.update(zip(logged, summed.unbind(), strict=True))
+
+    def _refuse_nan(self, stage: Stage) -> None:
+        """Look at the losses and gradients since the last look. Not after every update: a look waits for the GPU.
+
+        Raises:
+            NumericalError: one is not finite.
+        """
+        unseen, self._unseen = self._unseen, []
+        finite = torch.isfinite(torch.stack([both for _, _, both in unseen])).tolist()
+        for (update, step, _), (loss, gradient) in zip(unseen, finite, strict=True):
+            if not (loss and gradient):
+                raise NumericalError(self._diagnosis(stage, update, step, "grad_norm" if loss else "loss"))
 
     @staticmethod
     def _backward(update: Update, loss: torch.Tensor, sharded: bool) -> None:
@@ -257,11 +282,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def _sum_logged(logged: dict[str, torch.Tensor | float]) -> None:
-    """The numbers of all processes, whose shares add up."""
-    if world_size() > 1:
-        summed = torch.stack([torch.as_tensor(value, dtype=torch.float32).detach().cpu() for value in logged.values()])
-        sum_over_processes([summed])
-        logged.update(zip(logged, summed.tolist(), strict=True))

@@ -12,7 +12,7 @@ from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.files import write_atomic
 from dd2.processes import barrier, rank
-from dd2.seeding import seed_of
+from dd2.seeding import on_cpu, seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
 from dd2.training.store import Store
@@ -113,11 +113,11 @@ class TeacherSamples:
 
     def random_labels(self, size: int, random: torch.Generator) -> Tensor:
         """The labels (size,) of random sequences, on the stream's device."""
-        return self.labels[self.random_rows(size, random)].to(random.device)
+        return self.labels[self.random_rows(size, random)].to(random.device, non_blocking=True)
 
     def random_rows(self, size: int, random: torch.Generator) -> Tensor:
-        """Numbers (size,) of random sequences."""
-        return torch.randint(len(self), (size,), generator=random, device=random.device).cpu()
+        """Numbers (size,) of random sequences, on the CPU, where the sequences are: nothing waits for a GPU."""
+        return torch.randint(len(self), (size,), generator=on_cpu(random))
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised tokens (B, n, C) and labels (B,) of the sequences of given numbers (B,), on the teacher's device."""

@@ -35,6 +35,13 @@ COMMANDS = {
     "sample": Command("draw images from a run: a grid, a folder of PNGs or an .npz", "commands.sample", "SampleConfig", "sample"),
     "evaluate": Command("numbers and pictures of a run, beside its teacher's", "commands.evaluate", "EvaluateConfig", "evaluate"),
     "plan": Command("does a distillation fit into memory, and how long does it take", "commands.plan", "PlanConfig", "plan"),
+    "bench eq1": Command("time and memory of Eq. 1 beside plain torch", "commands.bench_eq1", "BenchEq1Config", "bench_eq1"),
+    "bench sample": Command(
+        "seconds per image of teacher and one step", "commands.bench_sample", "BenchSampleConfig", "bench_sample"
+    ),
+    "bench train": Command(
+        "seconds and memory of a training iteration", "commands.bench_train", "BenchTrainConfig", "bench_train"
+    ),
     "export": Command("a generator to ship, from any checkpoint of a run", "commands.export", "ExportConfig", "export"),
     "report": Command("one page about evaluated runs", "commands.report", "ReportConfig", "report"),
     "reproduce": Command(

@@ -197,11 +197,12 @@ class _Codes:
         """Posterior weights w_j (Eq. 1), (..., R, K), of x (..., R, C) and t (..., R, 1) under log_p (R, K)."""
         # log w_j = log p_j + (1 - t) / t^2 (x . c_j - (1 - t) |c_j|^2 / 2) but for a constant; the bracket is one product.
         energy = _picked(torch.cat([x, t - 1], -1) @ self._energy, ids)
-        return torch.softmax(torch.addcmul(log_p, energy, _sharpness(t)), -1)
+        torch.addcmul(log_p, energy, _sharpness(t), out=energy)  # in place: a tile stays in the cache
+        return torch.softmax(energy, -1, out=energy)
 
     def along(self, grad: Tensor, mean: Tensor, ids: Tensor | None) -> Tensor:
         """Products g . (c_j - mean), (..., R, K)."""
-        return _picked(grad @ self.codes.T, ids) - (grad * mean).sum(-1, keepdim=True)
+        return _picked(grad @ self.codes.T, ids).sub_((grad * mean).sum(-1, keepdim=True))
 
     def mixed(self, weights: Tensor, ids: Tensor | None) -> Tensor:
         """Sum over centred codes of weights (..., R, K), (..., R, C)."""

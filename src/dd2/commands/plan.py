@@ -9,6 +9,7 @@ from torch import nn
 
 from dd2.checkpoints.released import RELEASED, sketch
 from dd2.checkpoints.runs import open_teacher
+from dd2.commands.bench import measured_rate
 from dd2.commands.distill import DistillConfig
 from dd2.device import tile_rows
 from dd2.errors import InputError
@@ -43,6 +44,8 @@ class PlanConfig(DistillConfig):
     """Peak rate of a GPU in the configured precision (H100, bfloat16: 990)."""
     utilisation: float = 0.35
     """Share of the peak rate that is reached."""
+    rates: Path | None = None
+    """Results of dd2 bench train on such a GPU: its measured rate in place of tflops and utilisation."""
 
     def __post_init__(self) -> None:
         """Refuse numbers without meaning."""
@@ -152,7 +155,7 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     generator_update = generated + again + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
     generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
     flops = csd.accumulate * (csd.k * guidance_update + generator_update)
-    seconds = flops / (config.gpus * config.tflops * 1e12 * config.utilisation)
+    seconds = flops / (config.gpus * _rate(config)[0])
     return Needs(sizes, memory, flops, seconds)
 
 
@@ -178,6 +181,14 @@ def _passes(config: PlanConfig, teacher: CodeTeacher, student: Student, guided: 
     }
 
 
+def _rate(config: PlanConfig) -> tuple[float, str]:
+    """Operations a second of one GPU, and where the number is from."""
+    if config.rates is None:
+        return config.tflops * 1e12 * config.utilisation, f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}"
+    rate, source = measured_rate(config.rates, config.model, config.loop.precision)
+    return rate, f"{rate / 1e12:.3g} TFLOP/s {source}"
+
+
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -194,7 +205,7 @@ def _described(config: PlanConfig, found: Needs) -> str:
     lines.append(f"  {'in all':24}{found.total / GB:8.1f} GB of {config.memory}: {'fits' if fits else 'does not fit'}")
     iterations = csd.iterations + config.align.then_iterations
     hours = found.seconds * iterations / 3600
-    rate = f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}"
+    rate = _rate(config)[1]
     lines.append(
         f"stage 2: {found.flops:.3g} operations an iteration (global batch {csd.batch * csd.accumulate}, K = {csd.k}), about "
         f"{found.seconds:.2f} s at {rate}; {iterations:,} iterations: about {hours:.1f} hours, "

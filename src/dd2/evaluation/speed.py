@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def _seconds(ways: Ways, size: int) -> dict[str, float]:
     return {name: seconds / size for name, seconds in taken.items()}
 
 
-def seconds_per_call(functions: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
+def seconds_per_call(functions: Mapping[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
     """Median seconds of each function, the functions taking turns so that a busy machine slows all alike.
 
     Args:

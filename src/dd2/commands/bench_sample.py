@@ -1,0 +1,159 @@
+"""dd2 bench sample: seconds per image of the teacher and of one step, and how near the machine's limit they are."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dd2.commands.bench import (
+    Column,
+    bench_teacher,
+    machine,
+    matmul_rate,
+    peak_of_process,
+    random_tokens,
+    rates_of,
+    write_results,
+)
+from dd2.commands.distill import DistillConfig
+from dd2.config import load_config
+from dd2.device import pick_device
+from dd2.errors import InputError
+from dd2.evaluation.speed import seconds_per_call
+from dd2.generator import Generator
+from dd2.precision import Precision, fast_bfloat16, name_of, pick_precision
+from dd2.processes import say
+from dd2.progress import progress
+from dd2.sampling import Ways
+from dd2.student import Student
+from dd2.teachers.code import CodeTeacher
+from dd2.training.footprint import footprint
+
+PAPER = {"var_d16": 7.0, "var_d20": 8.0, "var_d24": 8.1, "llamagen_l": 238.0}
+"""Speed-up of one step over the teacher in the paper (Tables 1 and 2, on an A800)."""
+
+
+@dataclass(frozen=True)
+class BenchSampleConfig:
+    """Seconds per image with and without decoding, beside the KV-cached teacher of the same run.
+
+    Released models have their sizes and random weights, digits its own teacher; the teacher samples as in the model's
+    configuration. A share is of the rate of a large matrix product in the same precision, measured in the same run.
+    """
+
+    models: tuple[str, ...] = ("digits",)
+    """digits, var_d16 … var_d30, var_d36_512, llamagen_b, llamagen_l, llamagen_xl_384."""
+    batches: tuple[int, ...] = (1, 16)
+    """Images at a time."""
+    precisions: tuple[Precision, ...] = ()
+    """float32, bfloat16, float16 (CUDA); by default float32 and, where the device computes in it, bfloat16."""
+    out: Path = Path("bench_sample")
+    """OUT.json and OUT.md are written."""
+    repeats: int = 3
+    """Timed calls of each, in turns; the median counts."""
+    seed: int = 0
+    """Seed of weights and tokens."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse nothing to time."""
+        if self.repeats < 1 or not self.models or not self.batches or min(self.batches) < 1:
+            raise InputError("models and batches must name at least one, and repeats and batches be at least 1")
+
+
+COLUMNS = [
+    Column("model", "model"),
+    Column("batch", "batch", "d"),
+    Column("precision", "precision"),
+    Column("teacher (s)", "teacher", ".3g"),
+    Column("one step (s)", "one_step", ".3g"),
+    Column("decoding (s)", "decoding", ".3g"),
+    Column("images/s", "images_per_second", ".3g"),
+    Column("times faster, tokens", "faster_tokens", ".1f"),
+    Column("with decoding", "faster", ".1f"),
+    Column("share of matmul", "share", ".0%"),
+    Column("decoder's", "decoding_share", ".0%"),
+    Column("peak (GB)", "peak_gb", ".2f"),
+    Column("paper's times", "paper", ".1f"),
+]
+"""Seconds are per image."""
+
+
+def bench_sample(config: BenchSampleConfig) -> None:
+    """Measure and write the table."""
+    device = pick_device(config.device)
+    default: list[Precision] = ["float32", *(["bfloat16"] if fast_bfloat16(device) else [])]  # pyright: ignore
+    dtypes = [pick_precision(name, device) for name in config.precisions or default]
+    matmul = {dtype: matmul_rate(device, dtype) for dtype in dtypes}
+    rows: list[dict[str, Any]] = []
+    with progress("bench", len(config.models) * len(config.batches) * len(dtypes), "case") as bar:
+        for name in config.models:
+            teacher, ways = _networks(name, config, device)
+            for batch in config.batches:
+                flops = _flops(teacher, ways, batch)
+                for dtype in dtypes:
+                    found = _measured(ways.in_precision(dtype), batch, config.repeats)
+                    shares = {
+                        "share": flops["one_step"] / found["one_step"] / batch / matmul[dtype],
+                        "decoding_share": flops["decoding"] / found["decoding"] / batch / matmul[dtype],
+                    }
+                    named = {"model": name, "batch": batch, "precision": name_of(dtype), "paper": PAPER.get(name)}
+                    rows.append({**named, **found, **shares, "flops": flops})
+                    say(f"{name}, batch {batch}, {name_of(dtype)}: {found['faster']:.1f} times faster than the teacher")
+                    bar.update()
+    write_results(
+        config.out,
+        "sample",
+        rows,
+        COLUMNS,
+        machine=machine(device),
+        repeats=config.repeats,
+        matmul_flops_per_second=rates_of(matmul),
+    )
+
+
+def _networks(name: str, config: BenchSampleConfig, device: torch.device) -> tuple[CodeTeacher, Ways]:
+    teacher = bench_teacher(name, device, config.seed)
+    run = load_config(DistillConfig, name)
+    student = Student.from_teacher(teacher, run.head).eval().requires_grad_(False)
+    nn.init.normal_(student.head.output.weight, std=0.01)
+    return teacher, Ways(Generator.of(student, teacher), teacher, run.csd.sampling)
+
+
+def _measured(ways: Ways, batch: int, repeats: int) -> dict[str, float]:
+    teacher = ways.known_teacher
+    cond = teacher.conditions.default(batch, teacher.device)
+    seeds, tokens = list(range(batch)), random_tokens(teacher, batch)
+    one_step, by_teacher = ways.one_step(), ways.by_teacher()
+    calls: dict[str, Callable[[], object]] = {
+        "teacher": lambda: by_teacher(cond, seeds),
+        "one_step": lambda: one_step(cond, seeds),
+        "decoding": lambda: ways.decode(tokens, cond),
+    }
+    with torch.inference_mode():
+        seconds = {name: value / batch for name, value in seconds_per_call(calls, repeats).items()}
+        peak = peak_of_process(lambda: ways.decode(one_step(cond, seeds), cond), teacher.device)
+    whole = seconds["one_step"] + seconds["decoding"]
+    return {
+        **seconds,
+        "images_per_second": 1 / whole,
+        "faster_tokens": seconds["teacher"] / seconds["one_step"],
+        "faster": (seconds["teacher"] + seconds["decoding"]) / whole,
+        "peak_gb": peak / 1e9,
+    }
+
+
+def _flops(teacher: CodeTeacher, ways: Ways, batch: int) -> dict[str, float]:
+    """Operations of one pass of the generator and of decoding, counted and not computed."""
+    student, tokenizer = copy.deepcopy(ways.generator.student).to("meta"), copy.deepcopy(teacher.tokenizer).to("meta")
+    noise = torch.empty(batch, *teacher.backbone.token_shape, device="meta")
+    cond = teacher.conditions.empty(batch, "meta")
+    return {
+        "one_step": footprint(lambda: student.as_generator(noise, cond), student).flops,
+        "decoding": footprint(lambda: tokenizer.decode_codes(noise), tokenizer).flops,
+    }

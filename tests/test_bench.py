@@ -48,7 +48,8 @@ def test_peaks_are_of_tensors():
 def test_sample_train_and_a_plan_with_its_rates(tmp_path):
     options = ["--models", "digits", "--repeats", "1"]
     precisions = ["--precisions", "float32", "bfloat16"]
-    assert main(["bench", "sample", *options, *precisions, "--batches", "2", "--out", str(tmp_path / "s")]) == 0
+    assert main(["bench", "sample", *options, *precisions, "--batches", "2", "--profile", "--out", str(tmp_path / "s")]) == 0
+    assert "digits, batch 2, bfloat16" in (tmp_path / "s_profile.md").read_text()
     rows = result(tmp_path / "s")["rows"]
     assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
     for row in rows:

@@ -21,6 +21,7 @@ SHORT = {
     ),
     "evaluate": shlex.split("--count 100 --metrics.kid-subsets 2 --metrics.halves 2 --no-speed"),
     "sample": shlex.split("--count 20"),
+    "bench": shlex.split("--repeats 1"),
 }
 """What makes the README's commands short; flags win."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from dd2.commands.bench import (
     Column,
@@ -24,6 +25,7 @@ from dd2.config import load_config
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.speed import seconds_per_call
+from dd2.files import write_atomic
 from dd2.generator import Generator
 from dd2.precision import Precision, fast_bfloat16, name_of, pick_precision
 from dd2.processes import say
@@ -51,6 +53,8 @@ class BenchSampleConfig:
     """Images at a time."""
     precisions: tuple[Precision, ...] = ()
     """float32, bfloat16, float16 (CUDA); by default float32 and, where the device computes in it, bfloat16."""
+    profile: bool = False
+    """Also write OUT_profile.md: where the time of one step with decoding goes, by operation, for the first batch."""
     out: Path = Path("bench_sample")
     """OUT.json and OUT.md are written."""
     repeats: int = 3
@@ -91,13 +95,17 @@ def bench_sample(config: BenchSampleConfig) -> None:
     dtypes = [pick_precision(name, device) for name in config.precisions or default]
     matmul = {dtype: matmul_rate(device, dtype) for dtype in dtypes}
     rows: list[dict[str, Any]] = []
+    profiles: list[str] = []
     with progress("bench", len(config.models) * len(config.batches) * len(dtypes), "case") as bar:
         for name in config.models:
             teacher, ways = _networks(name, config, device)
             for batch in config.batches:
                 flops = _flops(teacher, ways, batch)
                 for dtype in dtypes:
-                    found = _measured(ways.in_precision(dtype), batch, config.repeats)
+                    lowered = ways.in_precision(dtype)
+                    found = _measured(lowered, batch, config.repeats)
+                    if config.profile and batch == config.batches[0]:
+                        profiles.append(_profile(lowered, batch, f"{name}, batch {batch}, {name_of(dtype)}"))
                     shares = {
                         "share": flops["one_step"] / found["one_step"] / batch / matmul[dtype],
                         "decoding_share": flops["decoding"] / found["decoding"] / batch / matmul[dtype],
@@ -115,6 +123,24 @@ def bench_sample(config: BenchSampleConfig) -> None:
         repeats=config.repeats,
         matmul_flops_per_second=rates_of(matmul),
     )
+    if profiles:
+        write_atomic(config.out.with_name(f"{config.out.name}_profile.md"), "\n".join(profiles))
+
+
+def _profile(ways: Ways, batch: int, title: str) -> str:
+    """Operations that take at least a hundredth of the time, as a table."""
+    teacher = ways.known_teacher
+    cond, one_step = teacher.conditions.default(batch, teacher.device), ways.one_step()
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        ways.decode(one_step(cond, range(batch)), cond)
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in events)
+    lines = [f"{title}:", "", "| operation | calls | share |", "|---|---:|---:|"]
+    for event in events:
+        share = event.self_cpu_time_total / whole
+        if share >= 0.01:
+            lines.append(f"| {event.key.removeprefix('aten::')} | {event.count} | {share:.1%} |")
+    return "\n".join([*lines, ""])
 
 
 def _networks(name: str, config: BenchSampleConfig, device: torch.device) -> tuple[CodeTeacher, Ways]:

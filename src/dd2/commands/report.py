@@ -1,7 +1,7 @@
 """dd2 report: several evaluated runs on one page."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from dd2.evaluation.report import Section, page
 from dd2.external import check_trust, is_code
 from dd2.files import write_atomic
 from dd2.images import png
+from dd2.precision import Precision
 from dd2.processes import say
 from dd2.sampling import Ways
 from dd2.seeding import seed_of, stream
@@ -45,6 +46,8 @@ class ReportConfig:
     embedded teacher, and none for others."""
     seed: int = 0
     """Seed of the samples that are compared with training images, and of the walks."""
+    precision: Precision | None = None
+    """Arithmetic in which the pictures are drawn; None: as the run was evaluated."""
     trust: tuple[str, ...] = ()
     """Modules of yours that runs may import, because their teacher or their features were module:function."""
     device: str = "auto"
@@ -80,6 +83,7 @@ def _section(config: ReportConfig, folder: Path) -> Section:
         raise InputError(f"{folder}/metrics.json is of an older dd2; run dd2 evaluate on it again")
     run = open_run(folder, device, trust=config.trust)
     evaluation = evaluation_of(folder, numbers, config.trust)
+    evaluation = evaluation if config.precision is None else replace(evaluation, precision=config.precision)
     ways = ways_of(run, evaluation)
     if is_code(evaluation.features):
         check_trust(evaluation.features, config.trust, folder)

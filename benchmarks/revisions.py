@@ -116,9 +116,7 @@ def main() -> None:
         places = {}
         for side, revision in (("old", arguments.old), ("new", arguments.new)):
             places[side] = Path(scratch) / side
-            subprocess.run(
-                ["git", "worktree", "add", "--detach", places[side], revision], cwd=ROOT, check=True, capture_output=True
-            )
+            git("worktree", "add", "--detach", str(places[side]), revision)
         try:
             for case in arguments.only:
                 found[case] = {"old": [], "new": []}
@@ -131,13 +129,8 @@ def main() -> None:
                         print(case, side, done.stdout.splitlines()[-1], flush=True)
         finally:
             for place in places.values():
-                subprocess.run(["git", "worktree", "remove", "--force", place], cwd=ROOT, check=False)
-    revisions = {
-        side: subprocess.run(
-            ["git", "rev-parse", "--short", r], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout.strip()
-        for side, r in (("old", arguments.old), ("new", arguments.new))
-    }
+                git("worktree", "remove", "--force", str(place))
+    revisions = {side: git("rev-parse", "--short", r) for side, r in (("old", arguments.old), ("new", arguments.new))}
     rows = [
         {"case": case, "what": what, **{side: min(run[what] for run in runs) for side, runs in sides.items()}}
         for case, sides in found.items()

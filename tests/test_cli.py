@@ -341,7 +341,8 @@ def test_packaged_training_configurations_load(kind):
     assert load_config(DistillConfig, kind).teacher in ("digits", str(teacher.out / "teacher"))
 
 
-def test_an_interrupted_sample_keeps_what_is_done(run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sample_keeps_what_is_done(run, tmp_path, number):
     arguments = [run, "--count", 10**6, "--batch", 50, "--out", tmp_path / "a.npz", "--precision", "float32", "--seed", 3]
     command = [sys.executable, "-m", "dd2", "sample", *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -351,7 +352,7 @@ def test_an_interrupted_sample_keeps_what_is_done(run, tmp_path):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.communicate(timeout=HANG)[1]
     assert process.returncode == 130
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -118,11 +120,11 @@ def test_what_was_written_before_an_interruption_is_whole(tmp_path, name):
     images, out = draw(3, 20), tmp_path / name
     if not out.suffix:
         out.mkdir()
-    with pytest.raises(KeyboardInterrupt), open_writer(out, first=5) as writer:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), open_writer(out, first=5, keep_partial=True) as writer:  # noqa: PT012
         writer.add(images[:7], range(7), range(7))
         writer.add(images[7:14], range(7), range(7, 14))
         raise KeyboardInterrupt
-    assert writer.count == 14
+    assert writer.kept == 14
     assert [path.name for path in tmp_path.iterdir()] == [name]
     if out.suffix == ".npz":
         with np.load(out) as content:
@@ -133,6 +135,38 @@ def test_what_was_written_before_an_interruption_is_whole(tmp_path, name):
     else:
         assert sorted(path.name for path in out.iterdir())[13] == "000018_label6_seed13.png"
         assert np.array_equal(np.asarray(Image.open(out / "000005_label0_seed0.png")), to_uint8(images)[0, ..., 0])
+
+
+def test_what_must_be_whole_is_not_written_in_part(tmp_path):
+    """An export that an error ended leaves the file of before: a smaller set would give another FID, and nobody would see it."""
+    images = draw(3, 20)
+    save(tmp_path / "a.npz", images, [0] * 20, list(range(20)))
+    before = (tmp_path / "a.npz").read_bytes()
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), NpzWriter(tmp_path / "a.npz") as writer:  # noqa: PT012
+            writer.add(images[:7], [0] * 7, range(7))
+            raise error
+        assert writer.kept == 0
+        assert (tmp_path / "a.npz").read_bytes() == before
+    with pytest.raises(RuntimeError), NpzWriter(tmp_path / "a.npz", keep_partial=True) as writer:  # noqa: PT012
+        writer.add(images[:7], [0] * 7, range(7))
+        raise RuntimeError
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_an_interruption_while_the_file_is_finished_waits_for_it(tmp_path, monkeypatch, capsys):
+    copy = shutil.copyfileobj
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        copy(*arguments)
+
+    monkeypatch.setattr("dd2.writers.shutil.copyfileobj", interrupted)
+    save(tmp_path / "a.npz", draw(3, 20), [0] * 20, list(range(20)))
+    assert "finishing the file" in capsys.readouterr().err
+    with np.load(tmp_path / "a.npz") as content:
+        assert len(content["arr_0"]) == 20
 
 
 def test_nothing_is_written_where_nothing_was_done_and_a_failing_disk_is_told(tmp_path):

@@ -112,11 +112,29 @@ def test_a_folder_in_half_precision_is_drawn_from_in_either(tmp_path):
     save_generator(tmp_path / "g", ways.generator, HALF)
     assert all(p.dtype == torch.float32 for p in load_generator(tmp_path / "g").student.parameters())
     low, high = (OneStepPipeline.from_pretrained(tmp_path / "g", "cpu", dtype=name) for name in ("bfloat16", "float32"))
-    assert HALF in {p.dtype for p in low.generator.student.parameters()}
-    assert {p.dtype for p in high.generator.student.parameters()} == {torch.float32}
+    assert (low.dtype, high.dtype) == (HALF, torch.float32)
+    assert {p.dtype for p in low.generator.student.parameters()} == {torch.float32}  # what it was given, to save or to train
     images = [pipeline([0, 1, 2], [3, 4, 5]) for pipeline in (low, high)]
     assert images[0].dtype == torch.float32
     assert 0 < (images[0] - images[1]).abs().mean() < 0.05
+
+
+def test_code_of_the_users_is_left_in_float32():
+    ways = ways_of(tiny_teacher())
+    assert ways.in_precision(HALF).precision == HALF
+    for part in ("teacher", "generator"):
+        teacher = tiny_teacher()
+        teacher.code = "my_model:teacher"
+        own = Ways(Generator.of(ways.generator.student, teacher), tiny_teacher()) if part == "generator" else ways_of(teacher)
+        assert own.in_precision(HALF) is own
+
+
+def test_lowering_changes_nothing_of_the_original():
+    teacher = tiny_var()
+    strides = {name: p.stride() for name, p in teacher.tokenizer.named_parameters()}
+    for dtype in (torch.float32, HALF):
+        assert teacher.tokenizer.in_precision(dtype).largest_activation == teacher.tokenizer.largest_activation
+        assert {name: p.stride() for name, p in teacher.tokenizer.named_parameters()} == strides
 
 
 def test_the_digits_teacher_in_half_precision_draws_what_it_finds_as_probable():

@@ -91,6 +91,15 @@ def test_prefix_and_seed_decide_the_continuation(teacher, cond):
         teacher.generate(cond, Sampling(), range(4))
 
 
+def test_a_teacher_that_overrides_what_nobody_asks_is_refused():
+    """Sampling and training read `features` and `classify`; a distribution of its own elsewhere would be ignored in silence."""
+    given = tiny_teacher()
+    for name in ("logits", "log_p"):
+        own = type("Own", (CodeTeacher,), {name: lambda *_: None})
+        with pytest.raises(InputError, match="override features .* or classify"):
+            own(given.backbone, given.output, given.tokenizer, given.conditions)
+
+
 def test_guidance_conventions(teacher, cond):
     """None is no guidance for everybody; numbers mean what the family's authors mean by them."""
     tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(5))]

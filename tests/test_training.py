@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +37,14 @@ from models import HANG, tiny_teacher
 CPU = torch.device("cpu")
 
 
-def regression(iterations: int = 30, *, accumulate: int = 1, spoil: int | None = None) -> Stage:
-    """A network with dropout that learns to negate; iteration `spoil` gives NaN."""
+def regression(
+    iterations: int = 30,
+    *,
+    accumulate: int = 1,
+    spoil: int | None = None,
+    spoilt: Callable[[torch.Tensor], torch.Tensor] = lambda value: value * float("nan"),
+) -> Stage:
+    """A network with dropout that learns to negate; the loss of update `spoil` is `spoilt`."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.2), nn.Linear(16, 3))
     average = ema_copy(network)
@@ -47,7 +54,7 @@ def regression(iterations: int = 30, *, accumulate: int = 1, spoil: int | None =
         x = torch.randn(8, 3, generator=random)
         calls["n"] += 1
         value = (network(x) + x).square().mean()
-        return (value * float("nan") if calls["n"] == spoil else value), {"size": x.abs().mean()}
+        return (spoilt(value) if calls["n"] == spoil else value), {"size": x.abs().mean()}
 
     update = Update("net", list(network.parameters()), OptimConfig(lr=1e-2, decay="cosine"), loss, 2, accumulate)
     modules = {"network": network, "average": average}
@@ -113,6 +120,33 @@ def test_nan_stops_before_anything_is_saved(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == [4]
     for file in (tmp_path / "checkpoints" / "fit" / "00000004").glob("*.safetensors"):
         assert all(torch.isfinite(value).all() for value in load_file(file).values())
+
+
+@pytest.mark.parametrize("sees", ["save", "preview", "end", "log"])
+def test_a_nan_between_the_looks_is_found_at_the_next(tmp_path, sees):
+    """One update of iteration 6 has no finite loss, and all later ones have: seen when something is about to depend on it."""
+    stage = regression(spoil=11, spoilt=lambda value: value + float("nan"), iterations=12)
+    never = {"log_every": 1000, "save_every": 1000, "preview_every": 0}
+    stage.preview = lambda: torch.zeros(1, 1, 8, 8)
+    looks = {"save": {"save_every": 4}, "preview": {"preview_every": 4}, "end": {}, "log": {"log_every": 4}}
+    with pytest.raises(NumericalError, match="fit iteration 6: the loss of the net"):
+        trainer(tmp_path, **{**never, **looks[sees]}).run(stage)
+    assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == ([4] if sees == "save" else [])
+    assert [path.name for path in (tmp_path / "samples").glob("*")] == (["fit-00000004.png"] if sees == "preview" else [])
+    assert [row["step"] for row in MetricsLog(tmp_path / "metrics.jsonl").rows()] == ([1, 4] if sees == "log" else [1])
+
+
+def test_a_nan_before_a_signal_is_not_saved(tmp_path):
+    stage = regression(spoil=3, spoilt=lambda value: value + float("nan"))
+    run = trainer(tmp_path, log_every=1000, save_every=1000, preview_every=0)
+
+    def after(step: int) -> None:
+        run._stop = step == 2
+
+    stage.after = after
+    with pytest.raises(NumericalError, match="fit iteration 2"):
+        run.run(stage)
+    assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == []
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):

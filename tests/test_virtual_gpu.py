@@ -87,13 +87,13 @@ def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
     assert json.loads((run / "metrics.json").read_text())["frechet"]["generator"] > 0
 
 
-@pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
+@pytest.mark.parametrize("build", [tiny_teacher, tiny_var, tiny_text])
 @pytest.mark.parametrize("d", ["sid", "dmd"])
 def test_a_training_step_waits_for_nothing(build, d):
     """A step that looks at a value makes the GPU idle until it has been looked at."""
     teacher = build()
-    sampling = Sampling(cfg_scale=2.0, top_k=4)
-    kept = teacher.stored(teacher.sample(torch.tensor([0, 1, 2, 0]), sampling, range(4)))
+    sampling = Sampling(cfg_scale=2.0, top_k=4, top_p=0.9)
+    kept = teacher.stored(teacher.sample(teacher.conditions.default(4, torch.device("cpu")), sampling, range(4)))
     samples = TeacherSamples(teacher, kept, torch.tensor([0, 1, 2, 0]))
     teacher.standardise(kept)
     networks = Networks.from_tuned(Student.from_teacher(teacher, TINY_HEAD))

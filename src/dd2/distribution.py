@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dd2.device import tile_rows
+from dd2.device import full_precision, tile_rows
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,16 @@ class CodeDistribution:
 
     def nearest(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """The code nearest to each token among those that can be drawn: tokens (*P, C), codebook (V, C) -> (*P) int64."""
-        flat, rows = self.view(-1), tokens.reshape(-1, tokens.shape[-1]).to(codebook.dtype)
-        half_norms = codebook.square().sum(-1) / 2
+        rows = tokens.reshape(-1, tokens.shape[-1]).to(codebook.dtype)
+        flat, half_norms = self.view(len(rows)), codebook.square().sum(-1) / 2
         step, found = tile_rows(self.num_codes, tokens.device), []
-        for start in range(0, len(rows), step):
-            part = flat[start : start + step]
-            closeness = torch.addmm(-half_norms, rows[start : start + step], codebook.T)
-            if part.ids is not None:
-                closeness = closeness.gather(-1, part.ids.long())
-            found.append(part._code(closeness.masked_fill(part.log_p == -math.inf, -math.inf).argmax(-1)))
+        with full_precision(tokens.device):
+            for start in range(0, len(rows), step):
+                part = flat[start : start + step]
+                closeness = torch.addmm(-half_norms, rows[start : start + step], codebook.T)
+                if part.ids is not None:
+                    closeness = closeness.gather(-1, part.ids.long())
+                found.append(part._code(closeness.masked_fill(part.log_p == -math.inf, -math.inf).argmax(-1)))
         return torch.cat(found).view(self.positions) if found else tokens.new_zeros(self.positions, dtype=torch.long)
 
     def _code(self, place: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal after it had saved; the message says how to resume."""
+    """A signal stopped the work after it had saved; the message says how to go on."""
 
 
 class PeerLost(RuntimeError):

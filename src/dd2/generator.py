@@ -53,8 +53,6 @@ class Generator:
 
     def in_precision(self, dtype: torch.dtype) -> "Generator":
         """The same for drawing in `dtype`, under autocast; weights that need none are shared (`dd2.precision`)."""
-        if self.code:
-            return self
         return replace(self, student=in_precision(self.student, dtype), tokenizer=self.tokenizer.in_precision(dtype))
 
     @property

@@ -24,8 +24,13 @@ class OneStepPipeline:
     """
 
     def __init__(self, generator: Generator, dtype: torch.dtype = torch.float32) -> None:
+        self.generator = generator
         self._ways = Ways(generator).in_precision(dtype)
-        self.generator, self.dtype = self._ways.generator, dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic that it draws in."""
+        return self._ways.precision
 
     @classmethod
     def from_pretrained(

@@ -69,15 +69,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def in_precision(module: M, dtype: torch.dtype) -> M:
+def in_precision(module: M, dtype: torch.dtype, *, channels_last: bool = False) -> M:
     """A network whose matrix products and convolutions have their weights in `dtype`; every other tensor is shared with it.
 
     Args:
         module: the network, for use without gradients. What it, or a part of it, names in an attribute `float32_parts` stays as
             it is, because it is called outside of autocast.
-        dtype: float32 gives the network itself.
+        dtype: float32 changes no weight.
+        channels_last: lay convolutions out as they run fastest.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not channels_last:
         return module
     named = [kept for part in module.modules() for kept in getattr(part, "float32_parts", ())]
     kept = {id(part) for whole in named for part in whole.modules()}
@@ -85,6 +86,7 @@ def in_precision(module: M, dtype: torch.dtype) -> M:
     for part in module.modules():
         # Exactly these: what derives from them may compute with its weights in its own way.
         if type(part) in (nn.Linear, Linear, nn.Conv2d) and id(part) not in kept:
-            lowered = {id(weight): nn.Parameter(weight.detach().to(dtype), False) for weight in part.parameters(recurse=False)}
-            shared.update(lowered)
+            for weight in part.parameters(recurse=False):
+                layout = torch.channels_last if channels_last and weight.ndim == 4 else torch.preserve_format
+                shared[id(weight)] = nn.Parameter(weight.detach().to(dtype, memory_format=layout), False)
     return copy.deepcopy(module, shared)  # pyright: ignore[reportArgumentType]

@@ -115,7 +115,11 @@ class Ways:
     precision: torch.dtype = torch.float32
 
     def in_precision(self, dtype: torch.dtype) -> "Ways":
-        """The same in another precision than float32."""
+        """The same in another precision than float32; where a network is the user's own code, of which nobody knows what it does
+        with half precision, the same as before (`precision` says so).
+        """
+        if self.generator.code or (self.teacher is not None and self.teacher.code):
+            return self
         return replace(
             self,
             generator=self.generator.in_precision(dtype),

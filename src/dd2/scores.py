@@ -190,19 +190,24 @@ class _Codes:
     def __init__(self, codebook: Tensor) -> None:
         self.centre = codebook.mean(0)
         self.codes = codebook - self.centre
-        offset = (self.codes * (self.centre + self.codes / 2)).sum(1, keepdim=True)
-        self._energy = torch.cat([self.codes, offset], 1).T
+        self._energy = torch.cat([self.codes, self.codes.square().sum(1, keepdim=True) / 2], 1).T
 
     def weights(self, x: Tensor, t: Tensor, log_p: Tensor, ids: Tensor | None) -> Tensor:
         """Posterior weights w_j (Eq. 1), (..., R, K), of x (..., R, C) and t (..., R, 1) under log_p (R, K)."""
         # log w_j = log p_j + (1 - t) / t^2 (x . c_j - (1 - t) |c_j|^2 / 2) but for a constant; the bracket is one product.
-        energy = _picked(torch.cat([x, t - 1], -1) @ self._energy, ids)
+        energy = _picked(torch.cat([x - (1 - t) * self.centre, t - 1], -1) @ self._energy, ids)
         torch.addcmul(log_p, energy, _sharpness(t), out=energy)  # in place: a tile stays in the cache
         return torch.softmax(energy, -1, out=energy)
 
-    def along(self, grad: Tensor, mean: Tensor, ids: Tensor | None) -> Tensor:
-        """Products g . (c_j - mean), (..., R, K)."""
-        return _picked(grad @ self.codes.T, ids).sub_((grad * mean).sum(-1, keepdim=True))
+    def covariance(self, weights: Tensor, grad: Tensor, mean: Tensor, ids: Tensor | None) -> Tensor:
+        """Cov_w(c) g = sum_j w_j (g . (c_j - mean)) (c_j - mean), (..., R, C); changes the weights.
+
+        Both factors are centred: what rounding leaves of sum_j w_j (g . (c_j - mean)), which is 0, would otherwise be multiplied
+        by the codes, and where w is peaked nothing else is left.
+        """
+        along = _picked(grad @ self.codes.T, ids).sub_((grad * mean).sum(-1, keepdim=True))
+        weights *= along
+        return self.mixed(weights, ids) - weights.sum(-1, keepdim=True) * mean
 
     def mixed(self, weights: Tensor, ids: Tensor | None) -> Tensor:
         """Sum over centred codes of weights (..., R, K), (..., R, C)."""
@@ -210,7 +215,7 @@ class _Codes:
             return weights @ self.codes
         bags = ids.expand(weights.shape).reshape(-1, ids.shape[-1])
         mixed = F.embedding_bag(bags, self.codes, per_sample_weights=weights.reshape(bags.shape), mode="sum")
-        return mixed.view(*weights.shape[:-1], -1)
+        return mixed.view(*weights.shape[:-1], self.codes.shape[1])
 
 
 def _sharpness(t: Tensor) -> Tensor:
@@ -248,22 +253,22 @@ class _PosteriorMean(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x, t, log_p, ids, mean, weights), codes = ctx.saved_tensors, ctx.codes
         grad = grads[0].to(x.dtype)
-        # Cov_w(c) g = sum_j w_j (g . (c_j - mean)) c_j: centring first avoids cancellation when w is peaked.
         # The caller's autocast is active here, unlike in forward; half precision would be divided by t^2.
         with full_precision(x.device):
             if weights is not None:
-                found = codes.mixed(weights * codes.along(grad, mean, ids), ids)
+                found = codes.covariance(weights.clone(), grad, mean, ids)
             else:
                 found = torch.empty_like(x)
                 for draw, part in _tiles(x, ctx.rows):
                     kept = None if ids is None else ids[part]
                     weights = codes.weights(x[draw, part], t[draw, part], log_p[part], kept)
-                    weights *= codes.along(grad[draw, part], mean[draw, part], kept)
-                    found[draw, part] = codes.mixed(weights, kept)
+                    found[draw, part] = codes.covariance(weights, grad[draw, part], mean[draw, part], kept)
         return found * _sharpness(t), None, None, None, None, None
 
 
-def _tiles(x: Tensor, rows: int) -> list[tuple[int, slice]]:
-    """Blocks of (draws, R, C): the number of a draw, and at most `rows` of its rows."""
-    parts = [slice(start, min(start + rows, x.shape[1])) for start in range(0, x.shape[1], rows)]
-    return [(draw, part) for part in parts for draw in range(len(x))]
+def _tiles(x: Tensor, rows: int) -> list[tuple[slice, slice]]:
+    """Blocks of (draws, R, C), of at most `rows` rows: some of the draws, and some of their rows."""
+    draws, length, _ = x.shape
+    together = max(1, rows // max(length, 1))
+    parts = [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
+    return [(slice(draw, draw + together), part) for part in parts for draw in range(0, draws, together)]

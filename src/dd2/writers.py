@@ -1,11 +1,14 @@
-"""Images to files as they are drawn: a folder of PNGs, an .npz, or one grid. What was handed over is kept whatever follows."""
+"""Images to files as they are drawn: a folder of PNGs, an .npz, or one grid."""
 
 import contextlib
 import os
 import shutil
+import signal
+import sys
+import threading
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -16,22 +19,28 @@ from torch import Tensor
 
 from dd2.files import write_atomic
 from dd2.images import byte_levels, one_picture, picture, png
+from dd2.processes import say
 
 ENCODERS = 8
 """Threads that compress PNGs, at most; zlib works without Python's lock."""
 
 
 class ImageWriter(ABC):
-    """A destination for images, one batch after the other; what is written is whole whenever it ends.
+    """A destination for images, one batch after the other.
 
-    A thread of its own writes a batch while the next one is drawn. Left by an exception, it still finishes what it was given.
+    A thread of its own writes a batch while the next one is drawn. Once the block is left, what was written is a whole file, or
+    whole files: at its end, and with `keep_partial` also where KeyboardInterrupt ended it. Any other exception leaves what was
+    there before, but for a folder's images.
+
+    Args:
+        keep_partial: keep the images that are done when KeyboardInterrupt ends the block.
 
     Attributes:
-        count: images written.
+        kept: images that are there, once the block is left.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, *, keep_partial: bool = False) -> None:
+        self.kept, self._written, self._keep_partial = 0, 0, keep_partial
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -39,23 +48,27 @@ class ImageWriter(ABC):
         """Images (B, channels, H, W) in [-1, 1] on any device, with a label and a seed each."""
         pixels = byte_levels(images.detach()).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         self._wait()  # at most one batch waits, so that memory is bounded
-        self._pending = self._thread.submit(self._written, pixels, labels, seeds)
+        self._pending = self._thread.submit(self._write_batch, pixels, labels, seeds)
 
     def __enter__(self) -> "ImageWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self._wait()
-            if self.count:
-                self._finish()
-        finally:
-            self._thread.shutdown()
-            self._discard()
+        whole = error is None or (self._keep_partial and isinstance(error, KeyboardInterrupt))
+        with _uninterrupted():
+            try:
+                self._thread.shutdown()
+                if whole:
+                    self._wait()
+                    if self._written:
+                        self._finish()
+                        self.kept = self._written
+            finally:
+                self._discard()
 
-    def _written(self, pixels: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
+    def _write_batch(self, pixels: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
         self._write(pixels.cpu().numpy(), labels, seeds)
-        self.count += len(pixels)
+        self._written += len(pixels)
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -72,6 +85,19 @@ class ImageWriter(ABC):
         """Clear away what was only needed on the way."""
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """While a file is finished, Ctrl-C is answered and not obeyed: what it would save is nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: say("finishing the file, one moment", sys.stderr))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class FolderWriter(ImageWriter):
     """One PNG per image, named by its number, label and seed.
 
@@ -80,8 +106,8 @@ class FolderWriter(ImageWriter):
         first: number of the first image.
     """
 
-    def __init__(self, folder: Path, first: int = 0) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, first: int = 0, *, keep_partial: bool = False) -> None:
+        super().__init__(keep_partial=keep_partial)
         self.folder, self._next = folder, first
         self._encoders = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1))
 
@@ -103,8 +129,8 @@ class NpzWriter(ImageWriter):
     Pixels go to a file beside it first, as the number of images stands at the head of an array and may turn out smaller.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, path: Path, *, keep_partial: bool = False) -> None:
+        super().__init__(keep_partial=keep_partial)
         self.path = path
         self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -121,7 +147,7 @@ class NpzWriter(ImageWriter):
 
     def _finish(self) -> None:
         self._file.close()
-        with zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED) as archive:
+        with self._temporary.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member, self._raw.open("rb") as raw:
                 head = {"descr": "|u1", "fortran_order": False, "shape": (len(self._labels), *self._shape)}
                 np.lib.format.write_array_header_1_0(member, head)
@@ -129,6 +155,9 @@ class NpzWriter(ImageWriter):
             for name, values in {"labels": self._labels, "seeds": self._seeds}.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, np.asarray(values))
+            archive.close()
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
 
     def _discard(self) -> None:
@@ -141,8 +170,8 @@ class NpzWriter(ImageWriter):
 class GridWriter(ImageWriter):
     """All images as one PNG, about square."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, path: Path, *, keep_partial: bool = False) -> None:
+        super().__init__(keep_partial=keep_partial)
         self.path = path
         self._parts: list[np.ndarray] = []
 
@@ -153,13 +182,16 @@ class GridWriter(ImageWriter):
         write_atomic(self.path, png(one_picture(np.concatenate(self._parts))))
 
 
-def open_writer(out: Path, first: int = 0) -> ImageWriter:
+def open_writer(out: Path, first: int = 0, *, keep_partial: bool = False) -> ImageWriter:
     """The writer that a path asks for: .npz, .png (one grid), or a folder.
 
     Args:
         out: where to; its folder must exist.
         first: number of the first image.
+        keep_partial: as `ImageWriter`.
     """
     if out.suffix == ".npz":
-        return NpzWriter(out)
-    return GridWriter(out) if out.suffix == ".png" else FolderWriter(out, first)
+        return NpzWriter(out, keep_partial=keep_partial)
+    if out.suffix == ".png":
+        return GridWriter(out, keep_partial=keep_partial)
+    return FolderWriter(out, first, keep_partial=keep_partial)

@@ -86,7 +86,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "features_digest": network.digest,
         "evaluation": {
             **decides,
-            "precision": name_of(pick_precision(config.precision, device)),
+            "precision": scorer.precision,
             "reference": reference.described,
             "images_per_label": config.count / labels,
             "seeds": f"one per image, derived from {config.seed}",

@@ -150,11 +150,12 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     backbone, one_head, heads = passes["backbone"], passes["one_head"], passes["generator_head"]
     generated = backbone.flops + one_head.flops
     again = backbone.flops if config.loop.recompute else 0.0
-    guidance_update = generated + again + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
+    guidance_update = again + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
+    batches = 1 if csd.share_generated else csd.k
     # SiD differentiates the guidance head in its input alone: half of a backward pass.
     generator_update = generated + again + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
     generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
-    flops = csd.accumulate * (csd.k * guidance_update + generator_update)
+    flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
     seconds = flops / (config.gpus * _rate(config)[0])
     return Needs(sizes, memory, flops, seconds)
 

@@ -1,6 +1,9 @@
 """dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -92,8 +95,10 @@ def sample(config: SampleConfig) -> None:
         Interrupted: by Ctrl-C; the images that were done are written, whole.
     """
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
+    precision = pick_precision(config.precision, device)  # refuses before anything is read
     ways = _opened(config, device).in_precision(precision)
+    if config.precision != "auto" and ways.precision != precision:
+        say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
     generator, backbone = ways.generator, ways.generator.student.backbone
     conditions = generator.conditions if ways.teacher is None else ways.teacher.conditions
     labels = parse_labels(config.labels, conditions.num_labels, config.count, config.first)
@@ -105,9 +110,9 @@ def sample(config: SampleConfig) -> None:
     if config.out.is_dir() and any(config.out.iterdir()):
         raise InputError(f"out {config.out} is not empty: its old images would mix with the new; choose another --out")
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
-    writer = open_writer(config.out, config.first)
+    writer = open_writer(config.out, config.first, keep_partial=True)
     try:
-        with writer, progress("sample", config.count, "img") as bar, torch.inference_mode():
+        with _stoppable(), writer, progress("sample", config.count, "img") as bar, torch.inference_mode():
             for start in range(0, config.count, config.batch):
                 chosen = slice(start, start + config.batch)
                 cond = conditions(torch.tensor(labels[chosen], device=device))
@@ -116,11 +121,30 @@ def sample(config: SampleConfig) -> None:
                 writer.add(ways.decode(tokens, cond), labels[chosen], seeds[chosen])
                 bar.update(len(cond))
     except KeyboardInterrupt:
-        done = writer.count
-        kept = f"the first {done} of {config.count} images are in {config.out}" if done else "no image was done"
-        rest = f"--first {config.first + done} --count {config.count - done}"
-        raise Interrupted(f"interrupted: {kept}; the rest: the same command with {rest} and another --out") from None
-    say(f"wrote {config.count} images to {config.out} ({name_of(precision)})")
+        raise Interrupted(_stopped(config, writer.kept)) from None
+    say(f"wrote {config.count} images to {config.out} ({name_of(ways.precision)})")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, which clusters send before they kill, ends the block as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stopped(config: SampleConfig, kept: int) -> str:
+    said = f"the first {kept} of {config.count} images are in {config.out}" if kept else "no image was done"
+    if kept == config.count:
+        return f"interrupted, but {said}"
+    rest = f"--first {config.first + kept} --count {config.count - kept}"
+    return f"interrupted: {said}; the rest: the same command with {rest} and another --out"
 
 
 def _opened(config: SampleConfig, device: torch.device) -> Ways:

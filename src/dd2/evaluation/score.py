@@ -122,7 +122,10 @@ class Scorer:
         return {name: method.draw(labels, self.seeds(_seeds_of(method), index))[0].cpu() for name, method in methods.items()}
 
     def path_length(self, generator: Generator, paths: int, epsilon: float) -> dict[str, dict[str, float]]:
-        """Perceptual path length of the generator, decoded as it is and, where there are codes, at the nearest (Table 5)."""
+        """Perceptual path length of the generator, decoded as it is and, where there are codes, at the nearest (Table 5).
+
+        In float32 whatever the precision: half precision rounds by more than ε.
+        """
         index = torch.arange(paths)
         labels = self.labels(index)
         snaps = {"generator": False} | ({"generator_nearest": True} if isinstance(self.teacher, CodeTeacher) else {})
@@ -145,7 +148,7 @@ class Scorer:
                 epsilon=epsilon,
                 batch=max(1, self.batch // 2),
             )
-            found[name] = {"mean": mean, "standard_error": error, "epsilon": epsilon, "paths": paths}
+            found[name] = {"mean": mean, "standard_error": error, "epsilon": epsilon, "paths": paths, "precision": "float32"}
         return found
 
     def labels(self, index: Tensor) -> Tensor:

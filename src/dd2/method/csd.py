@@ -81,7 +81,6 @@ def generator_loss(
     q = generated(generator, cond, random)
     with torch.no_grad():
         detached = q.detach()
-        # All B x n x V distances: only where they are needed.
         snapped = teacher.snap(detached) if config.snap_teacher or config.snap_guidance else detached
         with part("teacher"):
             wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling)

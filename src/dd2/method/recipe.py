@@ -145,7 +145,8 @@ def csd_stage(
 
     def drawn_conditions(random: torch.Generator) -> Tensor:
         with part("data"):
-            return teacher.conditions(samples.random_labels(config.batch, random))
+            # Labels, and captions, are on the CPU: what goes to a GPU from there waits for nothing.
+            return teacher.conditions(samples.random_labels(config.batch, random)).to(random.device, non_blocking=True)
 
     shared = SharedBatches(config.accumulate // world_size() if config.share_generated else 0)
 

@@ -89,7 +89,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """An empty key/value cache for `next_features`."""
+        """An empty key/value cache for `next_features`, which may write into it in place: for use without gradients."""
 
     @abstractmethod
     def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
@@ -161,12 +161,7 @@ class Teacher(nn.Module, ABC):
         return self.tokenizer.decode_tiled(self.backbone.to_codes(tokens))
 
     def in_precision(self, dtype: torch.dtype) -> "Teacher":
-        """The same for drawing in `dtype`, under autocast; weights that need none are shared (`dd2.precision`).
-
-        One of the user's own code keeps its weights: nobody knows what it does with them.
-        """
-        if self.code:
-            return self
+        """The same for drawing in `dtype`, under autocast; weights that need none are shared (`dd2.precision`)."""
         lowered = {}
         for name, part in self.named_children():
             if isinstance(part, Tokenizer):

@@ -31,6 +31,11 @@ class CodeTeacher(Teacher):
 
     def __init__(self, backbone: Backbone, output: nn.Module, tokenizer: Tokenizer, conditions: Conditions) -> None:
         super().__init__(backbone, tokenizer, conditions)
+        if type(self).logits is not CodeTeacher.logits or hasattr(self, "log_p"):
+            raise InputError(
+                f"{type(self).__name__} has logits or log_p of its own, which sampling and training would not ask: override "
+                "features (what the classifier reads) or classify (features to logits) instead"
+            )
         self.output = output
 
     @property
@@ -112,20 +117,30 @@ class CodeTeacher(Teacher):
         """
         weights = self._guidance(sampling)
         if weights is None:
-            halves = [self.features(tokens, cond)]
-        else:
-            both = torch.cat([cond, self.backbone.null_condition(cond)])
-            halves = list(self.features(tokens.repeat(2, 1, 1), both).chunk(2))
-            weights = weights.to(tokens.device)[self.order.step_of].repeat(len(tokens)).unsqueeze(-1)  # (B n, 1)
+            return self._filtered(self.features(tokens, cond), None, sampling)
+        both = torch.cat([cond, self.backbone.null_condition(cond)])
+        features = self.features(tokens.repeat(2, 1, 1), both)
+        return self._filtered(features, weights.to(tokens.device)[self.order.step_of], sampling)
+
+    def _filtered(self, features: Tensor, weights: Tensor | None, sampling: Sampling) -> CodeDistribution:
+        """The sampling distribution (B, m) from features (B, m, D), or (2 B, m, D) with the unconditional ones behind.
+
+        Args:
+            features: of m positions.
+            weights: (m,) of the guidance; None where there is none.
+            sampling: temperature, top-k, top-p.
+        """
+        halves = [features] if weights is None else list(features.chunk(2))
         rows = [half.flatten(0, 1) for half in halves]
-        step, parts = tile_rows(len(self.tokenizer.codebook), tokens.device), []
-        for start in range(0, len(rows[0]), step):
+        by_row = None if weights is None else weights.repeat(len(halves[0])).unsqueeze(-1)  # (B m, 1)
+        step, parts = tile_rows(len(self.tokenizer.codebook), features.device), []
+        for start in range(0, max(len(rows[0]), 1), step):
             part = slice(start, start + step)
             logits = self.classify(rows[0][part])
-            if weights is not None:
-                logits = guided(logits, self.classify(rows[1][part]), weights[part])
+            if by_row is not None:
+                logits = guided(logits, self.classify(rows[1][part]), by_row[part])
             parts.append(filtered(logits, sampling))
-        return CodeDistribution.cat(parts).view(*tokens.shape[:2])
+        return CodeDistribution.cat(parts).view(*halves[0].shape[:2])
 
     def _guidance(self, sampling: Sampling) -> Tensor | None:
         """Guidance weights (S,), or None where no step is guided."""
@@ -187,10 +202,9 @@ class CodeTeacher(Teacher):
         ids = [torch.zeros(len(cond), 0, dtype=torch.long, device=cond.device)]
         for index, step in list(enumerate(self.order.steps))[first_step:last_step]:
             seen = tokens if weights is None else tokens.repeat(2, 1, 1)
-            logits = self.classify(self.backbone.next_features(cache, seen, both))
-            if weights is not None:
-                logits = guided(*logits.chunk(2), float(weights[index]))
-            ids.append(choose(step, filtered(logits, sampling)))
+            features = self.backbone.next_features(cache, seen, both)
+            by_position = None if weights is None else weights[index].to(features.device).expand(features.shape[1])
+            ids.append(choose(step, self._filtered(features, by_position, sampling)))
             tokens = torch.cat([tokens, codebook[ids[-1]]], 1)
         return torch.cat(ids, 1)
 

@@ -71,9 +71,10 @@ def filtered(logits: Tensor, sampling: Sampling) -> CodeDistribution:
         before = p.cumsum(-1) - p
         before[..., 0] = 0  # the likeliest code always stays
         stays = before < sampling.top_p
-        most = int(stays.sum(-1).max())
-        stays, kept, ids = stays[..., :most], kept[..., :most], ids[..., :most]
+        if not 0 < sampling.top_k < codes:  # top-k bounds their number already, and this look waits for a GPU
+            most = int(stays.sum(-1).max())
+            stays, kept, ids = stays[..., :most], kept[..., :most], ids[..., :most]
         kept = kept.masked_fill(~stays, -math.inf)
-        ids = torch.where(stays, ids, ids[..., :1])
+    ids = torch.where(kept == -math.inf, ids[..., :1], ids)  # one that can be drawn: the likeliest comes first
     ids, order = ids.sort(dim=-1)
     return CodeDistribution.of_kept(kept.gather(-1, order).log_softmax(-1), ids, codes)

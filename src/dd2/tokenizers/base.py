@@ -73,7 +73,7 @@ class Tokenizer(nn.Module, ABC):
 
     def in_precision(self, dtype: torch.dtype) -> "Tokenizer":
         """As `dd2.precision.in_precision`, laid out as convolutions run fastest."""
-        return in_precision(self, dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return in_precision(self, dtype, channels_last=True)
 
     def decode_first(self, codes: Tensor, missing: Tensor) -> Tensor:
         """Images of sequences that end early.

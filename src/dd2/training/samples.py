@@ -112,8 +112,8 @@ class TeacherSamples:
         return self.take(self.random_rows(size, random))
 
     def random_labels(self, size: int, random: torch.Generator) -> Tensor:
-        """The labels (size,) of random sequences, on the stream's device."""
-        return self.labels[self.random_rows(size, random)].to(random.device, non_blocking=True)
+        """The labels (size,) of random sequences, on the CPU."""
+        return self.labels[self.random_rows(size, random)]
 
     def random_rows(self, size: int, random: torch.Generator) -> Tensor:
         """Numbers (size,) of random sequences, on the CPU, where the sequences are: nothing waits for a GPU."""

@@ -96,7 +96,7 @@ def test_a_teacher_that_overrides_what_nobody_asks_is_refused():
     given = tiny_teacher()
     for name in ("logits", "log_p"):
         own = type("Own", (CodeTeacher,), {name: lambda *_: None})
-        with pytest.raises(InputError, match="override features .* or classify"):
+        with pytest.raises(InputError, match=r"override features .* or classify"):
             own(given.backbone, given.output, given.tokenizer, given.conditions)
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +55,7 @@ class ImageWriter(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         whole = error is None or (self._keep_partial and isinstance(error, KeyboardInterrupt))
-        with _uninterrupted():
+        with answering((signal.SIGINT, signal.SIGTERM), _wait_for_the_file):
             try:
                 self._thread.shutdown()
                 if whole:
@@ -86,16 +86,21 @@ class ImageWriter(ABC):
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """While a file is finished, Ctrl-C is answered and not obeyed: what it would save is nothing."""
+def answering(numbers: Sequence[int], answer: Callable[[int, object], None]) -> Iterator[None]:
+    """While it lasts, signals are answered by a function; in another thread than the main one they are none of its business."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, lambda *_: say("finishing the file, one moment", sys.stderr))
+    previous = {number: signal.signal(number, answer) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_the_file(number: int, frame: object) -> None:
+    say("finishing the file, one moment", sys.stderr)
 
 
 class FolderWriter(ImageWriter):

@@ -1,9 +1,7 @@
 """dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
 
-import contextlib
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from dd2.processes import say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways, first_redrawn_step
 from dd2.teachers.filtering import Sampling
-from dd2.writers import open_writer
+from dd2.writers import answering, open_writer
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def sample(config: SampleConfig) -> None:
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
     writer = open_writer(config.out, config.first, keep_partial=True)
     try:
-        with _stoppable(), writer, progress("sample", config.count, "img") as bar, torch.inference_mode():
+        with answering([signal.SIGTERM], _stop), writer, progress("sample", config.count, "img") as bar, torch.inference_mode():
             for start in range(0, config.count, config.batch):
                 chosen = slice(start, start + config.batch)
                 cond = conditions(torch.tensor(labels[chosen], device=device))
@@ -125,18 +123,9 @@ def sample(config: SampleConfig) -> None:
     say(f"wrote {config.count} images to {config.out} ({name_of(ways.precision)})")
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM, which clusters send before they kill, ends the block as Ctrl-C does."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _stop(number: int, frame: object) -> None:
+    """SIGTERM, which clusters send before they kill, is answered as Ctrl-C is."""
+    raise KeyboardInterrupt
 
 
 def _stopped(config: SampleConfig, kept: int) -> str:

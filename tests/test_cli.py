@@ -415,6 +415,25 @@ def test_evaluate_writes_numbers_pictures_and_a_page(run, capsys):
 
 
 @pytest.mark.e2e
+def test_evaluations_in_two_precisions(run, tmp_path, capsys):
+    """What was used is printed and stored; features of one precision are not taken for the other's."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        arguments = ["--count", "60", "--no-speed", "--precision", precision, "--cache", str(tmp_path / "banks")]
+        assert main(["evaluate", str(run), *arguments]) == 0
+        assert f"drawn in {precision}" in capsys.readouterr().out
+        found[precision] = json.loads((run / "metrics.json").read_text())
+        assert found[precision]["evaluation"]["precision"] == precision
+    identities = [json.loads(file.read_text()) for file in (tmp_path / "banks").rglob("identity.json")]
+    of_generator = [identity["precision"] for identity in identities if identity["method"] == "generator"]
+    assert sorted(of_generator) == ["bfloat16", "float32"]
+    a, b = (found[name]["metrics"]["onestep_marginal"] for name in found)
+    assert a["teacher_nll"] == b["teacher_nll"]  # tokens that no network draws, scored by the float32 teacher either way
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html"), "--precision", "float32"]) == 0
+    assert "float16 is for CUDA" in refused(capsys, "evaluate", run, "--precision", "float16")
+
+
+@pytest.mark.e2e
 def test_evaluate_extras(run, tmp_path, capsys):
     """Few steps, path length, export; a second evaluation finds the features of the first."""
     arguments = ["evaluate", str(run), "--count", "60", "--batch", "30", "--steps", "1", "3", "--path-length", "20"]

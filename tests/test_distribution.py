@@ -54,6 +54,8 @@ def test_filtering_keeps_the_codes_that_can_be_drawn_and_no_others(sampling, kep
         assert found.ids.dtype == torch.int32
         assert found.log_p.shape[-1] <= kept
         assert (found.ids.diff(dim=-1) >= 0).all()
+        for log_p, ids in zip(found.log_p, found.ids, strict=True):  # what cannot be drawn is a copy of what can
+            assert set(ids.tolist()) == set(ids[log_p > -math.inf].tolist())
 
 
 def test_one_number_draws_the_same_code_from_either_form():

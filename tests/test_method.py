@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dd2.losses import noised
+from dd2.method import recipe
 from dd2.method.align import load_average
 from dd2.method.config import AlignConfig, CSDConfig, TuneConfig
 from dd2.method.csd import SharedBatches, generated, generator_loss, guidance_loss
@@ -16,6 +17,7 @@ from dd2.method.tune import tune_loss
 from dd2.scores import velocity
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
+from dd2.training.samples import TeacherSamples
 from dd2.training.schedule import NoiseLevelConfig, OptimConfig, ema_rate
 from models import TINY_HEAD, tiny_teacher
 
@@ -183,3 +185,19 @@ def test_guidance_updates_share_their_batches_where_that_is_asked_for():
         shared.clear()
         found.append(shared.next(lambda: (torch.tensor(next(drawn)), LABELS))[0])  # noqa: B023
         assert [int(batch) for batch in found] == expected
+
+
+def test_every_iteration_draws_new_batches_to_share(monkeypatch):
+    """K = 3 guidance updates of two micro-batches, two iterations: two batches each where they are shared, six where not."""
+    teacher, drawn = tiny_teacher(), []
+    samples = TeacherSamples(teacher, torch.zeros(4, 16, dtype=torch.long), LABELS)
+    monkeypatch.setattr(recipe, "generated", lambda generator, *rest: drawn.append(1) or generated(generator, *rest))
+    for share, expected in ((True, 2), (False, 6)):
+        config = CSDConfig(batch=2, accumulate=2, k=3, share_generated=share, sampling=Sampling(), validation=0)
+        stage = recipe.csd_stage(recipe.Networks.from_tuned(random_student(1)), teacher, samples, config)
+        for step in range(2):
+            drawn.clear()
+            for call in range(6):
+                stage.updates[0].loss(torch.Generator().manual_seed(call))
+            stage.after(step)
+            assert len(drawn) == expected

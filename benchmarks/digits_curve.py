@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from dd2.checkpoints.runs import open_run
-from dd2.commands.evaluate import comparison
+from dd2.commands.evaluate import comparison, ways_of
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.features import open_features
 from dd2.evaluation.methods import Method
@@ -40,7 +40,7 @@ def main() -> None:
     cpu = torch.device("cpu")
     run = open_run(arguments.run, cpu)
     config = EvaluateConfig(run=arguments.run, count=arguments.count)
-    scorer, methods = comparison(config, run, open_features(config.features, cpu))
+    scorer, methods = comparison(config, run, ways_of(run, config), open_features(config.features, cpu))
     reference = scorer.teacher_reference(methods["teacher"])
     student = run.generator.student
 

@@ -13,12 +13,11 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from dd2.commands.bench import peak_of_process, peak_of_tensors
 from dd2.commands.plan import PlanConfig, needs
 from dd2.method.config import CSDConfig
 from dd2.method.recipe import Networks, csd_stage
@@ -33,6 +32,7 @@ from dd2.tokenizers.vq import VQTokenizer
 from dd2.training.layers import prepare_layers
 from dd2.training.samples import TeacherSamples
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"channels": 8, "multipliers": (1, 1, 1, 1, 1), "z_channels": 8, "groups": 4, "image_size": 256}
 CASES = {
@@ -90,30 +90,13 @@ def train(case: dict) -> None:
         stage.after(index)
 
 
-def tensors(case: dict) -> float:
-    """Bytes that all tensors of the training hold at most."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        train(case)
-    assert profiled.profiler is not None
-    assert profiled.profiler.kineto_results is not None
-    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return float(max(accumulate(event.nbytes() for event in changes)))  # pyright: ignore[reportAttributeAccessIssue]
+def grown(case: dict) -> float:
+    """Bytes by which this process grows at most, with the libraries' buffers."""
+    before = peak_of_process(lambda: None, CPU)
+    return peak_of_process(lambda: train(case), CPU) - before
 
 
-def resident(case: dict) -> float:
-    """Bytes by which this process grows at most. Not getrusage's: a child begins with its parent's maximum there."""
-
-    def peak() -> float:
-        status = Path("/proc/self/status").read_text()
-        return 1024.0 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
-
-    before = peak()
-    train(case)
-    return peak() - before
-
-
-MEASURES = {"tensors": tensors, "resident": resident}
+MEASURES = {"tensors": lambda case: peak_of_tensors(lambda: train(case), CPU), "resident": grown}
 
 
 def main() -> None:

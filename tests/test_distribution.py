@@ -90,7 +90,7 @@ def test_tiles_change_neither_a_teachers_distribution_nor_the_nearest_codes(monk
     tokens, cond, sampling = teacher.codebook[ids], torch.tensor([0, 1, 2, 1]), Sampling(cfg_scale=2.0, top_p=0.5)
     noisy = tokens + torch.randn(tokens.shape, generator=g)
     whole, snapped = teacher.distribution(tokens, cond, sampling).dense(), nearest_ids(noisy, teacher.codebook)
-    for module in ("teachers.code", "tokenizers.base"):
+    for module in ("teachers.code", "distribution"):
         monkeypatch.setattr(f"dd2.{module}.tile_rows", lambda columns, device: 3)
     torch.testing.assert_close(teacher.distribution(tokens, cond, sampling).dense(), whole)
     assert torch.equal(nearest_ids(noisy, teacher.codebook), snapped)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,11 @@ def table(numbers: dict[str, Any]) -> str:
         f"{entry['speedup']:.1f}× at batch {entry['batch']}" for entry in sorted(numbers["speed"], key=lambda e: e["batch"])
     )
     threads = numbers["versions"]["threads"]
-    lines += [
-        "",
-        f"Gap closed: **{numbers['gap_closed']:.3f}**. Faster than the KV-cached teacher, decoding included: {speeds}.",
-        f"Time on {threads} CPU thread{'s' if threads > 1 else ''}: {spent}.",
-        "",
-    ]
-    return "\n".join(lines)
+    text = (
+        f"Gap closed: **{numbers['gap_closed']:.3f}**. Faster than the KV-cached teacher, decoding included: {speeds}. "
+        f"Time on {threads} CPU thread{'s' if threads > 1 else ''}: {spent}."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(text, 124), ""])
 
 
 if __name__ == "__main__":

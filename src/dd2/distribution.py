@@ -5,7 +5,7 @@ and the draws, is a sum over those alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,17 +88,13 @@ class CodeDistribution:
 
     def nearest(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         """The code nearest to each token among those that can be drawn: tokens (*P, C), codebook (V, C) -> (*P) int64."""
-        rows = tokens.reshape(-1, tokens.shape[-1]).to(codebook.dtype)
-        flat, half_norms = self.view(len(rows)), codebook.square().sum(-1) / 2
-        step, found = tile_rows(self.num_codes, tokens.device), []
-        with full_precision(tokens.device):
-            for start in range(0, len(rows), step):
-                part = flat[start : start + step]
-                closeness = torch.addmm(-half_norms, rows[start : start + step], codebook.T)
-                if part.ids is not None:
-                    closeness = closeness.gather(-1, part.ids.long())
-                found.append(part._code(closeness.masked_fill(part.log_p == -math.inf, -math.inf).argmax(-1)))
-        return torch.cat(found).view(self.positions) if found else tokens.new_zeros(self.positions, dtype=torch.long)
+        rows, found = tokens.reshape(-1, tokens.shape[-1]).to(codebook.dtype), []
+        flat = self.view(len(rows))
+        for tile, close in closeness(rows, codebook):
+            part = flat[tile]
+            close = close if part.ids is None else close.gather(-1, part.ids.long())
+            found.append(part._code(close.masked_fill(part.log_p == -math.inf, -math.inf).argmax(-1)))
+        return torch.cat(found).view(self.positions)
 
     def _code(self, place: Tensor) -> Tensor:
         """The code at each position's place among K."""
@@ -110,6 +106,19 @@ class CodeDistribution:
         # A copy of a position's last code, so that Eq. 1 never meets a code that the position does not have.
         copies = self.ids[..., -1:].expand(*self.positions, missing)
         return F.pad(self.log_p, (0, missing), value=-math.inf), torch.cat([self.ids, copies], -1)
+
+
+def closeness(rows: Tensor, codebook: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """How near tokens (R, C) are to all codes (V, C), the larger the nearer, tile by tile: some of the rows, and (rows, V).
+
+    In the precision of its arguments whatever the autocast.
+    """
+    half_norms, step = codebook.square().sum(-1) / 2, tile_rows(len(codebook), rows.device)
+    for start in range(0, max(len(rows), 1), step):
+        tile = slice(start, start + step)
+        with full_precision(rows.device):
+            close = torch.addmm(-half_norms, rows[tile], codebook.T)
+        yield tile, close
 
 
 def _scattered(log_p: Tensor, ids: Tensor, num_codes: int) -> Tensor:

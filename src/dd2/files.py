@@ -9,6 +9,7 @@ import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,12 +22,18 @@ PARTIAL = ".partial"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write to a temporary neighbour, flush it to the disk, and rename it over `path`."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary neighbour; when the block ends well it is flushed to the disk and renamed over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -13,7 +13,12 @@ from dd2.files import write_atomic
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (N, channels, H, W) in [-1, 1] to uint8 NHWC, round(127.5 x + 127.5) clamped."""
-    return byte_levels(images.detach().cpu()).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels(images).cpu().numpy()
+
+
+def pixels(images: Tensor) -> Tensor:
+    """As `to_uint8`, where the images are."""
+    return byte_levels(images.detach()).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def byte_levels(images: Tensor) -> Tensor:
@@ -26,21 +31,21 @@ def grid(images: Tensor, columns: int = 0, padding: int = 2, zoom: int = 0) -> I
     return one_picture(to_uint8(images), columns, padding, zoom)
 
 
-def one_picture(pixels: np.ndarray, columns: int = 0, padding: int = 2, zoom: int = 0) -> Image.Image:
+def one_picture(levels: np.ndarray, columns: int = 0, padding: int = 2, zoom: int = 0) -> Image.Image:
     """One picture of all images, uint8 (N, H, W, channels).
 
     Args:
-        pixels: what to show, row by row.
+        levels: what to show, row by row.
         columns: images per row; 0 makes the grid about square.
         padding: pixels between images, before zooming.
         zoom: whole-number enlargement; 0 brings small images to about 48 pixels.
     """
-    count, height, width, channels = pixels.shape
+    count, height, width, channels = levels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     zoom = zoom or max(1, 48 // height)
     rows = -(-count // columns)
     sheet = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8)
-    for index, image in enumerate(pixels):
+    for index, image in enumerate(levels):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
         sheet[top : top + height, left : left + width] = image
@@ -61,6 +66,6 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def picture(pixels: np.ndarray) -> Image.Image:
+def picture(levels: np.ndarray) -> Image.Image:
     """One image uint8 (H, W, channels) of 1 or 3 channels."""
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)

@@ -1,8 +1,11 @@
 """The processes of one job, as torchrun starts them; a plain start is one process."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TextIO, TypeVar
 
@@ -45,6 +48,20 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print a line for the whole job: its first process does. `file` is the standard output unless given."""
     if rank() == 0:
         print(text, file=file, flush=True)
+
+
+@contextlib.contextmanager
+def answering(numbers: Sequence[int], answer: Callable[[int, object], None]) -> Iterator[None]:
+    """While it lasts, signals are answered by a function; in another thread than the main one they are none of its business."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, answer) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def connect() -> None:

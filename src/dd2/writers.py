@@ -1,25 +1,22 @@
 """Images to files as they are drawn: a folder of PNGs, an .npz, or one grid."""
 
-import contextlib
 import os
 import shutil
 import signal
 import sys
-import threading
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dd2.files import write_atomic
-from dd2.images import byte_levels, one_picture, picture, png
-from dd2.processes import say
+from dd2.files import atomic_file, write_atomic
+from dd2.images import one_picture, picture, pixels, png
+from dd2.processes import answering, say
 
 ENCODERS = 8
 """Threads that compress PNGs, at most; zlib works without Python's lock."""
@@ -46,9 +43,9 @@ class ImageWriter(ABC):
 
     def add(self, images: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
         """Images (B, channels, H, W) in [-1, 1] on any device, with a label and a seed each."""
-        pixels = byte_levels(images.detach()).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        levels = pixels(images)
         self._wait()  # at most one batch waits, so that memory is bounded
-        self._pending = self._thread.submit(self._write_batch, pixels, labels, seeds)
+        self._pending = self._thread.submit(self._write_batch, levels, labels, seeds)
 
     def __enter__(self) -> "ImageWriter":
         return self
@@ -66,9 +63,9 @@ class ImageWriter(ABC):
             finally:
                 self._discard()
 
-    def _write_batch(self, pixels: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
-        self._write(pixels.cpu().numpy(), labels, seeds)
-        self._written += len(pixels)
+    def _write_batch(self, levels: Tensor, labels: Sequence[int], seeds: Sequence[int]) -> None:
+        self._write(levels.cpu().numpy(), labels, seeds)
+        self._written += len(levels)
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -83,20 +80,6 @@ class ImageWriter(ABC):
 
     def _discard(self) -> None:  # noqa: B027
         """Clear away what was only needed on the way."""
-
-
-@contextlib.contextmanager
-def answering(numbers: Sequence[int], answer: Callable[[int, object], None]) -> Iterator[None]:
-    """While it lasts, signals are answered by a function; in another thread than the main one they are none of its business."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, answer) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _wait_for_the_file(number: int, frame: object) -> None:
@@ -138,7 +121,6 @@ class NpzWriter(ImageWriter):
         super().__init__(keep_partial=keep_partial)
         self.path = path
         self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._file = self._raw.open("wb")
         self._labels: list[int] = []
         self._seeds: list[int] = []
@@ -152,7 +134,7 @@ class NpzWriter(ImageWriter):
 
     def _finish(self) -> None:
         self._file.close()
-        with self._temporary.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with atomic_file(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member, self._raw.open("rb") as raw:
                 head = {"descr": "|u1", "fortran_order": False, "shape": (len(self._labels), *self._shape)}
                 np.lib.format.write_array_header_1_0(member, head)
@@ -160,16 +142,10 @@ class NpzWriter(ImageWriter):
             for name, values in {"labels": self._labels, "seeds": self._seeds}.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, np.asarray(values))
-            archive.close()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self._temporary, self.path)
 
     def _discard(self) -> None:
         self._file.close()
-        for path in (self._raw, self._temporary):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        self._raw.unlink(missing_ok=True)
 
 
 class GridWriter(ImageWriter):

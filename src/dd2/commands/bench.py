@@ -11,30 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dd2 import __version__
 from dd2.checkpoints.released import RELEASED
 from dd2.checkpoints.runs import open_teacher
 from dd2.errors import InputError
+from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
 from dd2.files import writable_folder, write_atomic
-from dd2.precision import name_of
 from dd2.processes import say
-from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of a table: its heading, its key in a row, and its format."""
+class BenchConfig:
+    """What every measurement is told."""
 
-    heading: str
-    key: str
-    kind: str = ""
+    out: Path = Path("bench")
+    """OUT.json and OUT.md are written."""
+    repeats: int = 3
+    """Timed calls of each, in turns; the median counts."""
+    seed: int = 0
+    """Seed of weights, tokens and numbers."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Refuse nothing to time."""
+        if self.repeats < 1:
+            raise InputError(f"repeats must be at least 1, got {self.repeats}")
 
 
 def bench_teacher(name: str, device: torch.device, seed: int) -> CodeTeacher:
@@ -101,22 +109,30 @@ def peak_of_process(call: Callable[[], object], device: torch.device) -> float:
     return 1024.0 * int(re.findall(r"VmHWM:\s*(\d+) kB", STATUS.read_text())[0])
 
 
-def write_results(out: Path, what: str, rows: Sequence[dict[str, Any]], columns: Sequence[Column], **more: Any) -> None:
-    """OUT.json with everything, OUT.md with the table, and the table on the terminal."""
+def write_results(
+    config: BenchConfig, what: str, device: torch.device, rows: Sequence[dict[str, Any]], columns: dict[str, Column], **more: Any
+) -> None:
+    """OUT.json with everything, OUT.md with the table, and the table on the terminal.
+
+    Args:
+        config: where to.
+        what: was measured.
+        device: on it.
+        rows: of numbers by name.
+        columns: those that the table shows, by name.
+        more: numbers of the whole run.
+    """
+    out = config.out
     writable_folder(out.parent, "output folder")
-    lines = ["| " + " | ".join(column.heading for column in columns) + " |"]
-    lines.append("|" + "|".join("---:" if column.kind else "---" for column in columns) + "|")
-    lines += ["| " + " | ".join(_cell(row.get(column.key), column.kind) for column in columns) + " |" for row in rows]
+    lines = ["| " + " | ".join(column.heading for column in columns.values()) + " |"]
+    lines.append("|" + "|".join("---:" if column.kind else "---" for column in columns.values()) + "|")
+    lines += ["| " + " | ".join(_cell(row.get(key), column.kind) for key, column in columns.items()) + " |" for row in rows]
     table = "\n".join(lines) + "\n"
-    write_atomic(out.with_suffix(".json"), json.dumps({"bench": what, **more, "rows": list(rows)}, indent=2) + "\n")
+    result = {"bench": what, "machine": machine(device), "repeats": config.repeats, **more, "rows": list(rows)}
+    write_atomic(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
     write_atomic(out.with_suffix(".md"), table)
     say(table)
     say(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.md')}")
-
-
-def rates_of(matmul: dict[torch.dtype, float]) -> dict[str, float]:
-    """Matmul rates as they are stored."""
-    return {name_of(dtype): rate for dtype, rate in matmul.items()}
 
 
 def measured_rate(file: Path, model: str, precision: str) -> tuple[float, str]:
@@ -144,11 +160,6 @@ def measured_rate(file: Path, model: str, precision: str) -> tuple[float, str]:
         raise InputError(f"rates {file} hold no training in {precision}; run dd2 bench train --precision {precision}")
     chosen = model if model in rates else min(rates, key=lambda name: rates[name])
     return rates[chosen], f"measured on {device} with {chosen}"
-
-
-def random_tokens(teacher: Teacher, batch: int) -> Tensor:
-    """Standardised tokens (B, n, C) that mean nothing."""
-    return torch.randn(batch, *teacher.backbone.token_shape, device=teacher.device)
 
 
 def _cell(value: Any, kind: str) -> str:

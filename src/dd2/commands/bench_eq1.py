@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd2.commands.bench import Column, machine, peak_of_tensors, write_results
+from dd2.commands.bench import BenchConfig, peak_of_tensors, write_results
 from dd2.device import pick_device
 from dd2.distribution import CodeDistribution
-from dd2.errors import InputError
+from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
 from dd2.processes import say
 from dd2.scores import CodeMixture
@@ -42,7 +42,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class BenchEq1Config:
+class BenchEq1Config(BenchConfig):
     """Time and memory of Eq. 1, forward and backward in x_t, beside the formula written out in plain torch on all codes.
 
     Both get what they need beforehand: plain torch a dense log p and the codes' norms, ours the kept codes. Errors are relative
@@ -53,15 +53,6 @@ class BenchEq1Config:
     """OUT.json and OUT.md are written."""
     repeats: int = 9
     """Timed calls of each, in turns; the median counts."""
-    seed: int = 0
-    """Seed of the problem."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        """Refuse nothing to time."""
-        if self.repeats < 1:
-            raise InputError(f"repeats must be at least 1, got {self.repeats}")
 
 
 def bench_eq1(config: BenchEq1Config) -> None:
@@ -71,17 +62,17 @@ def bench_eq1(config: BenchEq1Config) -> None:
     for name, shape in SHAPES.items():
         rows.append({"case": name, **vars(shape), **_measured(shape, config, device)})
         say(f"{name}: {rows[-1]['faster']:.1f} times plain torch's speed")
-    columns = [
-        Column("case", "case"),
-        Column("plain torch (ms)", "plain_ms", ".2f"),
-        Column("dd2 (ms)", "dd2_ms", ".2f"),
-        Column("faster", "faster", ".1f"),
-        Column("plain torch (MB)", "plain_mb", ".1f"),
-        Column("dd2 (MB)", "dd2_mb", ".1f"),
-        Column("error of plain torch", "plain_error", ".0e"),
-        Column("error of dd2", "dd2_error", ".0e"),
-    ]
-    write_results(config.out, "eq1", rows, columns, machine=machine(device), repeats=config.repeats)
+    columns = {
+        "case": Column("case", ""),
+        "plain_ms": Column("plain torch (ms)", ".2f"),
+        "dd2_ms": Column("dd2 (ms)", ".2f"),
+        "faster": Column("faster", ".1f"),
+        "plain_mb": Column("plain torch (MB)", ".1f"),
+        "dd2_mb": Column("dd2 (MB)", ".1f"),
+        "plain_error": Column("error of plain torch", ".0e"),
+        "dd2_error": Column("error of dd2", ".0e"),
+    }
+    write_results(config, "eq1", device, rows, columns)
 
 
 def _measured(shape: Shape, config: BenchEq1Config, device: torch.device) -> dict[str, Any]:

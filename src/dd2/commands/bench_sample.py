@@ -10,20 +10,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dd2.commands.bench import (
-    Column,
-    bench_teacher,
-    machine,
-    matmul_rate,
-    peak_of_process,
-    random_tokens,
-    rates_of,
-    write_results,
-)
+from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, peak_of_process, write_results
 from dd2.commands.distill import DistillConfig
 from dd2.config import load_config
 from dd2.device import pick_device
 from dd2.errors import InputError
+from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
 from dd2.files import write_atomic
 from dd2.generator import Generator
@@ -40,7 +32,7 @@ PAPER = {"var_d16": 7.0, "var_d20": 8.0, "var_d24": 8.1, "llamagen_l": 238.0}
 
 
 @dataclass(frozen=True)
-class BenchSampleConfig:
+class BenchSampleConfig(BenchConfig):
     """Seconds per image with and without decoding, beside the KV-cached teacher of the same run.
 
     Released models have their sizes and random weights, digits its own teacher; the teacher samples as in the model's
@@ -57,34 +49,29 @@ class BenchSampleConfig:
     """Also write OUT_profile.md: where the time of one step with decoding goes, by operation, for the first batch."""
     out: Path = Path("bench_sample")
     """OUT.json and OUT.md are written."""
-    repeats: int = 3
-    """Timed calls of each, in turns; the median counts."""
-    seed: int = 0
-    """Seed of weights and tokens."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         """Refuse nothing to time."""
-        if self.repeats < 1 or not self.models or not self.batches or min(self.batches) < 1:
-            raise InputError("models and batches must name at least one, and repeats and batches be at least 1")
+        super().__post_init__()
+        if not self.models or not self.batches or min(self.batches) < 1:
+            raise InputError("models and batches must name at least one, and batches be at least 1")
 
 
-COLUMNS = [
-    Column("model", "model"),
-    Column("batch", "batch", "d"),
-    Column("precision", "precision"),
-    Column("teacher (s)", "teacher", ".3g"),
-    Column("one step (s)", "one_step", ".3g"),
-    Column("decoding (s)", "decoding", ".3g"),
-    Column("images/s", "images_per_second", ".3g"),
-    Column("times faster, tokens", "faster_tokens", ".1f"),
-    Column("with decoding", "faster", ".1f"),
-    Column("share of matmul", "share", ".0%"),
-    Column("decoder's", "decoding_share", ".0%"),
-    Column("peak (GB)", "peak_gb", ".2f"),
-    Column("paper's times", "paper", ".1f"),
-]
+COLUMNS = {
+    "model": Column("model", ""),
+    "batch": Column("batch", "d"),
+    "precision": Column("precision", ""),
+    "teacher": Column("teacher (s)", ".3g"),
+    "one_step": Column("one step (s)", ".3g"),
+    "decoding": Column("decoding (s)", ".3g"),
+    "images_per_second": Column("images/s", ".3g"),
+    "faster_tokens": Column("times faster, tokens", ".1f"),
+    "faster": Column("with decoding", ".1f"),
+    "share": Column("share of matmul", ".0%"),
+    "decoding_share": Column("decoder's", ".0%"),
+    "peak_gb": Column("peak (GB)", ".2f"),
+    "paper": Column("paper's times", ".1f"),
+}
 """Seconds are per image."""
 
 
@@ -99,30 +86,23 @@ def bench_sample(config: BenchSampleConfig) -> None:
     with progress("bench", len(config.models) * len(config.batches) * len(dtypes), "case") as bar:
         for name in config.models:
             teacher, ways = _networks(name, config, device)
+            flops = _flops(teacher, ways)
             for batch in config.batches:
-                flops = _flops(teacher, ways, batch)
                 for dtype in dtypes:
                     lowered = ways.in_precision(dtype)
                     found = _measured(lowered, batch, config.repeats)
                     if config.profile and batch == config.batches[0]:
                         profiles.append(_profile(lowered, batch, f"{name}, batch {batch}, {name_of(dtype)}"))
                     shares = {
-                        "share": flops["one_step"] / found["one_step"] / batch / matmul[dtype],
-                        "decoding_share": flops["decoding"] / found["decoding"] / batch / matmul[dtype],
+                        "share": flops["one_step"] / found["one_step"] / matmul[dtype],
+                        "decoding_share": flops["decoding"] / found["decoding"] / matmul[dtype],
                     }
                     named = {"model": name, "batch": batch, "precision": name_of(dtype), "paper": PAPER.get(name)}
                     rows.append({**named, **found, **shares, "flops": flops})
                     say(f"{name}, batch {batch}, {name_of(dtype)}: {found['faster']:.1f} times faster than the teacher")
                     bar.update()
-    write_results(
-        config.out,
-        "sample",
-        rows,
-        COLUMNS,
-        machine=machine(device),
-        repeats=config.repeats,
-        matmul_flops_per_second=rates_of(matmul),
-    )
+    rates = {name_of(dtype): rate for dtype, rate in matmul.items()}
+    write_results(config, "sample", device, rows, COLUMNS, matmul_flops_per_second=rates)
     if profiles:
         write_atomic(config.out.with_name(f"{config.out.name}_profile.md"), "\n".join(profiles))
 
@@ -154,7 +134,7 @@ def _networks(name: str, config: BenchSampleConfig, device: torch.device) -> tup
 def _measured(ways: Ways, batch: int, repeats: int) -> dict[str, float]:
     teacher = ways.known_teacher
     cond = teacher.conditions.default(batch, teacher.device)
-    seeds, tokens = list(range(batch)), random_tokens(teacher, batch)
+    seeds, tokens = list(range(batch)), torch.randn(batch, *teacher.backbone.token_shape, device=teacher.device)
     one_step, by_teacher = ways.one_step(), ways.by_teacher()
     calls: dict[str, Callable[[], object]] = {
         "teacher": lambda: by_teacher(cond, seeds),
@@ -174,11 +154,11 @@ def _measured(ways: Ways, batch: int, repeats: int) -> dict[str, float]:
     }
 
 
-def _flops(teacher: CodeTeacher, ways: Ways, batch: int) -> dict[str, float]:
-    """Operations of one pass of the generator and of decoding, counted and not computed."""
+def _flops(teacher: CodeTeacher, ways: Ways) -> dict[str, float]:
+    """Operations of one pass of the generator and of decoding, of one image, counted and not computed."""
     student, tokenizer = copy.deepcopy(ways.generator.student).to("meta"), copy.deepcopy(teacher.tokenizer).to("meta")
-    noise = torch.empty(batch, *teacher.backbone.token_shape, device="meta")
-    cond = teacher.conditions.empty(batch, "meta")
+    noise = torch.empty(1, *teacher.backbone.token_shape, device="meta")
+    cond = teacher.conditions.empty(1, "meta")
     return {
         "one_step": footprint(lambda: student.as_generator(noise, cond), student).flops,
         "decoding": footprint(lambda: tokenizer.decode_codes(noise), tokenizer).flops,

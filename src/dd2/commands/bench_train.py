@@ -6,25 +6,25 @@ from typing import Any, Literal
 
 import torch
 
-from dd2.commands.bench import Column, bench_teacher, machine, matmul_rate, peak_of_process, rates_of, write_results
+from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, peak_of_process, write_results
 from dd2.commands.distill import DistillConfig
 from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
 from dd2.device import pick_device
 from dd2.errors import InputError
+from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
 from dd2.method.recipe import Networks, csd_stage
-from dd2.precision import autocast
 from dd2.processes import say
 from dd2.seeding import stream
 from dd2.student import Student
 from dd2.training.layers import prepare_layers
+from dd2.training.loop import Trainer
 from dd2.training.samples import TeacherSamples
-from dd2.training.stage import Update
 
 
 @dataclass(frozen=True)
-class BenchTrainConfig:
+class BenchTrainConfig(BenchConfig):
     """Seconds, operations a second and peak memory of one iteration of stage 2, with each model's own configuration.
 
     Released models have their sizes and random weights. An iteration is K guidance updates and one generator update of one
@@ -41,45 +41,37 @@ class BenchTrainConfig:
     """As loop.recompute."""
     out: Path = Path("bench_train")
     """OUT.json and OUT.md are written; dd2 plan --rates OUT.json reads it."""
-    repeats: int = 3
-    """Timed updates of each kind, in turns; the median counts."""
-    seed: int = 0
-    """Seed of weights and tokens."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         """Refuse nothing to time."""
-        if self.repeats < 1 or self.batch < 1 or not self.models:
-            raise InputError("models must name at least one, and repeats and batch be at least 1")
+        super().__post_init__()
+        if self.batch < 1 or not self.models:
+            raise InputError("models must name at least one, and batch be at least 1")
 
 
-COLUMNS = [
-    Column("model", "model"),
-    Column("batch", "batch", "d"),
-    Column("precision", "precision"),
-    Column("guidance update (s)", "guidance", ".3g"),
-    Column("generator update (s)", "generator", ".3g"),
-    Column("K", "k", "d"),
-    Column("iteration (s)", "iteration", ".3g"),
-    Column("GFLOP/s", "gflops_per_second", ".0f"),
-    Column("share of matmul", "share", ".0%"),
-    Column("peak (GB)", "peak_gb", ".2f"),
-]
+COLUMNS = {
+    "model": Column("model", ""),
+    "batch": Column("batch", "d"),
+    "precision": Column("precision", ""),
+    "guidance": Column("guidance update (s)", ".3g"),
+    "generator": Column("generator update (s)", ".3g"),
+    "k": Column("K", "d"),
+    "iteration": Column("iteration (s)", ".3g"),
+    "gflops_per_second": Column("GFLOP/s", ".0f"),
+    "share": Column("share of matmul", ".0%"),
+    "peak_gb": Column("peak (GB)", ".2f"),
+}
 
 
 def bench_train(config: BenchTrainConfig) -> None:
     """Measure and write the table."""
-    device, dtype = pick_device(config.device), getattr(torch, config.precision)
-    limit = matmul_rate(device, dtype)
+    device = pick_device(config.device)
+    limit = matmul_rate(device, getattr(torch, config.precision))
     rows = []
     for name in config.models:
         rows.append(_measured(name, config, device, limit))
         say(f"{name}: {rows[-1]['iteration']:.3g} s an iteration")
-    rates = rates_of({dtype: limit})
-    write_results(
-        config.out, "train", rows, COLUMNS, machine=machine(device), repeats=config.repeats, matmul_flops_per_second=rates
-    )
+    write_results(config, "train", device, rows, COLUMNS, matmul_flops_per_second={config.precision: limit})
 
 
 def _measured(name: str, config: BenchTrainConfig, device: torch.device, limit: float) -> dict[str, Any]:
@@ -93,20 +85,15 @@ def _measured(name: str, config: BenchTrainConfig, device: torch.device, limit: 
     for network in networks.modules().values():
         prepare_layers(network, config.recompute, compiled=False)
     stage = csd_stage(networks, teacher, samples, csd)
-
-    def step(update: Update) -> None:
-        update.optimizer.zero_grad(set_to_none=True)
-        with autocast(device, getattr(torch, config.precision)):
-            loss, _ = update.loss(stream("bench", config.seed, device=device))
-        loss.backward(inputs=update.parameters)
-        torch.nn.utils.clip_grad_norm_(update.parameters, update.optim.clip_norm or float("inf"))
-        update.optimizer.step()
+    loop = replace(run.loop, recompute=config.recompute, precision=config.precision)
+    trainer = Trainer(config.out.parent, config.seed, loop, device, "")
+    guidance, generator = stage.updates
 
     def generator_step() -> None:
-        step(stage.updates[1])
+        trainer.optimise(stage, generator, 0)
         stage.after(0)
 
-    calls = {"guidance": lambda: step(stage.updates[0]), "generator": generator_step}
+    calls = {"guidance": lambda: trainer.optimise(stage, guidance, 0), "generator": generator_step}
 
     def iteration() -> None:
         for call in calls.values():
@@ -115,7 +102,6 @@ def _measured(name: str, config: BenchTrainConfig, device: torch.device, limit: 
     peak = peak_of_process(iteration, device)
     seconds = seconds_per_call(calls, config.repeats)
     whole = csd.k * seconds["guidance"] + seconds["generator"]
-    loop = replace(run.loop, recompute=config.recompute, precision=config.precision)
     planned = replace(PlanConfig(), head=run.head, csd=csd, loop=loop)
     flops = needs(planned, teacher.to("meta")).flops
     return {

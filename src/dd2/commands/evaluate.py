@@ -61,7 +61,8 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             f"count {config.count} is no multiple of the {labels} labels, so the classes are unbalanced; choose another count, "
             "or give --allow-unbalanced"
         )
-    scorer, compared = comparison(config, run, network)
+    ways = ways_of(run, config)
+    scorer, compared = comparison(config, run, ways, network)
     reference = _reference(config, scorer, compared, network, device)
     channels = len(reference.fits["pool"].mean)
     if config.metrics.fid_infinity:
@@ -75,7 +76,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.path_length:
         numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
     if config.speed:
-        numbers |= speed_numbers(ways_of(run, config), config.batch)
+        numbers |= speed_numbers(ways, config.batch)
     seconds = {**spent, "evaluate": time.perf_counter() - start}
     seconds["total"] = sum(seconds.values())
     decides = {key: value for key, value in flat(config).items() if key not in ("run", "device", "trust")}
@@ -120,12 +121,11 @@ def ways_of(run: FinishedRun, config: EvaluateConfig) -> Ways:
     return ways.in_precision(pick_precision(config.precision, run.generator.device))
 
 
-def comparison(config: EvaluateConfig, run: FinishedRun, network: FeatureNetwork) -> tuple[Scorer, dict[str, Method]]:
+def comparison(config: EvaluateConfig, run: FinishedRun, ways: Ways, network: FeatureNetwork) -> tuple[Scorer, dict[str, Method]]:
     """What draws and scores a run's methods, and the methods."""
     folder = config.run / "teacher_samples"
     samples = TeacherSamples.load(folder, run.teacher)
     banks = config.cache or config.run / "features"
-    ways = ways_of(run, config)
     precision = name_of(ways.precision)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, precision, config.metrics)
     marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"

@@ -70,12 +70,14 @@ class Needs:
         memory: bytes of each part on one GPU.
         flops: of one iteration, all GPUs together.
         seconds: of one iteration.
+        rate: that the seconds are counted with, and where it is from.
     """
 
     parameters: dict[str, int]
     memory: dict[str, float]
     flops: float
     seconds: float
+    rate: str
 
     @property
     def total(self) -> float:
@@ -156,8 +158,8 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     generator_update = generated + again + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
     generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
     flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
-    seconds = flops / (config.gpus * _rate(config)[0])
-    return Needs(sizes, memory, flops, seconds)
+    rate, described = _rate(config)
+    return Needs(sizes, memory, flops, flops / (config.gpus * rate), described)
 
 
 def _passes(config: PlanConfig, teacher: CodeTeacher, student: Student, guided: int) -> dict[str, Footprint]:
@@ -206,10 +208,9 @@ def _described(config: PlanConfig, found: Needs) -> str:
     lines.append(f"  {'in all':24}{found.total / GB:8.1f} GB of {config.memory}: {'fits' if fits else 'does not fit'}")
     iterations = csd.iterations + config.align.then_iterations
     hours = found.seconds * iterations / 3600
-    rate = _rate(config)[1]
     lines.append(
         f"stage 2: {found.flops:.3g} operations an iteration (global batch {csd.batch * csd.accumulate}, K = {csd.k}), about "
-        f"{found.seconds:.2f} s at {rate}; {iterations:,} iterations: about {hours:.1f} hours, "
+        f"{found.seconds:.2f} s at {found.rate}; {iterations:,} iterations: about {hours:.1f} hours, "
         f"{hours * config.gpus:.0f} GPU hours"
     )
     if csd.accumulate % config.gpus:

@@ -88,7 +88,7 @@ def _section(config: ReportConfig, folder: Path) -> Section:
     if is_code(evaluation.features):
         check_trust(evaluation.features, config.trust, folder)
     network = open_features(evaluation.features, device)
-    scorer, methods = comparison(evaluation, run, network)
+    scorer, methods = comparison(evaluation, run, ways, network)
     images = scorer.shown(methods)
     pictures = []
     data = config.data or ("digits" if run.record.teacher == "digits" else "")

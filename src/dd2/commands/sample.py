@@ -14,11 +14,11 @@ from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted
 from dd2.files import writable_folder
 from dd2.precision import Precision, name_of, pick_precision
-from dd2.processes import say
+from dd2.processes import answering, say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways, first_redrawn_step
 from dd2.teachers.filtering import Sampling
-from dd2.writers import answering, open_writer
+from dd2.writers import open_writer
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ class CodeTeacher(Teacher):
         output: classifier over the codebook, (..., D) -> (..., V).
         tokenizer: images to ids and back.
         conditions: what labels stand for.
+
+    Attributes:
+        num_codes: V.
     """
 
     stored_as = "ids"
@@ -36,7 +39,7 @@ class CodeTeacher(Teacher):
                 f"{type(self).__name__} has logits or log_p of its own, which sampling and training would not ask: override "
                 "features (what the classifier reads) or classify (features to logits) instead"
             )
-        self.output = output
+        self.output, self.num_codes = output, len(tokenizer.codebook)
 
     @property
     def float32_parts(self) -> tuple[nn.Module, ...]:
@@ -133,7 +136,7 @@ class CodeTeacher(Teacher):
         halves = [features] if weights is None else list(features.chunk(2))
         rows = [half.flatten(0, 1) for half in halves]
         by_row = None if weights is None else weights.repeat(len(halves[0])).unsqueeze(-1)  # (B m, 1)
-        step, parts = tile_rows(len(self.tokenizer.codebook), features.device), []
+        step, parts = tile_rows(self.num_codes, features.device), []
         for start in range(0, max(len(rows[0]), 1), step):
             part = slice(start, start + step)
             logits = self.classify(rows[0][part])

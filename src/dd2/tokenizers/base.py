@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dd2.device import DECODED_AT_ONCE, full_precision, tile_rows
+from dd2.device import DECODED_AT_ONCE
+from dd2.distribution import closeness
 from dd2.errors import InputError
 from dd2.precision import in_precision
 
@@ -113,9 +114,5 @@ def nearest_ids(tokens: Tensor, codebook: Tensor) -> Tensor:
 
     Distances to all V codes exist for a tile of tokens at a time.
     """
-    with full_precision(tokens.device):
-        codes, rows = codebook.float(), tokens.reshape(-1, tokens.shape[-1]).float()
-        half_norms = codes.square().sum(-1) / 2
-        parts = rows.split(tile_rows(len(codes), tokens.device))
-        found = [torch.addmm(-half_norms, part, codes.T).argmax(-1) for part in parts]
-    return torch.cat(found).view(tokens.shape[:-1])
+    rows = tokens.reshape(-1, tokens.shape[-1]).float()
+    return torch.cat([close.argmax(-1) for _, close in closeness(rows, codebook.float())]).view(tokens.shape[:-1])

@@ -4,7 +4,6 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ import tyro
 
 from dd2.errors import InputError, Interrupted, NumericalError
 from dd2.images import save_grid
-from dd2.processes import any_of, rank, say, sum_over_processes, world_size
+from dd2.processes import answering, any_of, rank, say, sum_over_processes, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of, stream
 from dd2.training import checkpoint
@@ -193,12 +192,13 @@ class Trainer:
             for group in update.optimizer.param_groups:
                 group["lr"] = lr
             for repeat in range(update.repeats):
-                logged = self._optimise(stage, update, step, repeat)
+                logged = self.optimise(stage, update, step, repeat)
                 numbers |= {f"{update.name}/{name}": value for name, value in logged.items()}
             numbers[f"{update.name}/lr"] = lr
         return numbers
 
-    def _optimise(self, stage: Stage, update: Update, step: int, repeat: int) -> dict[str, torch.Tensor | float]:
+    def optimise(self, stage: Stage, update: Update, step: int, repeat: int = 0) -> dict[str, torch.Tensor | float]:
+        """One optimiser step of an update: this process's micro-batches, gradients clipped; what it logs."""
         update.optimizer.zero_grad(set_to_none=True)
         logged: dict[str, torch.Tensor | float] = {}
         autocast = self.config.precision == "bfloat16"
@@ -266,8 +266,7 @@ class Trainer:
             f"before saving ({where}). Lower {update.name}'s learning rate or clip_norm, or use --loop.precision float32"
         )
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self) -> contextlib.AbstractContextManager[None]:
         """The first SIGINT or SIGTERM asks the loop to save and stop; a second SIGINT stops once nothing is being written."""
 
         def ask(number: int, frame: object) -> None:
@@ -276,9 +275,4 @@ class Trainer:
             self._stop = True
             say("\nstopping after this iteration; saving…", sys.stderr)
 
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return answering((signal.SIGINT, signal.SIGTERM), ask)

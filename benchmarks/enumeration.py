@@ -9,7 +9,7 @@ from torch import Tensor
 from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
 from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
 from dd2.sampling import one_step
-from dd2.student import HeadConfig, Student
+from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.table import TableTeacher, total_variation
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.samples import TeacherSamples
@@ -55,7 +55,7 @@ def distil_table(
     networks = Networks.from_tuned(student)
     if regress:
         pairs = Pairs(run / "pairs", teacher, csd.sampling, regress.ode, regress.pairs, seed, batch=4096)
-        trainer.run(regress_stage(networks, teacher, pairs, regress))
+        trainer.run(regress_stage(networks, teacher, samples, pairs, regress, csd.sampling))
         networks.restart_from_average()
         trainer.run(catching_up_stage(networks, teacher, samples, csd, regress))
     stage = csd_stage(networks, teacher, samples, csd)
@@ -73,7 +73,7 @@ def distil_table(
     return distance_of(networks.ema, teacher)
 
 
-def distance_of(generator: Student, teacher: TableTeacher, count: int = 200_000) -> float:
+def distance_of(generator: OneStepNetwork, teacher: TableTeacher, count: int = 200_000) -> float:
     """Total variation of `count` one-step samples."""
     found = []
     for start in range(0, count, 20_000):

@@ -47,7 +47,8 @@ def test_the_generator_learns_the_teachers_map(tmp_path):
     pairs = Pairs(tmp_path / "pairs", teacher, Sampling(), OdeConfig(steps=10), 32, seed=5)
     networks = Networks.from_tuned(Student.from_teacher(teacher, TINY_HEAD))
     optim = OptimConfig(lr=5e-3, decay="cosine")
-    stage = regress_stage(networks, teacher, pairs, RegressConfig(iterations=200, batch=32, accumulate=1, ema=0.9, optim=optim))
+    config = RegressConfig(iterations=200, batch=32, accumulate=1, ema=0.9, optim=optim)
+    stage = regress_stage(networks, teacher, pairs.samples, pairs, config, Sampling())
     Trainer(tmp_path, 5, LoopConfig(preview_every=0), torch.device("cpu"), "").run(stage)
     networks.restart_from_average()
     ids, labels = pairs.samples.kept.long(), pairs.samples.labels
@@ -65,7 +66,8 @@ def test_one_pass_learns_real_digits(tmp_path):
     torch.manual_seed(0)
     networks = Networks.from_tuned(Student.from_teacher(teacher, HeadConfig(depth=2, width=64, frequencies=16)))
     optim = OptimConfig(lr=2e-3, decay="cosine", warmup=20)
-    stage = regress_stage(networks, teacher, pairs, RegressConfig(iterations=150, batch=64, accumulate=1, ema=0.98, optim=optim))
+    config = RegressConfig(iterations=150, batch=64, accumulate=1, ema=0.98, optim=optim)
+    stage = regress_stage(networks, teacher, pairs.samples, pairs, config, Sampling())
     unseen = token_noise(teacher.backbone, list(range(512)))
     labels = torch.arange(512) % 10
     ids = data_of_noise(teacher, unseen, labels, Sampling(), steps=12)

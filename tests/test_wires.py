@@ -20,9 +20,9 @@ from dd2.checkpoints.native import load_generator, load_teacher, save_teacher
 from dd2.commands.distill import DistillConfig, distill
 from dd2.config import load_config, with_fields
 from dd2.losses import noised
-from dd2.method.config import AlignConfig, CSDConfig, RegressConfig, TuneConfig
+from dd2.method.config import AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.csd import generated, generator_loss, guidance_loss
-from dd2.method.recipe import Networks, csd_stage
+from dd2.method.recipe import Networks, csd_stage, starting_networks
 from dd2.method.tune import tune_loss
 from dd2.scores import ConditionalScore, HeadScore
 from dd2.student import HeadConfig, Student
@@ -71,9 +71,20 @@ REGRESS: dict[str, Any] = {
 }
 """What a run with the ODE's regression has beside `TINY`."""
 
+MATCH: dict[str, Any] = {
+    "csd.match.weight": 0.5,
+    "csd.match.features": ("tokens",),
+    "csd.match.projections": 4,
+    "csd.match.prime": 8,
+}
+"""What a run that matches sequences has beside `TINY`, whose few samples allow few features."""
+NYSTROM = {**MATCH, "csd.match.distance": "nystrom", "csd.match.landmarks": 8}
+LATER = {**MATCH, "csd.match.weight": 0.0, "csd.match.then_iterations": 2}
+
 LOGIT_NORMAL = "logit_normal"
 FIRST_TUNE, FIRST_CSD, TARGET = "tune_head 1 student/loss", "csd 1 guidance/loss", "csd 1 generator/loss"
 FIRST_SECOND = "csd 2 guidance/loss"
+MATCHED = "csd 1 generator/match"  # the loss itself is divided by its own value
 
 # field: (another value, the first place where the runs part[, what both runs have beside that])
 WIRES: dict[str, tuple[Any, ...]] = {
@@ -106,6 +117,22 @@ WIRES: dict[str, tuple[Any, ...]] = {
     "align.then_iterations": (1, "csd_aligned 2 guidance/loss"),
     "align.then_k": (1, "csd_aligned 1 guidance/loss"),
     "align.then_lr": (0.5, "csd_aligned 1 guidance/loss"),
+    "networks.generator": ("codes", FIRST_CSD),
+    "networks.guidance": ("codes", FIRST_CSD),
+    # New layers are identities: the first loss is the same, the gradient is not.
+    "networks.extra_layers": (1, "csd 1 generator/grad_norm", {"networks.generator": "codes"}),
+    "csd.regression_weight": (0.5, TARGET),
+    "csd.match.weight": (0.7, TARGET, MATCH),
+    "csd.match.distance": ("mmd", MATCHED, MATCH),
+    "csd.match.features": (("condition", "tokens"), MATCHED, MATCH),
+    "csd.match.projections": (3, MATCHED, MATCH),
+    "csd.match.beta": (0.5, MATCHED, MATCH),
+    "csd.match.prime": (12, MATCHED, MATCH),
+    "csd.match.reference": (16, MATCHED, MATCH),
+    "csd.match.landmarks": (6, MATCHED, NYSTROM),
+    "csd.match.then_iterations": (1, "match 2 generator/loss", LATER),
+    "csd.match.then_lr": (0.5, "match 1 generator/lr", LATER),
+    "regress.own_share": (0.5, "regress 1 generator/loss", REGRESS),
     "regress.iterations": (1, "regress 2 generator/loss", REGRESS),
     "regress.guidance_iterations": (2, "guidance 2 guidance/loss", REGRESS),
     "regress.pairs": (7, "regress 1 generator/loss", REGRESS),
@@ -222,6 +249,7 @@ def test_the_table_has_every_field():
         return names
 
     sections = {
+        "networks": NetworksConfig(),
         "head": HeadConfig(),
         "tune": TuneConfig(),
         "csd": CSDConfig(),
@@ -413,7 +441,7 @@ def test_the_second_half_has_what_alignment_says():
 @pytest.mark.parametrize("initialised", ["both", "guidance", "generator", "neither"])
 def test_what_starts_from_stage_one(initialised):
     tuned, fresh, _ = networks_and_teacher()
-    networks = Networks.starting_from(tuned, fresh, initialised)
+    networks = starting_networks(NetworksConfig(), CSDConfig(initialised=initialised), tiny_teacher(), tuned, fresh)
     for name in ("generator", "guidance"):
         start = tuned if initialised in ("both", name) else fresh
         assert equal(getattr(networks, name).state_dict(), start.state_dict())

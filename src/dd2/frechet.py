@@ -81,7 +81,17 @@ def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"features of different size: {tuple(a.mean.shape)} against {tuple(b.mean.shape)}")
-    product = b.root @ a.covariance @ b.root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return float(distance.clamp_min(0))
+    return float(distance_between(a.mean, a.covariance, b).clamp_min(0))
+
+
+def distance_between(mean: Tensor, covariance: Tensor, reference: GaussianFit, ridge: float = 0.0) -> Tensor:
+    """The same as a tensor, differentiable in mean (F,) and covariance (F, F).
+
+    Args:
+        mean, covariance: float64.
+        reference: what they are compared with.
+        ridge: added to the eigenvalues before their root is taken: the root's slope is infinite at 0.
+    """
+    product = reference.root @ covariance @ reference.root
+    cross = (torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0) + ridge).sqrt().sum()
+    return (mean - reference.mean).square().sum() + covariance.trace() + reference.covariance.trace() - 2 * cross

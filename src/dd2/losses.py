@@ -11,7 +11,10 @@ from torch import Tensor
 
 from dd2.scores import ConditionalScore
 
-Distance = Literal["sid", "dmd"]
+Distance = Literal["sid", "dmd", "sim"]
+
+SIM_SOFTENING = 1e-5
+"""r of the pseudo-Huber distance of "sim"."""
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """What the loss of one micro-batch gives: a scalar to differentiate, and detached numbers worth logging."""
@@ -61,7 +64,9 @@ def csd_loss(
 
     With a and b the posterior means of teacher and guidance at q^t, and w = 1 / mean_C |q - a| (detached):
     "sid" (Eq. 3) is w (a - b) . ((a - q) - alpha (a - b)), differentiated through q and through a and b by way of
-    q^t; "dmd" (Sec. 3.2.2) has no loss value of its own, and its gradient in q is w (b - a), the score difference.
+    q^t; "dmd" (Sec. 3.2.2) has no loss value of its own, and its gradient in q is w (b - a), the score difference; "sim" (score
+    implicit matching, arXiv 2410.16794, with its pseudo-Huber distance) is u . (q - b) / s + s - r with u = b - a and s =
+    sqrt(|u|^2 + r^2), differentiated as Eq. 3: as its step has unit length, it needs no w.
     The gradient in q is computed here and attached to q as a constant, so that by construction neither network
     behind the two scores receives any.
 
@@ -76,18 +81,23 @@ def csd_loss(
 
     Returns:
         The loss, a scalar: for "sid" its expectation is 0 at alpha = 1 under an optimal guidance network, so it does not
-        measure progress; for "dmd" it is half the weighted squared difference of the posterior means. And the root mean
-        square of a - b, detached: how far the two scores are apart, whatever the distance.
+        measure progress, nor that of "sim"; for "dmd" it is half the weighted squared difference of the posterior means. And the
+        root mean square of a - b, detached: how far the two scores are apart, whatever the distance.
     """
-    if d not in ("sid", "dmd"):
-        raise ValueError(f'd must be "sid" or "dmd", got {d!r}')
-    leaf = q.detach().float().requires_grad_(d == "sid")
-    with torch.set_grad_enabled(d == "sid"):
+    if d not in ("sid", "dmd", "sim"):
+        raise ValueError(f'd must be "sid", "dmd" or "sim", got {d!r}')
+    leaf = q.detach().float().requires_grad_(d != "dmd")
+    with torch.set_grad_enabled(d != "dmd"):
         q_t = noised(leaf, t, eps)
         a, b = teacher.x0_hat(q_t, t).float(), guidance.x0_hat(q_t, t).float()
         weight = 1 / (leaf - a).detach().abs().mean(-1, keepdim=True).clamp_min(weight_floor)
         if d == "sid":
             value = (weight * (a - b) * ((a - leaf) - alpha * (a - b))).mean()
+            (grad,) = torch.autograd.grad(value, leaf)
+        elif d == "sim":
+            u = b - a
+            length = (u.square().sum(-1, keepdim=True) + SIM_SOFTENING**2).sqrt()
+            value = ((u * (leaf - b)).sum(-1, keepdim=True) / length + length - SIM_SOFTENING).mean()
             (grad,) = torch.autograd.grad(value, leaf)
         else:
             value = (weight * (a - b).square()).mean() / 2

@@ -103,6 +103,19 @@ class VelocityHead(nn.Module):
         return self.output(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What one pass of a one-step network gives.
+
+    Attributes:
+        tokens: (B, n, C) clean standardised tokens.
+        logits: (B, n, V) over the codes, from networks that decide by a classifier.
+    """
+
+    tokens: Tensor
+    logits: Tensor | None = None
+
+
 class OneStepNetwork(nn.Module, ABC):
     """What draws all tokens in one forward pass: DD2's generator, or a baseline's.
 
@@ -115,6 +128,10 @@ class OneStepNetwork(nn.Module, ABC):
     @abstractmethod
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
         """One pass: noise (B, n, C), cond (B, ...) -> clean standardised tokens (B, n, C)."""
+
+    def draw(self, noise: Tensor, cond: Tensor) -> Drawn:
+        """The same pass, with what else it gives."""
+        return Drawn(self.as_generator(noise, cond))
 
     @property
     def float32_parts(self) -> tuple[nn.Module, ...]:

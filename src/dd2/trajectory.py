@@ -112,6 +112,24 @@ def data_of_noise(
     )
 
 
+@torch.no_grad()
+def data_given(noise: Tensor, mixture: CodeMixture, ode: OdeConfig) -> Tensor:
+    """Where each position's ODE ends given the tokens that its distribution was conditioned on, all positions at once.
+
+    `data_of_noise` gives its only fixed point: a sequence that is its own result is the ODE's data of that noise, as its first
+    step is right whatever the rest, its second given the first, and so on (Jacobi's iteration of a triangular system).
+
+    Args:
+        noise: (B, n, C) standard normal.
+        mixture: the teacher's conditional score given some sequence.
+        ode: solver and steps.
+
+    Returns:
+        (B, n) ids.
+    """
+    return flow_to_codes(noise, mixture.prior, mixture.codebook, steps=ode.steps, solver=ode.solver)
+
+
 def flow_to_codes(noise: Tensor, prior: CodeDistribution, codebook: Tensor, *, steps: int, solver: Solver) -> Tensor:
     """The code at which each token's ODE ends.
 

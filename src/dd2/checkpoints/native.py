@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dd2.checkpoints.folder import config_of, construct, load_weights, read_config, write_model
+from dd2.code_student import CodeStudent, CodeStudentConfig
 from dd2.errors import InputError
 from dd2.external import check_trust, load_function
 from dd2.files import atomic_folder
@@ -24,7 +25,7 @@ from dd2.generator import Generator
 from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
-from dd2.teachers.code import CodeTeacher
+from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.families import FAMILIES
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -57,7 +58,15 @@ class NetworkKind:
     network: type[OneStepNetwork]
 
 
-NETWORKS = {"dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.student_backbone(), config), Student)}
+def _code_student(teacher: Teacher, config: CodeStudentConfig) -> CodeStudent:
+    codes = require_codes(teacher, "a generator over codes")
+    return CodeStudent(codes.student_backbone(), codes.output, codes.tokenizer.codebook, config)
+
+
+NETWORKS = {
+    "dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.student_backbone(), config), Student),
+    "dd2_codes": NetworkKind(CodeStudentConfig, _code_student, CodeStudent),
+}
 """By method; baselines add their own (`dd2.baselines`)."""
 
 

@@ -6,12 +6,14 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dd2.checkpoints.native import Role, load_generator, save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
+from dd2.code_student import CodeStudent
 from dd2.commands.adapt import adapt, check_adaptation
 from dd2.commands.run_folder import read_seconds, start_run, write_seconds
 from dd2.device import pick_device
@@ -19,20 +21,31 @@ from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.files import atomic_folder
 from dd2.generator import Generator
-from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, RegressConfig, TuneConfig
-from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
+from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
+from dd2.method.recipe import (
+    Networks,
+    catching_up_stage,
+    csd_stage,
+    match_stage,
+    regress_stage,
+    starting_networks,
+    tune_stages,
+)
 from dd2.processes import first_process_only, say
-from dd2.student import HeadConfig, Student
+from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
 from dd2.teachers.head import HeadTeacher
 from dd2.teachers.layers import layer_stacks
+from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.checkpoint import steps
 from dd2.training.layers import prepare_layers
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.parallel import shard, shard_backbone, whole_state
 from dd2.training.samples import LiveSamples, TeacherSamples, samples_identity
 from dd2.trajectory import Pairs
+
+N = TypeVar("N", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class DistillConfig:
     sample_in_loop: bool = False
     """Draw the sequences of stage 1 anew for every batch instead of from the teacher samples on disk. Those then give the tokens'
     standardisation, the reference of csd.validation and stage 2's labels: as many as cover all labels are enough."""
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
+    """What generator and guidance network are."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """The velocity head."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -110,6 +125,8 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     _check(config, teacher)  # before a run folder exists
     tuned = Student.from_ar_diffusion(teacher) if isinstance(teacher, HeadTeacher) else None
     head = tuned.config if tuned else config.head
+    if not config.networks.need_stage1:
+        tuned = None
     record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head)
     hint = start_run(config.out, config, "distill", record)
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
@@ -121,25 +138,28 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     seconds |= {**spent, "csd": 0.0}
     write_seconds(config.out, seconds)
     teacher.standardise(samples.kept)
-    pairs = _pairs(config, teacher, len(samples), seconds) if config.regress.iterations else None
+    pairs = _pairs(config, teacher, len(samples), seconds) if config.regress.iterations and config.regress.own_share < 1 else None
     torch.manual_seed(config.seed)
-    fresh = Student.from_teacher(teacher, head).to(device)
+    fresh = Student.from_teacher(teacher, head).to(device) if config.networks.need_stage1 else None
     prepare_layers(teacher, recompute=False, compiled=config.loop.compile)
     if config.loop.parallel == "fsdp2":
         shard_backbone(teacher.backbone, device)  # after the samples, of which every process makes its own number
-    if tuned is None:
+    if fresh is not None and tuned is None:
         tuned, spent = _stage1(config, trainer, fresh, teacher, samples)
         seconds["tune"] += spent
-    networks = Networks.starting_from(tuned, fresh, config.csd.initialised, config.csd.further_emas)
-    networks = networks.placed(lambda network: _placed(network, config, device))
-    if pairs:
+    whole = starting_networks(config.networks, config.csd, teacher, tuned, fresh)
+    shipped = copy.deepcopy(whole.ema)
+    networks = whole.placed(lambda network: _placed(network, config, device))
+    if config.regress.iterations:
         seconds["regress"] = _regress(config, trainer, networks, teacher, samples, pairs)
-    seconds["csd"] += trainer.run(csd_stage(networks, teacher, samples, config.csd))
+    seconds["csd"] += trainer.run(csd_stage(networks, teacher, samples, config.csd, ode=config.regress.ode))
     if config.align.iterations:
         seconds["csd"] += _align(config, trainer, networks, teacher, samples)
+    if config.csd.match.then_iterations:
+        seconds["csd"] += trainer.run(match_stage(networks, teacher, samples, config.csd))
     write_seconds(config.out, seconds)
-    tuned.load_state_dict(whole_state(networks.ema))
-    _save(config.out / "generator", tuned, teacher, "generator")
+    shipped.load_state_dict(whole_state(networks.ema))
+    _save(config.out / "generator", shipped, teacher, "generator")
     return seconds
 
 
@@ -149,8 +169,24 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
     said = {teacher.check(sampling) for sampling in (config.tune.sampling, config.csd.sampling)} - {""}
     if not teacher.backbone.continuous:
         check_adaptation(teacher, config.adapt)
-    if config.regress.iterations:
-        require_codes(teacher, "regress.iterations")
+    needing = {
+        "regress.iterations": config.regress.iterations,
+        "csd.regression_weight": config.csd.regression_weight,
+        "networks.generator codes": config.networks.generator == "codes",
+        "networks.guidance codes": config.networks.guidance == "codes",
+    }
+    for what in (name for name, wanted in needing.items() if wanted):
+        require_codes(teacher, what)
+    if config.networks.generator == "codes" and not isinstance(teacher.backbone, ReadsOwnToken):
+        CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"))  # says what is missing
+    if not config.networks.need_stage1:
+        if config.stage1:
+            raise InputError("stage1 names another run's stage 1, but networks.* are codes and need none; leave it out")
+        said.add("stage 1 is left out, as both networks are over codes: tune.* (but for its sampling) and head.* have no effect")
+    if config.csd.match.on and not layer_stacks(teacher.backbone):
+        said.add(
+            "csd.validation looks at the features that csd.match trains on: the backbone has no LayerStack to take others of"
+        )
     if isinstance(teacher, HeadTeacher):
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")
@@ -188,11 +224,11 @@ def _stage1(
     return student, seconds
 
 
-def _save(folder: Path, student: Student, teacher: Teacher, role: Role) -> None:
+def _save(folder: Path, student: OneStepNetwork, teacher: Teacher, role: Role) -> None:
     save_generator(folder, Generator.of(student, teacher), role=role)
 
 
-def _placed(network: Student, config: DistillConfig, device: torch.device) -> Student:
+def _placed(network: N, config: DistillConfig, device: torch.device) -> N:
     """A network as training wants it: whole on every process, or sharded."""
     return shard(network, device) if config.loop.parallel == "fsdp2" else network
 
@@ -245,10 +281,11 @@ def _pairs(config: DistillConfig, teacher: Teacher, standardised_by: int, second
 
 
 def _regress(
-    config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples, pairs: Pairs
+    config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples, pairs: Pairs | None
 ) -> float:
     """The generator learns the ODE's map, then the guidance network that generator's score."""
-    seconds = trainer.run(regress_stage(networks, pairs.teacher, pairs, config.regress))
+    codes = require_codes(teacher, "regress.iterations")
+    seconds = trainer.run(regress_stage(networks, codes, samples, pairs, config.regress, config.csd.sampling))
     networks.restart_from_average()
     if config.regress.guidance_iterations:
         seconds += trainer.run(catching_up_stage(networks, teacher, samples, config.csd, config.regress))
@@ -262,5 +299,5 @@ def _align(config: DistillConfig, trainer: Trainer, networks: Networks, teacher:
     alone = replace(config.csd, iterations=config.align.iterations)
     seconds = trainer.run(csd_stage(networks, teacher, samples, alone, name="align", generator_frozen=True))
     further, seen = config.align.second_half(config.csd), config.csd.iterations
-    stage = csd_stage(networks, teacher, samples, further, name="csd_aligned", averaged=seen)
+    stage = csd_stage(networks, teacher, samples, further, name="csd_aligned", averaged=seen, ode=config.regress.ode)
     return seconds + trainer.run(stage)

@@ -46,6 +46,34 @@ class AdaptConfig:
 
 
 @dataclass(frozen=True)
+class NetworksConfig:
+    """What the trained networks are: the paper's, or beyond it the teacher's own classifier (dd2.code_student)."""
+
+    generator: Literal["velocity", "codes"] = "velocity"
+    """velocity: the paper's head, continuous tokens. codes: the teacher's classifier decides a code at every position, and the
+    gradient passes straight through."""
+    guidance: Literal["velocity", "codes"] = "velocity"
+    """velocity: the paper's head. codes: next-token probabilities of the generator's sequences, whose score is Eq. 1's. Where
+    both are codes there is no stage 1."""
+    extra_layers: int = 0
+    """Layers of the generator beyond the teacher's, identities to begin with. Needs generator codes."""
+
+    def __post_init__(self) -> None:
+        """Refuse kinds that there are not."""
+        for name in ("generator", "guidance"):
+            if getattr(self, name) not in ("velocity", "codes"):
+                raise InputError(f'networks.{name} must be "velocity" or "codes", got {getattr(self, name)!r}')
+        _counts("networks", self, (), ("extra_layers",))
+        if self.extra_layers and self.generator != "codes":
+            raise InputError("networks.extra_layers needs networks.generator codes")
+
+    @property
+    def need_stage1(self) -> bool:
+        """Whether a network starts from stage 1's."""
+        return "velocity" in (self.generator, self.guidance)
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """Stage 1, AR-diffusion tuning. Defaults: LlamaGen-L of Table 10."""
 
@@ -75,7 +103,9 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class RegressConfig:
-    """Before stage 2, beyond the paper: the generator regresses the teacher's ODE; off by default."""
+    """Before stage 2, beyond the paper: the generator regresses the teacher's ODE, by squared error with a velocity head, by
+    cross-entropy where it decides codes. Off by default.
+    """
 
     iterations: int = 0
     """Iterations; 0 lets the generator start stage 2 as stage 1 left it (the paper)."""
@@ -83,6 +113,9 @@ class RegressConfig:
     """Guidance updates on the frozen generator afterwards, so that stage 2 starts with its score."""
     pairs: int = 400_000
     """Pairs of noise and data, kept on disk."""
+    own_share: float = 0.0
+    """Share of every batch without a pair: its target at a position is where the ODE ends given the generator's own earlier
+    tokens, one pass of the teacher instead of one a step. The ODE's data are the only fixed point. 1 needs no pairs at all."""
     ode: OdeConfig = field(default_factory=OdeConfig)
     """How data are made from noise, under csd.sampling."""
     batch: int = 128
@@ -99,8 +132,60 @@ class RegressConfig:
         _counts("regress", self, ("pairs", "batch", "accumulate"), ("iterations", "guidance_iterations"))
         if not 0 <= self.ema < 1:
             raise InputError(f"regress.ema must be in [0, 1), got {self.ema}")
+        if not 0 <= self.own_share <= 1:
+            raise InputError(f"regress.own_share must be in [0, 1], got {self.own_share}")
         if self.guidance_iterations and not self.iterations:
             raise InputError("regress.guidance_iterations follow a regression; give regress.iterations too")
+
+
+@dataclass(frozen=True)
+class MatchConfig:
+    """Whole sequences matched to the teacher's samples in the teacher's features (`dd2.method.match`); off by default."""
+
+    weight: float = 0.0
+    """Weight of the distance, divided by its own value, beside the CSD loss; 0 matches nothing in stage 2."""
+    distance: Literal["frechet", "mmd", "nystrom"] = "frechet"
+    """frechet: between Gaussians, the generator's moments remembered. mmd: with a Gaussian kernel, against all of the reference.
+    nystrom: the same against landmarks that stand for the reference."""
+    features: tuple[str, ...] = ("mean", "projected", "tokens", "condition")
+    """Of a sequence: the mean of the teacher's features over the positions; random projections of those of all positions, and of
+    all tokens; the condition, which makes it the joint distribution that is matched."""
+    projections: int = 256
+    """Random projections of each kind."""
+    beta: float = 0.98
+    """Share of the remembered moments after an iteration."""
+    prime: int = 4096
+    """Sequences that the memory begins with."""
+    reference: int = 50_000
+    """Teacher samples that are matched; as many as there are where there are fewer."""
+    landmarks: int = 1024
+    """Of nystrom."""
+    then_iterations: int = 0
+    """A stage after stage 2: generator updates by the distance alone."""
+    then_lr: float = 0.1
+    """Factor on the generator's learning rate there."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        _counts("csd.match", self, ("projections", "prime", "reference", "landmarks"), ("then_iterations",))
+        if not 0 <= self.beta < 1:
+            raise InputError(f"csd.match.beta must be in [0, 1), got {self.beta}")
+        if self.weight < 0 or self.then_lr <= 0:
+            raise InputError("csd.match.weight must not be negative, and then_lr must be positive")
+        if self.distance not in ("frechet", "mmd", "nystrom"):
+            raise InputError(f'csd.match.distance must be "frechet", "mmd" or "nystrom", got {self.distance!r}')
+        unknown = [name for name in self.features if name not in FEATURES]
+        if unknown or not self.features:
+            raise InputError(f"csd.match.features must be some of {', '.join(FEATURES)}, got {unknown or 'none'}")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is matched."""
+        return self.weight > 0 or self.then_iterations > 0
+
+
+FEATURES = ("mean", "projected", "tokens", "condition")
+"""What sequences can be matched in."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +208,7 @@ class CSDConfig:
     generator_draws: int = 1
     """Noise draws per sequence of the generator loss."""
     d: Distance = "sid"
-    """Distance of Eq. 4: sid (Eq. 3) or dmd (reverse KL)."""
+    """Distance of Eq. 4: sid (Eq. 3), dmd (reverse KL) or sim (score implicit matching, pseudo-Huber)."""
     alpha: float = 1.0
     """SiD's alpha."""
     weight_floor: float = 1e-2
@@ -135,6 +220,10 @@ class CSDConfig:
     initialised: Literal["both", "guidance", "generator", "neither"] = "both"
     """Which networks start from the stage-1 model; the others start as stage 1 did, the teacher's layers under a fresh head
     (Sec. 5.5, Table 4)."""
+    regression_weight: float = 0.0
+    """Weight of `regress`'s loss on the generator's own tokens, beside the CSD loss."""
+    match: MatchConfig = field(default_factory=MatchConfig)
+    """Whole sequences."""
     ema: float = 0.9999
     """Limit of the generator's progressive EMA rate."""
     further_emas: tuple[float, ...] = ()
@@ -149,7 +238,8 @@ class CSDConfig:
     """The guidance network's optimiser; its schedule counts generator updates."""
     validation: int = 2048
     """Images of the average generator that every checkpoint is judged by: their Fréchet distance, in the teacher's own features,
-    to as many of its samples. The best checkpoint is kept. 0 measures nothing."""
+    to as many of its samples (of its middle layer, where `match` trains on those of the last). The best checkpoint is kept. 0
+    measures nothing."""
 
     def __post_init__(self) -> None:
         """Refuse counts without meaning."""
@@ -161,8 +251,10 @@ class CSDConfig:
         )
         if self.validation == 1:
             raise InputError("csd.validation must be 0 or at least 2: one image has no spread")
-        if self.d not in ("sid", "dmd"):
-            raise InputError(f'csd.d must be "sid" or "dmd", got {self.d!r}')
+        if self.d not in ("sid", "dmd", "sim"):
+            raise InputError(f'csd.d must be "sid", "dmd" or "sim", got {self.d!r}')
+        if self.regression_weight < 0:
+            raise InputError(f"csd.regression_weight must not be negative, got {self.regression_weight}")
         limits = (self.ema, *self.further_emas)
         if not 0 <= self.ema < 1:
             raise InputError(f"csd.ema must be in [0, 1), got {self.ema}")

@@ -7,26 +7,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dd2.code_student import CodeGuidance
 from dd2.losses import Losses, csd_loss, fcs_loss, noised
 from dd2.method.config import CSDConfig
-from dd2.student import Student
+from dd2.method.match import SequenceMatch, self_normalised
+from dd2.method.regress import code_loss, code_mixture
+from dd2.student import Drawn, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
+from dd2.teachers.code import require_codes
 from dd2.training.timing import Timed, part
+from dd2.trajectory import OdeConfig, data_given
+
+Guidance = Student | CodeGuidance
+"""A guidance network of either kind."""
 
 
 def guidance_loss(
-    guidance: Student, q: Tensor, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
+    guidance: Guidance, q: Tensor, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
 ) -> Losses:
-    """Fake Conditional Score loss on generator output (Eq. 5), `config.guidance_draws` noise draws a sequence (App. C.2).
+    """The guidance network learns the generator's own conditional score: by the Fake Conditional Score loss (Eq. 5) with
+    `config.guidance_draws` noise draws a sequence (App. C.2), or over codes by the likelihood of its sequences.
 
     Args:
         guidance: what is trained.
         q: (B, n, C) tokens of the generator, without gradient.
-        teacher: whose nearest codes the condition q_<i is snapped to under `config.snap_guidance`.
+        teacher: whose nearest codes the condition q_<i is snapped to under `config.snap_guidance`, or over codes in any case.
         cond: (B, ...) conditions.
         config: draws, noise levels, snapping.
         random: random stream of this step.
     """
+    if isinstance(guidance, CodeGuidance):
+        with torch.no_grad():
+            ids = require_codes(teacher, "a guidance network over codes").ids(q)
+            codes = teacher.restored(ids)
+        with part("guidance"):
+            return guidance.nll(codes, ids, cond), {}
     with torch.no_grad():
         condition = teacher.snap(q) if config.snap_guidance else q
     t, eps = _noise(q, config.guidance_draws, config, random)
@@ -62,9 +77,17 @@ class SharedBatches:
 
 
 def generator_loss(
-    generator: Student, guidance: Student, teacher: Teacher, cond: Tensor, config: CSDConfig, random: torch.Generator
+    generator: OneStepNetwork,
+    guidance: Guidance,
+    teacher: Teacher,
+    cond: Tensor,
+    config: CSDConfig,
+    random: torch.Generator,
+    *,
+    match: SequenceMatch | None = None,
+    ode: OdeConfig | None = None,
 ) -> Losses:
-    """Conditional Score Distillation loss (Eq. 4); its gradient reaches the generator alone.
+    """Conditional Score Distillation loss (Eq. 4) and what the configuration adds; its gradient reaches the generator alone.
 
     Args:
         generator: what is trained.
@@ -73,19 +96,23 @@ def generator_loss(
         config: the distance, the teacher's distribution, draws that share the passes of all three backbones, noise levels,
             and whose condition q_<i is snapped to the nearest codes.
         random: random stream of this step.
+        match: the distance between whole sequences under `config.match.weight`.
+        ode: the teacher's ODE, regressed on the generator's own tokens under `config.regression_weight`.
 
     Returns:
-        The loss, the score difference (see `csd_loss`) and, where a condition is snapped, the root-mean-square distance of
-        tokens to their nearest codes.
+        The loss, the score difference (see `csd_loss`); where they are there the regression's loss and the distance, and where a
+        condition is snapped, the root-mean-square distance of tokens to their nearest codes.
     """
-    q = generated(generator, cond, random)
+    noise, drawn = _drawn(generator, cond, random)
+    q = drawn.tokens.float()
+    snap_guidance = config.snap_guidance or isinstance(guidance, CodeGuidance)
     with torch.no_grad():
         detached = q.detach()
-        snapped = teacher.snap(detached) if config.snap_teacher or config.snap_guidance else detached
+        snapped = teacher.snap(detached) if config.snap_teacher or snap_guidance else detached
         with part("teacher"):
             wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling)
         with part("guidance"):
-            found = guidance.given(snapped if config.snap_guidance else detached, cond)
+            found = guidance.given(snapped if snap_guidance else detached, cond)
     t, eps = _noise(q, config.generator_draws, config, random)
     loss, difference = csd_loss(
         q.expand(eps.shape),
@@ -98,16 +125,40 @@ def generator_loss(
         weight_floor=config.weight_floor,
     )
     numbers = {"score_difference": difference}
+    if ode is not None:
+        with part("eq1"):
+            ids = data_given(noise, code_mixture(wanted), ode)
+        regression, shares = code_loss(drawn, require_codes(teacher, "csd.regression_weight"), ids)
+        loss = loss + config.regression_weight * regression
+        numbers |= {"regression": regression.detach(), **shares}
+    if match is not None:
+        with part("match"):
+            distance = match(q, cond)
+        loss = loss + config.match.weight * self_normalised(distance)
+        numbers["match"] = distance.detach()
     if snapped is not detached:  # a teacher without codes gives the tokens back
         numbers["to_nearest_code"] = (detached - snapped).square().mean().sqrt()
     return loss, numbers
 
 
-def generated(generator: Student, cond: Tensor, random: torch.Generator) -> Tensor:
+def match_loss(generator: OneStepNetwork, cond: Tensor, random: torch.Generator, match: SequenceMatch) -> Losses:
+    """The distance between whole sequences alone. Arguments as `generator_loss`."""
+    _, drawn = _drawn(generator, cond, random)
+    with part("match"):
+        distance = match(drawn.tokens.float(), cond)
+    return self_normalised(distance), {"match": distance.detach()}
+
+
+def generated(generator: OneStepNetwork, cond: Tensor, random: torch.Generator) -> Tensor:
     """G(eps) of fresh noise under cond (B, ...), (B, n, C) float32."""
+    return _drawn(generator, cond, random)[1].tokens.float()
+
+
+def _drawn(generator: OneStepNetwork, cond: Tensor, random: torch.Generator) -> tuple[Tensor, Drawn]:
+    """Fresh noise (B, n, C) and what the generator makes of it."""
     noise = torch.randn((len(cond), *generator.backbone.token_shape), generator=random, device=cond.device)
     with part("generator"):
-        return generator.as_generator(noise, cond).float()
+        return noise, generator.draw(noise, cond)
 
 
 def _noise(q: Tensor, draws: int, config: CSDConfig, random: torch.Generator) -> tuple[Tensor, Tensor]:

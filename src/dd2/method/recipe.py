@@ -2,56 +2,58 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dd2.code_student import CodeGuidance, CodeStudent
 from dd2.losses import Losses
 from dd2.method.align import load_average
-from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
-from dd2.method.csd import SharedBatches, generated, generator_loss, guidance_loss
-from dd2.method.regress import regress_loss
+from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig, TuneConfig
+from dd2.method.csd import Guidance, SharedBatches, generated, generator_loss, guidance_loss, match_loss
+from dd2.method.match import sequence_match
+from dd2.method.regress import regress_loss, regress_own_loss
 from dd2.method.tune import tune_loss
 from dd2.method.validation import TeacherDistance
 from dd2.processes import world_size
 from dd2.sampling import ar_diffusion, one_step
-from dd2.student import Student
+from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
-from dd2.teachers.code import CodeTeacher
+from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.filtering import Sampling
 from dd2.training.ema import ema_copy, ema_lag, ema_update
 from dd2.training.preview import previewed
 from dd2.training.samples import LiveSamples, TeacherSamples
 from dd2.training.schedule import ema_rate
 from dd2.training.stage import Stage, Update
 from dd2.training.timing import part
-from dd2.trajectory import Pairs
+from dd2.trajectory import OdeConfig, Pairs
 
 
 @dataclass
 class Networks:
     """The trained networks of stage 2."""
 
-    generator: Student
-    guidance: Student
-    ema: Student
-    further: dict[float, Student] = field(default_factory=dict)
+    generator: OneStepNetwork
+    guidance: Guidance
+    ema: OneStepNetwork
+    further: dict[float, OneStepNetwork] = field(default_factory=dict)
     """Further averages by the limit of their rates."""
 
     @classmethod
     def from_tuned(cls, student: Student) -> "Networks":
         """Generator and guidance both start from the stage-1 model."""
-        return cls.starting_from(student, student, "both")
+        return cls.starting_from(student, student)
 
     @classmethod
-    def starting_from(cls, tuned: Student, fresh: Student, initialised: str, further: Sequence[float] = ()) -> "Networks":
-        """From the stage-1 model or fresh: "both", "guidance", "generator" or "neither" names those from stage 1 (Table 4)."""
-        generator = tuned if initialised in ("both", "generator") else fresh
-        guidance = tuned if initialised in ("both", "guidance") else fresh
+    def starting_from(cls, generator: OneStepNetwork, guidance: Guidance, further: Sequence[float] = ()) -> "Networks":
+        """Copies of both, averages of the generator, and further ones by their limits."""
         averages = {limit: ema_copy(generator) for limit in further}
-        trained = [ema_copy(network).requires_grad_(True) for network in (generator, guidance)]
-        return cls(trained[0], trained[1], ema_copy(generator), averages)
+        trained = ema_copy(generator).requires_grad_(True), ema_copy(guidance).requires_grad_(True)
+        return cls(*trained, ema_copy(generator), averages)
 
-    def placed(self, place: Callable[[Student], Student]) -> "Networks":
+    def placed(self, place: Callable[[Any], Any]) -> "Networks":
         """Every network as `place` gives it."""
         averages = {limit: place(average) for limit, average in self.further.items()}
         return Networks(place(self.generator), place(self.guidance), place(self.ema), averages)
@@ -65,6 +67,40 @@ class Networks:
         """By checkpoint file name."""
         averages = {average_name(limit): average for limit, average in self.further.items()}
         return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema, **averages}
+
+
+def starting_networks(
+    kinds: NetworksConfig, config: CSDConfig, teacher: Teacher, tuned: Student | None, fresh: Student | None
+) -> Networks:
+    """Both networks as they start: from stage 1 or without it, as `config.initialised` says (Table 4); over codes as the teacher.
+
+    Args:
+        kinds: of generator and guidance network.
+        config: which start from stage 1, and the further averages.
+        teacher: whose layers those over codes copy.
+        tuned: the stage-1 model.
+        fresh: what stage 1 started from.
+
+    Raises:
+        InputError: the teacher has no codes where they are needed.
+    """
+
+    def started(role: str) -> Student:
+        student = tuned if config.initialised in ("both", role) else fresh
+        assert student is not None
+        return student
+
+    generator: OneStepNetwork
+    guidance: Guidance
+    if kinds.generator == "codes":
+        generator = CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)
+    else:
+        generator = started("generator")
+    if kinds.guidance == "codes":
+        guidance = CodeGuidance.from_teacher(require_codes(teacher, "networks.guidance codes"))
+    else:
+        guidance = started("guidance")
+    return Networks.starting_from(generator, guidance, config.further_emas)
 
 
 def average_name(limit: float) -> str:
@@ -92,14 +128,37 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples | Li
     return stages
 
 
-def regress_stage(networks: Networks, teacher: CodeTeacher, pairs: Pairs, config: RegressConfig) -> Stage:
-    """The generator regresses the teacher's ODE, and its average with it."""
+def regress_stage(
+    networks: Networks,
+    teacher: CodeTeacher,
+    samples: TeacherSamples,
+    pairs: Pairs | None,
+    config: RegressConfig,
+    sampling: Sampling,
+) -> Stage:
+    """The generator regresses the teacher's ODE, and its average with it.
+
+    Args:
+        networks: the generator and its average are trained.
+        teacher: whose ODE it is.
+        samples: whose labels the sequences without a pair get.
+        pairs: of noise and data; None where `config.own_share` is 1.
+        config: see there.
+        sampling: the distribution whose ODE is solved.
+    """
+    without = round(config.own_share * config.batch)
 
     def loss(random: torch.Generator) -> Losses:
         with part("data"):
-            noise, ids, labels = pairs.batch(config.batch, random)
-            cond = teacher.conditions(labels)
-        return regress_loss(networks.generator, teacher, noise, ids, cond)
+            known = None
+            if pairs is not None and without < config.batch:
+                noise, ids, labels = pairs.batch(config.batch - without, random)
+                known = noise, ids, teacher.conditions(labels)
+        if known is not None and not without:
+            return regress_loss(networks.generator, teacher, *known)
+        cond = _conditions(teacher, samples, without, random)
+        noise = torch.randn((without, *teacher.backbone.token_shape), generator=random, device=cond.device)
+        return regress_own_loss(networks.generator, teacher, known, noise, cond, sampling, config.ode)
 
     def average(step: int) -> None:
         ema_update(networks.ema, networks.generator, ema_rate(step, config.ema))
@@ -107,6 +166,40 @@ def regress_stage(networks: Networks, teacher: CodeTeacher, pairs: Pairs, config
     update = Update("generator", list(networks.generator.parameters()), config.optim, loss, accumulate=config.accumulate)
     modules = {"generator": networks.generator, "generator_ema": networks.ema}
     return Stage("regress", config.iterations, [update], modules, after=average, preview=_preview(networks, teacher))
+
+
+def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, config: CSDConfig) -> Stage:
+    """After stage 2: the generator goes on by the distance between whole sequences alone."""
+    match = sequence_match(teacher, samples, config.match, config.batch)
+    optim = replace(config.generator, lr=config.generator.lr * config.match.then_lr, warmup=0)
+
+    def loss(random: torch.Generator) -> Losses:
+        match.begin(networks.generator, samples)
+        return match_loss(networks.generator, _conditions(teacher, samples, config.batch, random), random, match)
+
+    def after(step: int) -> None:
+        match.remember()
+        for limit, average in {config.ema: networks.ema, **networks.further}.items():
+            ema_update(average, networks.generator, ema_rate(config.iterations + step, limit))
+
+    distance = TeacherDistance(teacher, samples, config.validation, config.batch, middle=True)
+    update = Update("generator", list(networks.generator.parameters()), optim, loss, accumulate=config.accumulate)
+    return Stage(
+        "match",
+        config.match.then_iterations,
+        [update],
+        {**networks.modules(), "match": match},
+        after=after,
+        preview=_preview(networks, teacher),
+        validate=(lambda: distance(networks.ema)) if config.validation else None,
+    )
+
+
+def _conditions(teacher: Teacher, samples: TeacherSamples, count: int, random: torch.Generator) -> Tensor:
+    """Conditions (count, ...) of random sequences' labels."""
+    with part("data"):
+        # Labels, and captions, are on the CPU: what goes to a GPU from there waits for nothing.
+        return teacher.conditions(samples.random_labels(count, random)).to(random.device, non_blocking=True)
 
 
 def catching_up_stage(
@@ -135,23 +228,22 @@ def csd_stage(
     name: str = "csd",
     generator_frozen: bool = False,
     averaged: int = 0,
+    ode: OdeConfig | None = None,
 ) -> Stage:
     """Stage 2 (Alg. 1): K guidance updates, one generator update, the EMA.
 
     With `generator_frozen` only the guidance network learns: performance alignment (App. C.3). `averaged` is the number
-    of generator updates that the EMA has seen before this stage.
+    of generator updates that the EMA has seen before this stage. `ode` is what `config.regression_weight` regresses.
     """
     generator, guidance = networks.generator, networks.guidance
-
-    def drawn_conditions(random: torch.Generator) -> Tensor:
-        with part("data"):
-            # Labels, and captions, are on the CPU: what goes to a GPU from there waits for nothing.
-            return teacher.conditions(samples.random_labels(config.batch, random)).to(random.device, non_blocking=True)
+    matches = config.match.weight > 0 and not generator_frozen
+    match = sequence_match(teacher, samples, config.match, config.batch) if matches else None
+    regressed = ode if config.regression_weight else None
 
     shared = SharedBatches(config.accumulate // world_size() if config.share_generated else 0)
 
     def fresh(random: torch.Generator) -> tuple[Tensor, Tensor]:
-        cond = drawn_conditions(random)
+        cond = _conditions(teacher, samples, config.batch, random)
         with torch.no_grad():
             return generated(generator, cond, random), cond
 
@@ -160,14 +252,19 @@ def csd_stage(
         return guidance_loss(guidance, q, teacher, cond, config, random)
 
     def train_generator(random: torch.Generator) -> Losses:
-        return generator_loss(generator, guidance, teacher, drawn_conditions(random), config, random)
+        if match is not None:
+            match.begin(generator, samples)
+        cond = _conditions(teacher, samples, config.batch, random)
+        return generator_loss(generator, guidance, teacher, cond, config, random, match=match, ode=regressed)
 
     def average(step: int) -> None:
         shared.clear()
+        if match is not None:
+            match.remember()
         for limit, average in {config.ema: networks.ema, **networks.further}.items():
             ema_update(average, generator, ema_rate(averaged + step, limit))
 
-    distance = TeacherDistance(teacher, samples, config.validation, config.batch)
+    distance = TeacherDistance(teacher, samples, config.validation, config.batch, middle=config.match.on)
     validates = config.validation and not generator_frozen
     accumulate = config.accumulate
     repeats = 1 if generator_frozen else config.k
@@ -180,7 +277,7 @@ def csd_stage(
         name,
         config.iterations,
         updates,
-        networks.modules(),
+        {**networks.modules(), **({} if match is None else {"match": match})},
         after=average,
         preview=_preview(networks, teacher),
         measures=lambda: {"generator/ema_lag": ema_lag(networks.ema, generator)},

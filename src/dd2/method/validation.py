@@ -11,6 +11,7 @@ from dd2.processes import rank, sum_over_processes, world_size
 from dd2.sampling import one_step
 from dd2.student import OneStepNetwork
 from dd2.teachers.base import Teacher
+from dd2.teachers.layers import layer_stacks
 from dd2.training.samples import TeacherSamples
 
 FIRST_SEED = 2**61
@@ -29,10 +30,14 @@ class TeacherDistance:
         samples: its sequences; the first `count` are the reference, and their labels are those of the generated ones.
         count: sequences, at least 2; as many as there are where there are fewer.
         batch: sequences at a time.
+        middle: take the features of the middle layer: those of the last are trained on (`dd2.method.match`). A backbone without a
+            LayerStack has only the last.
     """
 
-    def __init__(self, teacher: Teacher, samples: TeacherSamples, count: int, batch: int) -> None:
+    def __init__(self, teacher: Teacher, samples: TeacherSamples, count: int, batch: int, *, middle: bool = False) -> None:
         self.teacher, self.samples = teacher, samples
+        stacks = layer_stacks(teacher.backbone) if middle else []
+        self._layer = stacks[0][len(stacks[0]) // 2] if stacks else None
         self.count = min(count, len(samples)) // world_size() * world_size()
         own = torch.arange(self.count).tensor_split(world_size())[rank()]  # equally many for each, as sharded networks need
         self.batches = own.split(batch)
@@ -59,6 +64,18 @@ class TeacherDistance:
         for rows in self.batches:
             labels = self.samples.labels[rows].to(device)
             tokens, cond = tokens_of(rows, labels), self.teacher.conditions(labels)
-            features[rows] = self.teacher.features(tokens, cond).float().mean(1)
+            features[rows] = self._features(tokens, cond).float().mean(1)
         sum_over_processes([features])
         return fit_gaussian([features])
+
+    def _features(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, positions, D) of the layer that is looked at."""
+        if self._layer is None:
+            return self.teacher.features(tokens, cond)
+        kept: list[Tensor] = []
+        handle = self._layer.register_forward_hook(lambda module, read, given: kept.append(given))  # pyright: ignore
+        try:
+            self.teacher.features(tokens, cond)
+        finally:
+            handle.remove()
+        return kept[0]

@@ -76,6 +76,14 @@ class Backbone(nn.Module, ABC):
         """Whether it reads tokens between the codes; one that does not must be adapted first (App. E.4, dd2 adapt)."""
         return True
 
+    def deepen(self, extra: int) -> None:
+        """Append layers that change nothing until they are trained, in place; `config` must then say the new depth.
+
+        Raises:
+            InputError: it cannot be deepened, which is the default.
+        """
+        raise InputError(f"a {type(self).__name__} cannot be made deeper (Backbone.deepen); use networks.extra_layers 0")
+
     @abstractmethod
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Features of all positions at once: (B, n, C), cond (B, ...) -> (B, n, D).

@@ -1,11 +1,14 @@
 """The transformer layers of a backbone: the units that training may recompute, compile and shard."""
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from dd2.errors import InputError
 
 BeforeLayer = Callable[[int, Tensor], Tensor]
 """(index of a layer, the residual stream (B, L, D) before it) -> the stream that the layer reads."""
@@ -14,6 +17,15 @@ BeforeLayer = Callable[[int, Tensor], Tensor]
 def call_layer(layer: nn.Module, *arguments: Any) -> Tensor:
     """A layer's output."""
     return layer(*arguments)
+
+
+@runtime_checkable
+class ResidualLayer(Protocol):
+    """A layer that adds branches to the residual stream."""
+
+    def branch_ends(self) -> Sequence[nn.Module]:
+        """The last linear map of each branch: with zeros there the layer is the identity."""
+        ...
 
 
 class LayerStack(nn.ModuleList):
@@ -50,6 +62,29 @@ class LayerStack(nn.ModuleList):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.call, layer, x, *arguments, None, index, use_reentrant=False)  # pyright: ignore
         return self.call(layer, x, *arguments, None, index)
+
+
+def append_identities(stack: LayerStack, count: int) -> None:
+    """Lengthen a stack by copies of its last layer that change nothing to begin with: their residual branches end in zeros.
+
+    Args:
+        stack: changed in place.
+        count: layers more.
+
+    Raises:
+        InputError: its layers cannot be made identities.
+    """
+    for _ in range(count):
+        layer = copy.deepcopy(stack[-1])
+        if not isinstance(layer, ResidualLayer):
+            raise InputError(
+                f"a {type(layer).__name__} does not say where its residual branches end (branch_ends), so no identity can be "
+                "made of it; use networks.extra_layers 0"
+            )
+        for end in layer.branch_ends():
+            for parameter in end.parameters():
+                nn.init.zeros_(parameter)
+        stack.append(layer)
 
 
 def layer_stacks(*networks: nn.Module) -> list[LayerStack]:

@@ -1,6 +1,6 @@
 """LlamaGen's transformer: the raster-order teacher, conditioned on a class or on a caption."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from dd2.teachers.captions import CaptionEmbedding, attention_mask
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import CaptionLabels, ClassLabels, Conditions
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.layers import BeforeLayer, LayerStack
+from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
 from dd2.tokenizers.base import Tokenizer, nearest_ids
 
 
@@ -136,6 +136,10 @@ class Layer(nn.Module):
         x = x + self.drop(self.attention(self.attention_norm(x), rope, mask, order, cache, layer))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
+    def branch_ends(self) -> tuple[nn.Module, nn.Module]:
+        """As `ResidualLayer.branch_ends`."""
+        return self.attention.wo, self.feed_forward.w2
+
 
 class CodeMLP(nn.Module):
     """The continuous input layer that stands in for the embedding table (App. E.4): (..., C) -> (..., D)."""
@@ -213,6 +217,10 @@ class LlamaGenBackbone(Backbone):
     def stack(self) -> LayerStack:
         """The transformer layers."""
         return self.layers
+
+    def deepen(self, extra: int) -> None:
+        append_identities(self.layers, extra)
+        self.config = replace(self.config, depth=len(self.layers))
 
     @property
     def positions(self) -> int:

@@ -1,7 +1,7 @@
 """VAR's transformer: the next-scale teacher. It reads continuous features as it is, so it needs no adaptation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dd2.teachers.cache import KVCache
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.layers import BeforeLayer, LayerStack
+from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
 from dd2.teachers.next_scale import NextScaleOrder, order_of
 from dd2.teachers.own_token import masked_attention, own_token_mask
 from dd2.tokenizers.base import Tokenizer
@@ -125,6 +125,10 @@ class Block(nn.Module):
         x = x + self._drop(self.attn(_norm(x) * (scale1 + 1) + shift1, attend, cache, layer) * gate1)
         return x + self._drop(self.ffn(_norm(x) * (scale2 + 1) + shift2) * gate2)
 
+    def branch_ends(self) -> tuple[nn.Module, nn.Module]:
+        """As `ResidualLayer.branch_ends`."""
+        return self.attn.proj, self.ffn.fc2
+
     def _drop(self, branch: Tensor) -> Tensor:
         if not (self.training and self.drop_path):
             return branch
@@ -176,6 +180,10 @@ class VARBackbone(Backbone):
     def stack(self) -> LayerStack:
         """The transformer blocks."""
         return self.blocks
+
+    def deepen(self, extra: int) -> None:
+        append_identities(self.stack, extra)
+        self.config = replace(self.config, depth=len(self.stack))
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         return self._run(tokens, cond, None)

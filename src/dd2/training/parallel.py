@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dd2.errors import InputError
 from dd2.processes import connect, rank, sum_over_processes, world_size
-from dd2.student import Student
 from dd2.teachers.base import Backbone
 from dd2.teachers.layers import layer_stacks
 from dd2.training.stage import Update
+
+N = TypeVar("N", bound=nn.Module)
 
 Parallelism = Literal["ddp", "fsdp2"]
 
@@ -42,13 +43,16 @@ def local_micro_batches(update: Update) -> range:
     return range(rank(), accumulate, processes)
 
 
-def shard(network: Student, device: torch.device) -> Student:
-    """Shard a network's weights over all processes (FSDP2): layer by layer, then what is left of backbone and head.
+def shard(network: N, device: torch.device) -> N:
+    """Shard a network's weights over all processes (FSDP2): its backbone layer by layer, then whatever stands beside that.
 
     Every unit gives its gathered weights back after each pass, so that optimisers and averages always find the shards.
     """
-    shard_backbone(network.backbone, device)
-    fully_shard(network.head, mesh=_mesh(device), reshard_after_forward=True)
+    for part in network.children():
+        if isinstance(part, Backbone):
+            shard_backbone(part, device)
+        else:
+            fully_shard(part, mesh=_mesh(device), reshard_after_forward=True)
     return network
 
 
@@ -57,7 +61,9 @@ def shard_backbone(backbone: Backbone, device: torch.device) -> None:
     mesh = _mesh(device)
     for unit in (*(layer for stack in layer_stacks(backbone) for layer in stack), backbone):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(backbone, "next_features")
+    for method in ("next_features", "own_features"):
+        if hasattr(backbone, method):
+            register_fsdp_forward_method(backbone, method)
     # Features are slices; nobody changes them in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
 
@@ -91,6 +97,8 @@ def like(full: Tensor, reference: Tensor) -> Tensor:
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """The state of a network, gathered on every process."""
+    if next(module.parameters(), None) is None:  # buffers alone, alike on every process
+        return module.state_dict()
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
@@ -104,4 +112,7 @@ def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     # The library says nothing of missing tensors, and it changes the dictionary.
     if mismatched := module.state_dict().keys() ^ state.keys():
         raise RuntimeError(f"{len(mismatched)} tensors do not match, first {sorted(mismatched)[0]}")
+    if next(module.parameters(), None) is None:
+        module.load_state_dict(state)
+        return
     set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,138 @@
+"""Generator and guidance network over codes: the teacher's layers under the teacher's own classifier.
+
+Beyond the paper, whose networks end in a velocity head. Both start as copies of the teacher and need no stage 1. The generator
+decides a code at every position; its gradient passes straight through the choice. The guidance network learns the next-token
+probabilities of the generator's own sequences, and Eq. 1 makes its conditional score of them, as it does the teacher's.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dd2.device import full_precision
+from dd2.distribution import CodeDistribution
+from dd2.errors import InputError
+from dd2.scores import CodeMixture
+from dd2.student import Drawn, OneStepNetwork
+from dd2.teachers.base import Backbone
+from dd2.teachers.code import CodeTeacher
+from dd2.teachers.own_token import ReadsOwnToken
+
+
+@dataclass(frozen=True)
+class CodeStudentConfig:
+    """What a teacher's sizes do not say of a `CodeStudent`."""
+
+    layers: int = 0
+    """Transformer layers in all; 0 means as many as the teacher has."""
+
+    def __post_init__(self) -> None:
+        """Refuse negative numbers."""
+        if self.layers < 0:
+            raise InputError(f"layers must not be negative, got {self.layers}")
+
+
+class CodeStudent(OneStepNetwork):
+    """A generator whose tokens are codes: position i reads its own noise behind that of earlier steps, and a classifier decides.
+
+    Args:
+        backbone: a copy of the teacher's; it gets layers until it has as many as `config` says.
+        output: a copy of the teacher's classifier.
+        codebook: (V, C) codes in the tokenizer's space.
+        config: see there.
+
+    Raises:
+        InputError: the backbone cannot read a position's own token, or cannot be made deeper.
+    """
+
+    codes: Tensor
+
+    def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor, config: CodeStudentConfig) -> None:
+        super().__init__()
+        if not isinstance(backbone, ReadsOwnToken):
+            raise InputError(
+                f"a generator over codes reads every position's own noise, which a {type(backbone).__name__} cannot: no "
+                "own_features (dd2.teachers.own_token says what is expected); use networks.generator velocity"
+            )
+        if config.layers > len(backbone.stack):
+            backbone.deepen(config.layers - len(backbone.stack))
+        self.backbone, self.output, self.config = backbone, output, config
+        self.register_buffer("codes", codebook.detach().clone(), persistent=False)
+
+    @classmethod
+    def from_teacher(cls, teacher: CodeTeacher, extra_layers: int = 0) -> "CodeStudent":
+        """A student that starts as the teacher's layers and classifier, with `extra_layers` that change nothing yet.
+
+        Raises:
+            InputError: as the class.
+        """
+        backbone = teacher.student_backbone()
+        layers = len(backbone.stack) + extra_layers if isinstance(backbone, ReadsOwnToken) and extra_layers else 0
+        student = cls(backbone, copy.deepcopy(teacher.output), teacher.tokenizer.codebook, CodeStudentConfig(layers))
+        return student.requires_grad_(True)
+
+    @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """The classifier."""
+        return (self.output,)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C) standardised codes."""
+        return self.backbone.to_tokens(self.codes)
+
+    def draw(self, noise: Tensor, cond: Tensor) -> Drawn:
+        """The most probable code of each position; its gradient is that of the expected code (straight through)."""
+        assert isinstance(self.backbone, ReadsOwnToken)
+        features = self.backbone.own_features(noise, cond, lambda index, x: x)
+        with full_precision(features.device):
+            logits = self.output(features.float())
+            codes = self.codebook
+            chosen = codes[logits.argmax(-1)]
+            if logits.requires_grad:
+                expected = logits.softmax(-1) @ codes
+                chosen = chosen + (expected - expected.detach())
+        return Drawn(chosen, logits)
+
+    def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
+        return self.draw(noise, cond).tokens
+
+
+class CodeGuidance(nn.Module):
+    """The guidance network over codes: next-token probabilities of the generator's sequences.
+
+    Args:
+        backbone: a copy of the teacher's.
+        output: a copy of its classifier.
+        codebook: (V, C) codes in the tokenizer's space.
+    """
+
+    codes: Tensor
+
+    def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor) -> None:
+        super().__init__()
+        self.backbone, self.output = backbone, output
+        self.register_buffer("codes", codebook.detach().clone(), persistent=False)
+
+    @classmethod
+    def from_teacher(cls, teacher: CodeTeacher) -> "CodeGuidance":
+        """One that starts as the teacher (without guidance by the null condition): its score difference is 0."""
+        network = cls(teacher.student_backbone(), copy.deepcopy(teacher.output), teacher.tokenizer.codebook)
+        return network.requires_grad_(True)
+
+    def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """(B, n, V) of p(. | tokens of earlier steps, cond), tokens (B, n, C)."""
+        features = self.backbone(tokens, cond)
+        with full_precision(features.device):
+            return self.output(features.float())
+
+    def given(self, tokens: Tensor, cond: Tensor) -> CodeMixture:
+        """The conditional score at every position, given tokens (B, n, C) before it and cond (B, ...)."""
+        log_p = self.logits(tokens, cond).log_softmax(-1)
+        return CodeMixture(CodeDistribution.over_all(log_p), self.backbone.to_tokens(self.codes))
+
+    def nll(self, tokens: Tensor, ids: Tensor, cond: Tensor) -> Tensor:
+        """Mean negative log-likelihood, in nats a token, of sequences ids (B, n), whose tokens (B, n, C) are read."""
+        return F.cross_entropy(self.logits(tokens, cond).flatten(0, 1), ids.flatten())

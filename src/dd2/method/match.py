@@ -1,0 +1,260 @@
+"""Whole sequences matched to the teacher's samples in the frozen teacher's own features, beyond the paper: Fréchet distance with
+remembered moments (FD-loss, arXiv 2604.28190), or maximum mean discrepancy (RDM, arXiv 2607.02375).
+
+Scores of single positions say nothing of how late tokens agree with early ones; statistics of whole sequences do. The reference
+is the teacher's samples, so no data are needed. Alone, at high rates, such a distance is gamed: it falls while others rise.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from dd2.errors import InputError
+from dd2.frechet import GaussianFit, distance_between, fit_gaussian
+from dd2.method.config import MatchConfig
+from dd2.processes import rank, sum_over_processes, world_size
+from dd2.sampling import one_step
+from dd2.seeding import stream
+from dd2.student import OneStepNetwork
+from dd2.teachers.base import Teacher
+from dd2.training.samples import TeacherSamples
+
+CONDITION_CHANNELS = 32
+CONDITION_WEIGHT = 3.0
+"""Of the condition's features beside the others, whose deviation is 1."""
+FIRST_SEED = 3 * 2**60
+"""Seeds of the sequences that a memory begins with, which nothing else draws."""
+PRIMED_AT_ONCE = 64
+RIDGE = 1e-6
+"""Added to eigenvalues whose root is taken, of features whose deviation is about 1."""
+
+
+class SequenceFeatures:
+    """Features (B, F) of sequences, by the teacher's backbone: differentiable in the tokens.
+
+    Args:
+        teacher: whose backbone.
+        config: which features.
+    """
+
+    def __init__(self, teacher: Teacher, config: MatchConfig) -> None:
+        self.teacher, self.config = teacher, config
+        positions, channels = teacher.backbone.token_shape
+        width = teacher.backbone.width
+        self._projected = self._projection("projected", positions * width, config.projections)
+        self._tokens = self._projection("tokens", positions * channels, config.projections)
+        self._condition = self._projection("condition", width, CONDITION_CHANNELS)
+
+    def __call__(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Tokens (B, n, C), cond (B, ...) -> (B, F) float32."""
+        found = self.teacher.features(tokens, cond).float()
+        first = self.teacher.order.steps[0].start  # its features know the condition alone
+        kinds = {
+            "mean": lambda: found.mean(1),
+            "projected": lambda: found.flatten(1) @ self._projected,
+            "tokens": lambda: tokens.float().flatten(1) @ self._tokens,
+            "condition": lambda: found[:, first].detach() @ self._condition,
+        }
+        return torch.cat([kinds[name]() for name in self.config.features], 1)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """(F,) of the features beside each other."""
+        sizes = {
+            "mean": self.teacher.backbone.width,
+            "projected": self._projected.shape[1],
+            "tokens": self._tokens.shape[1],
+            "condition": self._condition.shape[1],
+        }
+        parts = [torch.full((sizes[name],), CONDITION_WEIGHT if name == "condition" else 1.0) for name in self.config.features]
+        return torch.cat(parts).to(self.teacher.device)
+
+    def _projection(self, name: str, channels: int, wanted: int) -> Tensor:
+        """(channels, at most `wanted`), a fixed draw; the identity where there are no more channels than that."""
+        device = self.teacher.device
+        if channels <= wanted:
+            return torch.eye(channels, device=device)
+        random = stream("match", name, 0, device=torch.device("cpu"))
+        return (torch.randn(channels, wanted, generator=random) / math.sqrt(channels)).to(device)
+
+
+class SequenceMatch(nn.Module, ABC):
+    """A distance between the generator's sequences and the teacher's samples.
+
+    Args:
+        features: of sequences.
+        samples: the reference.
+        config: its size.
+        batch: sequences of the reference at a time.
+
+    Raises:
+        InputError: the reference has fewer sequences than the distance needs.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: SequenceFeatures, samples: TeacherSamples, config: MatchConfig, batch: int) -> None:
+        super().__init__()
+        self.features, self.config = features, config
+        reference = self._of_samples(samples, min(config.reference, len(samples)), batch)
+        if len(reference) < self.needed(reference.shape[1]):
+            raise InputError(
+                f"csd.match compares {reference.shape[1]} features by {len(reference)} teacher samples; at least "
+                f"{self.needed(reference.shape[1])} are needed: give more teacher_samples (and csd.match.reference), or fewer "
+                "csd.match.projections or features"
+            )
+        mean, deviation = reference.mean(0), reference.std(0)
+        # A channel that hardly varies would count for as much as the others by its noise alone.
+        scale = features.weights / deviation.clamp_min(1e-3 * deviation.max())
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.set_reference((reference - mean) * scale)
+
+    @abstractmethod
+    def needed(self, features: int) -> int:
+        """Sequences that the reference must have at this number of features."""
+
+    @abstractmethod
+    def set_reference(self, reference: Tensor) -> None:
+        """Take the reference's scaled features (N, F)."""
+
+    @abstractmethod
+    def distance(self, found: Tensor) -> Tensor:
+        """From scaled features (B, F) of the generator's sequences, with gradient, to the reference."""
+
+    def begin(self, generator: OneStepNetwork, samples: TeacherSamples) -> None:
+        """Before every update: whatever the distance must know of the generator at the start. All processes must call it."""
+
+    def remember(self) -> None:
+        """The iteration is over. All processes must call it."""
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """The distance of generated tokens (B, n, C), drawn under cond (B, ...)."""
+        return self.distance(self.scaled(tokens, cond))
+
+    def scaled(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Features (B, F) on the reference's scale."""
+        return (self.features(tokens, cond) - self.mean) * self.scale
+
+    @torch.no_grad()
+    def _of_samples(self, samples: TeacherSamples, count: int, batch: int) -> Tensor:
+        parts = []
+        for rows in torch.arange(count).split(batch):  # every process alike, as sharded teachers need
+            tokens, labels = samples.take(rows)
+            parts.append(self.features(tokens, self.features.teacher.conditions(labels)))
+        return torch.cat(parts)
+
+
+class FrechetMatch(SequenceMatch):
+    """Fréchet distance of Gaussians. The generator's first and second moments are remembered, m <- beta m + (1 - beta) of the
+    batch; the gradient goes through the batch alone. The memory is part of the checkpoint.
+    """
+
+    first: Tensor
+    second: Tensor
+    primed: Tensor
+
+    def needed(self, features: int) -> int:
+        """More than there are features, or the covariance has no inverse."""
+        return features + 1
+
+    def set_reference(self, reference: Tensor) -> None:
+        self._reference = fit_gaussian([reference])
+        self._reference = GaussianFit(*(x.to(reference.device) for x in (self._reference.mean, self._reference.covariance)))
+        size = reference.shape[1]
+        self.register_buffer("first", torch.zeros(size, dtype=torch.float64, device=reference.device))
+        self.register_buffer("second", torch.zeros(size, size, dtype=torch.float64, device=reference.device))
+        self.register_buffer("primed", torch.zeros((), dtype=torch.bool, device=reference.device))
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._begun = False
+
+    @torch.no_grad()
+    def begin(self, generator: OneStepNetwork, samples: TeacherSamples) -> None:
+        """Fill the memory with `config.prime` fresh sequences, unless it is filled, now or in the checkpoint."""
+        if self._begun:
+            return
+        self._begun = True
+        if bool(self.primed):
+            return
+        teacher = self.features.teacher
+        count = -(-self.config.prime // world_size()) * world_size()
+        for rows in torch.arange(count).tensor_split(world_size())[rank()].split(PRIMED_AT_ONCE):
+            cond = teacher.conditions(samples.labels[rows % len(samples)].to(teacher.device))
+            drawn = one_step(generator, cond, [FIRST_SEED + row for row in rows.tolist()]).float()
+            values = self.scaled(drawn, cond).double()
+            self.first += values.sum(0) / count
+            self.second += values.T @ values / count
+        sum_over_processes([self.first, self.second])
+        self.primed.fill_(True)
+
+    def distance(self, found: Tensor) -> Tensor:
+        values, beta = found.double(), self.config.beta
+        first, second = values.mean(0), values.T @ values / len(values)
+        if torch.is_grad_enabled():
+            self._seen.append((first.detach(), second.detach()))
+        first, second = torch.lerp(first, self.first, beta), torch.lerp(second, self.second, beta)
+        return distance_between(first, second - torch.outer(first, first), self._reference, ridge=RIDGE)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Take the moments of all micro-batches since the last call into the memory."""
+        if not self._seen:
+            return
+        sums = [torch.stack(part).sum(0) for part in zip(*self._seen, strict=True)]
+        count = len(self._seen) * world_size()
+        sum_over_processes(sums)
+        self._seen.clear()
+        for kept, new in zip((self.first, self.second), sums, strict=True):
+            kept.lerp_(new / count, 1 - self.config.beta)
+
+
+class KernelMatch(SequenceMatch):
+    """Squared maximum mean discrepancy with a Gaussian kernel, of the width of the reference's median distance; biased estimate.
+
+    Against all N sequences of the reference, or (nystrom) against landmarks Z with weights K_ZZ^-1 mu, mu the reference's mean
+    kernel with each landmark.
+    """
+
+    def needed(self, features: int) -> int:
+        """Two, or as many as there are landmarks."""
+        return max(2, self.config.landmarks if self.config.distance == "nystrom" else 0)
+
+    def set_reference(self, reference: Tensor) -> None:
+        some = reference[: min(len(reference), 2048)]
+        self._width = torch.pdist(some).median()
+        points, weights = reference, reference.new_full((len(reference),), 1 / len(reference))
+        if self.config.distance == "nystrom":
+            points = reference[torch.linspace(0, len(reference) - 1, self.config.landmarks, device=reference.device).long()]
+            mean = self._kernel(points, reference).mean(1).double()
+            gram = self._kernel(points, points).double() + RIDGE * torch.eye(len(points), device=points.device)
+            weights = torch.linalg.solve(gram, mean).float()
+        self._points, self._weights = points, weights
+        mean = sum(self._weights[rows] @ (self._kernel(points[rows], points) @ weights) for rows in _rows(len(points), points))
+        self._constant = torch.as_tensor(mean)
+
+    def distance(self, found: Tensor) -> Tensor:
+        cross = self._kernel(found, self._points) @ self._weights
+        return (self._kernel(found, found).mean() - 2 * cross.mean() + self._constant).clamp_min(0)
+
+    def _kernel(self, a: Tensor, b: Tensor) -> Tensor:
+        squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
+        return (-squared.clamp_min(0) / (2 * self._width.square())).exp()
+
+
+def sequence_match(teacher: Teacher, samples: TeacherSamples, config: MatchConfig, batch: int) -> SequenceMatch:
+    """The distance that a configuration names. Arguments and errors as `SequenceMatch`."""
+    kind = FrechetMatch if config.distance == "frechet" else KernelMatch
+    return kind(SequenceFeatures(teacher, config), samples, config, batch)
+
+
+def self_normalised(distance: Tensor) -> Tensor:
+    """The distance divided by its own value, so that its gradient has about the same size however near the goal is."""
+    return (distance / distance.detach().clamp_min(1e-8)).float()
+
+
+def _rows(count: int, like: Tensor) -> tuple[Tensor, ...]:
+    return torch.arange(count, device=like.device).split(1024)

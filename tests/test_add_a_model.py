@@ -55,14 +55,14 @@ def test_the_commands_of_the_page(here, capsys):
     assert (config["code"], "family" in config) == ("bag:teacher", False)
     assert main(["inspect", "shipped"]) == 0
     assert "of the code bag:teacher" in capsys.readouterr().out
-    assert main(["plan", "digits", "--teacher", "bag:teacher"]) == 0
+    assert main(["plan", "digits_paper", "--teacher", "bag:teacher"]) == 0
     images = OneStepPipeline.from_pretrained("shipped", "cpu", trust=["bag"])([0, 2], [5, 6])
     assert images.shape == (2, 1, 16, 16)
     capsys.readouterr()
 
 
 def test_a_folder_alone_imports_nothing(here, capsys):
-    assert main(["distill", "digits", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
+    assert main(["distill", "digits_paper", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
     assert "resume" not in capsys.readouterr().err
     asked = [
         ["sample", "runs/bag"],
@@ -106,9 +106,9 @@ def test_a_folder_alone_imports_nothing(here, capsys):
 
 
 def test_a_stage_one_model_of_such_a_teacher_is_one_too(here, capsys):
-    assert main(["distill", "digits", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
+    assert main(["distill", "digits_paper", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
     fresh()
-    again = ["distill", "digits", "--teacher", "runs/bag/ar_diffusion", "--trust", "bag", "--out", "runs/ar", *SHORT]
+    again = ["distill", "digits_paper", "--teacher", "runs/bag/ar_diffusion", "--trust", "bag", "--out", "runs/ar", *SHORT]
     assert main(again) == 0, capsys.readouterr().err
     fresh()
     assert main(["sample", "runs/ar", "--steps", "3", "--count", "4", "--trust", "bag"]) == 0
@@ -123,7 +123,7 @@ def test_its_own_ways_to_decode_go_with_it(here):
     )
     Path("bag.py").write_text(text)
     fresh()
-    assert main(["distill", "digits", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
+    assert main(["distill", "digits_paper", "--teacher", "bag:teacher", "--out", "runs/bag", *SHORT]) == 0
     assert (OneStepPipeline.from_pretrained("runs/bag", "cpu", trust=["bag"])([0, 1]) == -1).all()
 
 
@@ -134,7 +134,7 @@ def test_what_is_no_teacher_is_refused(here, capsys):
         ("bag:student", "has no function student"),
         ("odd:teacher", "must give a dd2.teachers.base.Teacher, it gave a int"),
     ):
-        assert main(["distill", "digits", "--teacher", name, "--out", "runs/x", *SHORT]) == 2
+        assert main(["distill", "digits_paper", "--teacher", name, "--out", "runs/x", *SHORT]) == 2
         assert message in capsys.readouterr().err
     assert not Path("runs").exists()
 

@@ -85,13 +85,15 @@ def test_settings_without_effect_are_said(pair):
 def first_run(folder: Path, iterations: int, samples: int) -> Path:
     """A run on digits whose stage 1 becomes a teacher."""
     flags = ["--tune.iterations", str(iterations), "--csd.iterations", "2", "--teacher-samples", str(samples)]
-    assert main(["distill", "digits", "--out", str(folder), *flags, "--csd.validation", "0", "--loop.preview-every", "0"]) == 0
+    assert (
+        main(["distill", "digits_paper", "--out", str(folder), *flags, "--csd.validation", "0", "--loop.preview-every", "0"]) == 0
+    )
     return folder
 
 
 def distilled(first: Path, out: Path, iterations: int, samples: int, count: int) -> dict:
     """Sampled by AR-diffusion, stage 1 skipped, stage 2, and evaluated against that teacher."""
-    command = ["distill", "digits", "--teacher", str(first / "ar_diffusion"), "--out", str(out), "--csd.validation", "256"]
+    command = ["distill", "digits_paper", "--teacher", str(first / "ar_diffusion"), "--out", str(out), "--csd.validation", "256"]
     command += ["--csd.iterations", str(iterations), "--teacher-samples", str(samples), "--loop.preview-every", "0"]
     assert main(command) == 0
     assert main(["evaluate", str(out), "--count", str(count), "--steps", "1", "3", "--metrics.halves", "2", "--no-speed"]) == 0

@@ -64,10 +64,10 @@ def test_sample_train_and_a_plan_with_its_rates(tmp_path):
     assert row["iteration"] == pytest.approx(row["k"] * row["guidance"] + row["generator"])
     rate = 1e9 * row["gflops_per_second"]
     assert row["share"] == pytest.approx(rate / found["matmul_flops_per_second"]["float32"])
-    planned = plan(load_config(PlanConfig, "digits", ["--rates", str(tmp_path / "t.json")]))
+    planned = plan(load_config(PlanConfig, "digits_paper", ["--rates", str(tmp_path / "t.json")]))
     assert planned.seconds == pytest.approx(planned.flops / rate)
-    assert main(["plan", "digits", "--rates", str(tmp_path / "t.json"), "--loop.precision", "bfloat16"]) == 2
-    assert main(["plan", "digits", "--rates", str(tmp_path / "s.json")]) == 2
+    assert main(["plan", "digits_paper", "--rates", str(tmp_path / "t.json"), "--loop.precision", "bfloat16"]) == 2
+    assert main(["plan", "digits_paper", "--rates", str(tmp_path / "s.json")]) == 2
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
         assert main(["bench", *arguments, "--out", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "bad.json").write_text("[]")
-    assert main(["plan", "digits", "--rates", str(tmp_path / "bad.json")]) == 2
+    assert main(["plan", "digits_paper", "--rates", str(tmp_path / "bad.json")]) == 2
     assert "cannot be read as results of dd2 bench train" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "bad.json"]
 

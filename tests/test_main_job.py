@@ -19,10 +19,10 @@ pytestmark = pytest.mark.e2e
 
 
 def made(folder: Path, tune: int, csd: int, samples: int, count: int) -> Path:
-    """A run of the demo's configuration with fewer iterations, evaluated."""
+    """A run of the paper's recipe with fewer iterations, evaluated."""
     short = ["--tune.iterations", tune, "--csd.iterations", csd, "--teacher-samples", samples, "--loop.preview-every", csd]
     short += ["--csd.validation", 128]
-    assert main([str(part) for part in ("distill", "digits", "--out", folder, *short)]) == 0
+    assert main([str(part) for part in ("distill", "digits_paper", "--out", folder, *short)]) == 0
     evaluation = ("--count", count, "--metrics.kid-subsets", 2, "--metrics.halves", 2, "--batch", 100)
     assert main([str(part) for part in ("evaluate", folder, *evaluation)]) == 0
     return folder
@@ -106,7 +106,7 @@ def test_from_scratch_trains_every_part(tmp_path, monkeypatch):
     from dd2.commands import demo
 
     short = {
-        "digits": ["--tune.iterations", "4", "--csd.iterations", "4", "--teacher-samples", "512"],
+        "digits": ["--regress.iterations", "4", "--regress.pairs", "64", "--csd.iterations", "4", "--teacher-samples", "512"],
         "digits_tokenizer": ["--iterations", "6"],
         "digits_teacher": ["--iterations", "6", "--token-images", "600", "--teacher.depth", "1", "--loop.preview-every", "0"],
     }

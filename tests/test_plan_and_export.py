@@ -157,5 +157,5 @@ def test_export_of_any_checkpoint_and_average(run, tmp_path, capsys):
 
 
 def test_averages_must_differ(capsys, tmp_path):
-    assert main(["distill", "digits", "--out", str(tmp_path / "r"), "--csd.further-emas", "0.999"]) == 2
+    assert main(["distill", "digits_paper", "--out", str(tmp_path / "r"), "--csd.further-emas", "0.999"]) == 2
     assert "different numbers" in capsys.readouterr().err

@@ -24,6 +24,8 @@ SHORT = {
     "bench": shlex.split("--repeats 1"),
 }
 """What makes the README's commands short; flags win."""
+REGRESS = shlex.split("--regress.iterations 2 --regress.guidance-iterations 2 --regress.pairs 64")
+"""And those of digits.yaml, which starts from the ODE."""
 
 
 def block(heading: str) -> list[list[str]]:
@@ -52,10 +54,11 @@ def test_the_commands_of_use(tmp_path, monkeypatch, capsys):
     seen = []
     for name, *rest in block("Use"):
         if name == "demo":  # `dd2 demo` is dd2 distill digits and dd2 evaluate; tests/test_main_job.py runs it
-            assert main(["distill", "digits", "--out", "runs/demo", *SHORT["distill"]]) == 0
+            assert main(["distill", "digits", "--out", "runs/demo", *SHORT["distill"], *REGRESS]) == 0
             assert main(["evaluate", "runs/demo", *SHORT["evaluate"]]) == 0
             continue
         short = [] if "--images" in rest else SHORT.get(name, [])
+        short = [*short, *REGRESS] if "configs/digits.yaml" in rest else short
         assert main([name, *rest, *short]) == 0, f"{name} {rest}: {capsys.readouterr().err}"
         seen.append(name)
     assert {"distill", "evaluate", "sample", "report", "export"} <= set(seen)
@@ -79,7 +82,7 @@ def test_commands_that_need_hardware_or_data_parse(tmp_path, monkeypatch):
             name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
             rest = words[len(name.split()) :]
             config_class, _ = COMMANDS[name].load()
-            packaged = rest[0] if rest[:1] == ["digits"] and not positional(config_class) else ""
+            packaged = rest[0] if rest[:1] in (["digits"], ["digits_paper"]) and not positional(config_class) else ""
             yaml = next((word for word in rest if word.endswith(".yaml")), packaged)
             load_config(config_class, yaml, [word for word in rest if word != yaml], f"dd2 {name}")
             checked += 1

@@ -52,8 +52,10 @@ def tiny_bench(tmp_path, monkeypatch) -> Bench:
     monkeypatch.chdir(tmp_path)
     bench = open_bench("digits", teacher=str(tmp_path / "teacher"))
     small = {"pairs": 96, "standardise_samples": 48, "ode.steps": 2, "train.batch": 8, "train.iterations": 4}
-    distill, dd1 = with_fields(bench.distill, SMALL), with_fields(bench.dd1, {**small, "loop.preview_every": 0})
-    bench = replace(bench, distill=distill, dd1=dd1, steps=(1, 2))
+    own = {"regress.iterations": 3, "regress.pairs": 48, "regress.batch": 8, "regress.guidance_iterations": 1}
+    distill, paper = with_fields(bench.distill, {**SMALL, **own}), with_fields(bench.paper, SMALL)
+    dd1 = with_fields(bench.dd1, {**small, "loop.preview_every": 0})
+    bench = replace(bench, distill=distill, paper=paper, dd1=dd1, steps=(1, 2))
     monkeypatch.setitem(benches.BENCHES, "tiny", lambda images: bench)
     return bench
 
@@ -113,7 +115,7 @@ def test_table_four_starts_the_networks_where_it_says(tiny_bench, tmp_path):
 
 
 def with_iterations(bench: Bench, iterations: int) -> Bench:
-    return replace(bench, distill=with_fields(bench.distill, {"csd.iterations": iterations}))
+    return replace(bench, paper=with_fields(bench.paper, {"csd.iterations": iterations}))
 
 
 def test_verdicts_are_honest():
@@ -178,7 +180,7 @@ def test_bad_requests(capsys, tmp_path):
     assert "at least one run" in refused(capsys, "report")
     assert "must end in .html" in refused(capsys, "report", tmp_path, "--out", "x.pdf")
     assert "no metrics.json" in refused(capsys, "report", tmp_path, "--out", tmp_path / "x.html")
-    assert "no ar_diffusion" in refused(capsys, "distill", "digits", "--out", tmp_path / "d", "--stage1", tmp_path)
+    assert "no ar_diffusion" in refused(capsys, "distill", "digits_paper", "--out", tmp_path / "d", "--stage1", tmp_path)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ WIRES: dict[str, tuple[Any, ...]] = {
     "csd.regression_weight": (0.5, TARGET),
     "csd.match.weight": (0.7, TARGET, MATCH),
     "csd.match.distance": ("mmd", MATCHED, MATCH),
-    "csd.match.features": (("condition", "tokens"), MATCHED, MATCH),
+    "csd.match.features": (("projected",), MATCHED, MATCH),
     "csd.match.projections": (3, MATCHED, MATCH),
     "csd.match.beta": (0.5, MATCHED, MATCH),
     "csd.match.prime": (12, MATCHED, MATCH),

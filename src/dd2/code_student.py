@@ -16,7 +16,7 @@ from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 from dd2.scores import CodeMixture
 from dd2.student import Drawn, OneStepNetwork
-from dd2.teachers.base import Backbone
+from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.own_token import ReadsOwnToken
 
@@ -68,10 +68,16 @@ class CodeStudent(OneStepNetwork):
         Raises:
             InputError: as the class.
         """
-        backbone = teacher.student_backbone()
-        layers = len(backbone.stack) + extra_layers if isinstance(backbone, ReadsOwnToken) and extra_layers else 0
-        student = cls(backbone, copy.deepcopy(teacher.output), teacher.tokenizer.codebook, CodeStudentConfig(layers))
+        sizes = cls.sizes(teacher, extra_layers)
+        student = cls(teacher.student_backbone(), classifier_of(teacher), teacher.tokenizer.codebook, sizes)
         return student.requires_grad_(True)
+
+    @staticmethod
+    def sizes(teacher: Teacher, extra_layers: int) -> CodeStudentConfig:
+        """Of a student with that many layers more than the teacher."""
+        if not extra_layers or not isinstance(teacher.backbone, ReadsOwnToken):
+            return CodeStudentConfig()
+        return CodeStudentConfig(len(teacher.backbone.stack) + extra_layers)
 
     @property
     def float32_parts(self) -> tuple[nn.Module, ...]:
@@ -119,7 +125,7 @@ class CodeGuidance(nn.Module):
     @classmethod
     def from_teacher(cls, teacher: CodeTeacher) -> "CodeGuidance":
         """One that starts as the teacher (without guidance by the null condition): its score difference is 0."""
-        network = cls(teacher.student_backbone(), copy.deepcopy(teacher.output), teacher.tokenizer.codebook)
+        network = cls(teacher.student_backbone(), classifier_of(teacher), teacher.tokenizer.codebook)
         return network.requires_grad_(True)
 
     def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
@@ -136,3 +142,12 @@ class CodeGuidance(nn.Module):
     def nll(self, tokens: Tensor, ids: Tensor, cond: Tensor) -> Tensor:
         """Mean negative log-likelihood, in nats a token, of sequences ids (B, n), whose tokens (B, n, C) are read."""
         return F.cross_entropy(self.logits(tokens, cond).flatten(0, 1), ids.flatten())
+
+
+def classifier_of(teacher: CodeTeacher) -> nn.Module:
+    """A classifier on the features of the teacher's backbone: a copy of its own, or a fresh one where the teacher computes its
+    features or logits otherwise than by backbone and output.
+    """
+    if type(teacher).features is CodeTeacher.features and type(teacher).classify is CodeTeacher.classify:
+        return copy.deepcopy(teacher.output)
+    return nn.Linear(teacher.backbone.width, teacher.num_codes)

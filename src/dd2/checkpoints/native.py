@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dd2.checkpoints.folder import config_of, construct, load_weights, read_config, write_model
-from dd2.code_student import CodeStudent, CodeStudentConfig
+from dd2.code_student import CodeStudent, CodeStudentConfig, classifier_of
 from dd2.errors import InputError
 from dd2.external import check_trust, load_function
 from dd2.files import atomic_folder
@@ -58,14 +58,19 @@ class NetworkKind:
     network: type[OneStepNetwork]
 
 
-def _code_student(teacher: Teacher, config: CodeStudentConfig) -> CodeStudent:
+def code_student(teacher: Teacher, config: CodeStudentConfig) -> CodeStudent:
+    """A generator over codes of the given sizes, whose weights are yet to be loaded.
+
+    Raises:
+        InputError: the teacher has no codes.
+    """
     codes = require_codes(teacher, "a generator over codes")
-    return CodeStudent(codes.student_backbone(), codes.output, codes.tokenizer.codebook, config)
+    return CodeStudent(codes.student_backbone(), classifier_of(codes), codes.tokenizer.codebook, config)
 
 
 NETWORKS = {
     "dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.student_backbone(), config), Student),
-    "dd2_codes": NetworkKind(CodeStudentConfig, _code_student, CodeStudent),
+    "dd2_codes": NetworkKind(CodeStudentConfig, code_student, CodeStudent),
 }
 """By method; baselines add their own (`dd2.baselines`)."""
 

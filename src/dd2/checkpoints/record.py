@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dd2.checkpoints.folder import construct
+from dd2.code_student import CodeStudentConfig
 from dd2.errors import InputError
 from dd2.files import write_atomic
 from dd2.student import HeadConfig
@@ -25,6 +26,7 @@ class RunRecord:
         captions: file of the captions' features, or empty.
         sampling: the teacher's distribution that is distilled.
         head: sizes of the students' heads, where the method has them.
+        codes: of a generator over codes (`dd2.code_student`), what its teacher does not say; None where it has a head.
     """
 
     command: str
@@ -32,6 +34,7 @@ class RunRecord:
     captions: str
     sampling: Sampling
     head: HeadConfig | None = None
+    codes: CodeStudentConfig | None = None
 
     def write(self, run: Path) -> None:
         """Put it into a run folder."""
@@ -56,8 +59,13 @@ class RunRecord:
             texts = {name: found[name] for name in ("command", "teacher", "captions")}
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError("command, teacher and captions must be texts")
-            head = found.get("head")
+            head, codes = found.get("head"), found.get("codes")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} does not describe a run ({error}); start its command again, which writes it") from error
         sampling = construct(Sampling, found.get("sampling"), file)
-        return cls(**texts, sampling=sampling, head=None if head is None else construct(HeadConfig, head, file))
+        return cls(
+            **texts,
+            sampling=sampling,
+            head=None if head is None else construct(HeadConfig, head, file),
+            codes=None if codes is None else construct(CodeStudentConfig, codes, file),
+        )

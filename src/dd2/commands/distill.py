@@ -127,7 +127,8 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     head = tuned.config if tuned else config.head
     if not config.networks.need_stage1:
         tuned = None
-    record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head)
+    codes = CodeStudent.sizes(teacher, config.networks.extra_layers) if config.networks.generator == "codes" else None
+    record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head, codes)
     hint = start_run(config.out, config, "distill", record)
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
     seconds = read_seconds(config.out)

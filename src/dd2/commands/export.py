@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dd2.checkpoints.native import save_generator
+from dd2.checkpoints.native import code_student, save_generator
 from dd2.checkpoints.record import FILE, RunRecord
 from dd2.checkpoints.runs import open_record_teacher
 from dd2.config import OutPath, RunFolder
@@ -19,7 +19,7 @@ from dd2.processes import say
 from dd2.student import Student
 from dd2.training.checkpoint import best_step, steps
 
-STAGES = ("csd_aligned", "csd")
+STAGES = ("match", "csd_aligned", "csd")
 """Stages that train a generator, the later one first."""
 
 
@@ -64,7 +64,7 @@ def export(config: ExportConfig) -> Path:
     if record.head is None:
         raise InputError(f"{config.run} is a run of dd2 {record.command}; its generator/ folder is all there is to ship")
     teacher = open_record_teacher(record, config.run, torch.device("cpu"), trust=config.trust)
-    student = Student(teacher.student_backbone(), record.head)
+    student = Student(teacher.student_backbone(), record.head) if record.codes is None else code_student(teacher, record.codes)
     try:
         student.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError) as error:

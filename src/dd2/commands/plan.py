@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dd2.checkpoints.released import RELEASED, sketch
 from dd2.checkpoints.runs import open_teacher
+from dd2.code_student import CodeGuidance, CodeStudent
 from dd2.commands.bench import measured_rate
 from dd2.commands.distill import DistillConfig
 from dd2.device import tile_rows
@@ -19,6 +20,7 @@ from dd2.scores import HeadScore
 from dd2.student import Student
 from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.layers import layer_stacks
+from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.footprint import Footprint, footprint
 
 GB = 1e9
@@ -110,16 +112,18 @@ def _teacher(config: PlanConfig) -> CodeTeacher:
 def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     """Parameters, memory, operations and time of stage 2 on a teacher without weights; stage 1 needs less at the same batch."""
     csd, batch = config.csd, config.csd.batch
-    student = Student.from_teacher(teacher, config.head).to("meta")
+    generator_network, guidance_network = _networks(config, teacher)
     guided = 2 if bool((teacher.cfg_weights(csd.sampling) != 1).any()) else 1
-    passes = _passes(config, teacher, student, guided)
+    passes, drawn = (_passes(config, teacher, network, guided) for network in (guidance_network, generator_network))
+    backbone_size = _count(generator_network.backbone)
     sizes = {
         "teacher": _count(teacher.backbone) + _count(teacher.output),
         "tokenizer": _count(teacher.tokenizer),
-        "backbone": _count(student.backbone),
-        "head": _count(student.head),
+        "backbone": backbone_size,
+        "head": _count(generator_network) - backbone_size,
     }
-    network = 4.0 * (sizes["backbone"] + sizes["head"])
+    network = 4.0 * _count(generator_network)
+    both = network + 4.0 * _count(guidance_network)
     shards = config.gpus if config.loop.parallel == "fsdp2" else 1
     frozen = 4.0 * (_count(teacher.backbone) / shards + _count(teacher.output) + sizes["tokenizer"])
     averages = 1 + len(csd.further_emas)
@@ -129,54 +133,81 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     prior = min(4.0 * codes, 8.0 * allowed) * rows  # log p of all codes, or log p and ids of the kept ones
     tile = 4.0 * codes * tile_rows(codes, torch.device("cuda"))
     # The residual stream is float32 whatever the autocast: a layer keeps it twice, or once if the layer is computed again.
-    layers, kept = sum(map(len, layer_stacks(student.backbone))), passes["backbone"].saved
-    stream = 4.0 * layers * batch * student.backbone.positions * student.backbone.width
+    backbone_of = generator_network.backbone
+    layers, kept = sum(map(len, layer_stacks(backbone_of))), drawn["backbone"].saved
+    stream = 4.0 * layers * batch * backbone_of.positions * backbone_of.width
     if config.loop.recompute and layers:
         kept = (kept - 2 * stream) / layers  # the inside of one layer at a time
     else:
         kept, stream = kept - 2 * stream, 2 * stream
     guidance = kept + passes["guidance_head"].saved
     # SiD's gradient needs the guidance head's activations; DMD's is a difference of two values.
-    generator = kept + passes["one_head"].saved + (passes["generator_head"].saved if csd.d == "sid" else 0.0)
+    generator = kept + drawn["one_head"].saved + (passes["generator_head"].saved if csd.d == "sid" else 0.0)
     memory = {
         "teacher and tokenizer": frozen,
-        "generator and guidance": 2 * network / shards,
+        "generator and guidance": both / shards,
         "averages": averages * network / shards,
-        "gradients": 2 * network / shards,
-        "Adam": 4 * network / shards,
+        "gradients": both / shards,
+        "Adam": 2 * both / shards,
         "activations": half * max(guidance, generator) + stream,
         "log p and Eq. 1": prior
         + 3 * min(tile, 4.0 * csd.generator_draws * rows * codes)
         + 4.0 * csd.generator_draws * rows * channels * 8,
     }
-    backbone, one_head, heads = passes["backbone"], passes["one_head"], passes["generator_head"]
-    generated = backbone.flops + one_head.flops
+    backbone, heads = passes["backbone"], passes["generator_head"]
+    generated = drawn["backbone"].flops + drawn["one_head"].flops
     again = backbone.flops if config.loop.recompute else 0.0
     guidance_update = again + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
     batches = 1 if csd.share_generated else csd.k
     # SiD differentiates the guidance head in its input alone: half of a backward pass.
-    generator_update = generated + again + backbone.backward + one_head.backward + backbone.flops + passes["teacher"].flops
+    generator_update = generated + again + drawn["backbone"].backward + drawn["one_head"].backward
+    generator_update += backbone.flops + passes["teacher"].flops
     generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
     flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
     rate, described = _rate(config)
     return Needs(sizes, memory, flops, flops / (config.gpus * rate), described)
 
 
-def _passes(config: PlanConfig, teacher: CodeTeacher, student: Student, guided: int) -> dict[str, Footprint]:
+Network = Student | CodeStudent | CodeGuidance
+
+
+def _networks(config: PlanConfig, teacher: CodeTeacher) -> tuple[Student | CodeStudent, Student | CodeGuidance]:
+    """Generator and guidance network without weights."""
+    kinds = config.networks
+    over_codes = kinds.generator == "codes"
+    generator = (
+        CodeStudent.from_teacher(teacher, kinds.extra_layers) if over_codes else Student.from_teacher(teacher, config.head)
+    )
+    codes = kinds.guidance == "codes"
+    guidance = CodeGuidance.from_teacher(teacher) if codes else Student.from_teacher(teacher, config.head)
+    return generator.to("meta"), guidance.to("meta")
+
+
+def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: int) -> dict[str, Footprint]:
     """Forward passes of one micro-batch."""
     csd, order = config.csd, teacher.order
     channels = teacher.codebook.shape[1]
     tokens = torch.empty(csd.batch, order.n, channels, device="meta")
     cond = teacher.conditions.empty(csd.batch, "meta")
 
+    def features() -> Tensor:
+        if isinstance(network, CodeStudent):
+            assert isinstance(network.backbone, ReadsOwnToken)
+            return network.backbone.own_features(tokens, cond, lambda index, x: x)
+        return network.backbone(tokens, cond)
+
     def head(draws: int) -> Footprint:
+        given = torch.empty(csd.batch, order.n, network.backbone.width, device="meta", requires_grad=True)
         x = tokens.expand(draws, *tokens.shape)
-        features = torch.empty(csd.batch, order.n, student.backbone.width, device="meta", requires_grad=True)
-        return footprint(lambda: HeadScore(student.head, features).velocity(x, x[..., 0]), student)
+        if isinstance(network, Student):
+            velocity_head = network.head
+            return footprint(lambda: HeadScore(velocity_head, given).velocity(x, x[..., 0]), network)
+        classifier = network.output
+        return footprint(lambda: classifier(given), network)  # once, whatever the draws
 
     twice = tokens.repeat(guided, 1, 1), teacher.conditions.empty(guided * csd.batch, "meta")
     return {
-        "backbone": footprint(lambda: student.features(tokens, cond), student),
+        "backbone": footprint(features, network),
         "one_head": head(1),
         "guidance_head": head(csd.guidance_draws),
         "generator_head": head(csd.generator_draws),

@@ -21,7 +21,8 @@ class Bench:
     """A teacher, and how it is distilled and evaluated.
 
     Attributes:
-        distill, dd1: both methods at the full budget.
+        distill, dd1: both methods at the full budget, DD2 by the recipe that proved best.
+        paper: DD2 by the paper's, for the tables about it.
         ar_steps: the teacher's passes per image.
         minutes: of one DD2 distillation (samples and both stages) at the full budget, on the machine it is meant for.
         steps: Table 2's passes, the generator's own included.
@@ -30,6 +31,7 @@ class Bench:
     """
 
     distill: DistillConfig
+    paper: DistillConfig
     dd1: DD1RunConfig
     ar_steps: int
     minutes: float
@@ -46,10 +48,17 @@ class Bench:
         def part(iterations: int) -> int:
             return max(1, round(iterations * share))
 
-        tune = replace(self.distill.tune, iterations=part(self.distill.tune.iterations))
-        csd = replace(self.distill.csd, iterations=part(self.distill.csd.iterations))
+        def scaled(run: DistillConfig) -> DistillConfig:
+            tune = replace(run.tune, iterations=part(run.tune.iterations))
+            csd = replace(run.csd, iterations=part(run.csd.iterations))
+            regress = run.regress
+            if regress.iterations:
+                regress = replace(regress, iterations=part(regress.iterations))
+            return replace(run, tune=tune, regress=regress, csd=csd)
+
         train = replace(self.dd1.train, iterations=part(self.dd1.train.iterations))
-        return replace(self, distill=replace(self.distill, tune=tune, csd=csd), dd1=replace(self.dd1, train=train))
+        dd1 = replace(self.dd1, train=train)
+        return replace(self, distill=scaled(self.distill), paper=scaled(self.paper), dd1=dd1)
 
 
 def open_bench(name: str, images: str = "", teacher: str = "") -> Bench:
@@ -68,17 +77,24 @@ def open_bench(name: str, images: str = "", teacher: str = "") -> Bench:
     bench = BENCHES[name](images)
     if teacher:
         bench = replace(bench, tokenizer=None, teacher=None)
-        bench = replace(bench, distill=replace(bench.distill, teacher=teacher), dd1=replace(bench.dd1, teacher=teacher))
+        runs = {name: replace(getattr(bench, name), teacher=teacher) for name in ("distill", "paper", "dd1")}
+        bench = replace(bench, **runs)
     return bench
 
 
 def _digits(images: str) -> Bench:
-    return Bench(load_config(DistillConfig, "digits"), load_config(DD1RunConfig, "digits_dd1"), 16, 4.2, (1, 3, 5, 9), (2,))
+    runs = (
+        load_config(DistillConfig, "digits"),
+        load_config(DistillConfig, "digits_paper"),
+        load_config(DD1RunConfig, "digits_dd1"),
+    )
+    return Bench(*runs, 16, 4.2, (1, 3, 5, 9), (2,))
 
 
 def _digits_var(images: str) -> Bench:
     return Bench(
         load_config(DistillConfig, "digits_var"),
+        load_config(DistillConfig, "digits_var_paper"),
         load_config(DD1RunConfig, "digits_var_dd1"),
         4,
         10.3,
@@ -145,19 +161,20 @@ def _real(name: str, next_scale: bool) -> Callable[[str], Bench]:
         )
         channels = ClassifierConfig(image_size=sizes.size, image_channels=sizes.channels, width=64, features=256)
         classifier = TrainClassifierConfig(data=images, iterations=8000, classifier=channels)
-        base, dd1 = ("digits_var", "digits_var_dd1") if next_scale else ("digits", "digits_dd1")
-        distill = load_config(DistillConfig, base)
-        tune = replace(distill.tune, iterations=10_000, batch=128)
-        csd = replace(distill.csd, iterations=6000, batch=128)
-        distill = replace(distill, teacher_samples=100_000, tune=tune, csd=csd)
-        job = load_config(DD1RunConfig, dd1)
+        kind = "digits_var" if next_scale else "digits"
+        paper = load_config(DistillConfig, f"{kind}_paper")
+        tune = replace(paper.tune, iterations=10_000, batch=128)
+        csd = replace(paper.csd, iterations=6000, batch=128)
+        paper = replace(paper, teacher_samples=100_000, tune=tune, csd=csd)
+        best = load_config(DistillConfig, kind)
+        regress = replace(best.regress, iterations=30_000, batch=128, pairs=100_000)
+        best = replace(best, teacher_samples=100_000, regress=regress, csd=replace(best.csd, iterations=3000, batch=128))
+        job = load_config(DD1RunConfig, f"{kind}_dd1")
         positions = len(sizes.patch_nums) if next_scale else sizes.patch_nums[-1] ** 2
         heads_of = replace(job.heads, logits_steps=positions)
         job = replace(job, pairs=100_000, heads=heads_of, train=replace(job.train, iterations=80_000, batch=128))
-        steps = (1, 2, 3, 4) if next_scale else (1, 9, 17, 33)
-        return Bench(
-            distill, job, positions, sizes.minutes, steps, (1, 2) if next_scale else (8,), tokenizer, teacher, classifier
-        )
+        steps, skips = ((1, 2, 3, 4), (1, 2)) if next_scale else ((1, 9, 17, 33), (8,))
+        return Bench(best, paper, job, positions, sizes.minutes, steps, skips, tokenizer, teacher, classifier)
 
     return build
 

@@ -20,14 +20,15 @@ from dd2.reproduce.workshop import Cell, Workshop
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Reproduce a table of the paper: 1, 2, 3, 4, 5, 7, 9, k (guidance updates), loss (SiD and DMD), or all.
+    """Reproduce a table of the paper: 1, 2, 3, 4, 5, 7, 9, k (guidance updates), loss (SiD, SIM, DMD), recipe (what goes beyond
+    the paper), or all.
 
     Everything is made once: runs are kept in OUT/BENCH under the hash of what made them, so that a second table uses the first
     one's teacher, stage 1 and generators, and an interrupted table goes on. Writes RESULTS/BENCH_tableN.md, .json and .png.
     """
 
     table: str = "all"
-    """1, 2, 3, 4, 5, 7, 9, k, loss, or all."""
+    """1, 2, 3, 4, 5, 7, 9, k, loss, recipe, or all."""
     bench: str = "digits"
     """digits, digits_var (two CPU cores); fashion, cifar10, imagenette64 and each with _var (a GPU, and --images)."""
     budget: float = 0.0
@@ -132,11 +133,13 @@ def _minutes(bench: Bench, cell: Cell, budget: float) -> float:
 
 
 def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float) -> dict[str, Any]:
-    tune, csd, dd1 = bench.distill.tune.iterations, bench.distill.csd.iterations, bench.dd1.train.iterations
+    tune, csd, dd1 = bench.paper.tune.iterations, bench.paper.csd.iterations, bench.dd1.train.iterations
+    own = bench.distill
     return {
         "bench": config.bench,
         "budget": budget,
-        "iterations": f"{tune} iterations of stage 1 and {csd} of stage 2 (DD2), {dd1} on {bench.dd1.pairs:,} pairs (DD1)",
+        "iterations": f"{tune} iterations of stage 1 and {csd} of stage 2 (DD2), {own.regress.iterations} of regression and "
+        f"{own.csd.iterations} of stage 2 (this library's recipe), {dd1} on {bench.dd1.pairs:,} pairs (DD1)",
         "seeds": list(config.seeds),
         "count": config.count,
         "command": f"dd2 reproduce --table {name} --bench {config.bench} --budget {budget:g} --count {config.count} "

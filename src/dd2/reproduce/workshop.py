@@ -28,13 +28,13 @@ class Cell:
     """One run.
 
     Attributes:
-        kind: stage1, dd2 (stage 2, from its stage 1), or dd1.
+        kind: of the paper's recipe stage1 and dd2 (stage 2, from its stage 1); best, the bench's own recipe; or dd1.
         seed: of everything in it.
         changes: what differs from the bench's configuration.
         continues: the run whose finished stage 2 this one goes on from (alignment).
     """
 
-    kind: Literal["stage1", "dd2", "dd1"]
+    kind: Literal["stage1", "dd2", "best", "dd1"]
     seed: int
     changes: Changes = ()
     continues: "Cell | None" = None
@@ -122,9 +122,9 @@ class Workshop:
         return json.loads(file.read_text())
 
     def _config(self, cell: Cell) -> DistillConfig | DD1RunConfig:
-        base = self.bench.dd1 if cell.kind == "dd1" else self.bench.distill
+        base = {"dd1": self.bench.dd1, "best": self.bench.distill}.get(cell.kind, self.bench.paper)
         config = with_fields(base, {"seed": cell.seed, "device": self.device, "teacher": self._teacher(), **dict(cell.changes)})
-        if isinstance(config, DD1RunConfig):
+        if isinstance(config, DD1RunConfig) or cell.kind == "best":
             return config
         if cell.kind == "stage1":
             return replace(config, csd=replace(config.csd, iterations=0))

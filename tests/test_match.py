@@ -1,0 +1,164 @@
+"""Whole sequences matched: distances against references, gradients, memory, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dd2.code_student import CodeStudent
+from dd2.errors import InputError
+from dd2.frechet import distance_between, fit_gaussian, frechet_distance
+from dd2.method.config import MatchConfig
+from dd2.method.match import FrechetMatch, KernelMatch, SequenceFeatures, SequenceMatch, sequence_match
+from dd2.method.validation import TeacherDistance
+from dd2.teachers.filtering import Sampling
+from dd2.training.samples import TeacherSamples
+from models import tiny_teacher, tiny_text, tiny_var
+
+CONFIG = MatchConfig(weight=1.0, projections=6, prime=64, features=("tokens", "projected", "condition"), landmarks=40)
+TEACHERS = {"raster": tiny_teacher, "next-scale": tiny_var, "text": tiny_text}
+
+
+def samples_of(tmp_path, teacher, count=200) -> TeacherSamples:
+    samples = TeacherSamples.prepare(tmp_path / "samples", teacher, Sampling(), count, seed=0)
+    teacher.standardise(samples.kept)
+    return samples
+
+
+def distance_of(tmp_path, kind="raster", **changes) -> tuple[SequenceMatch, TeacherSamples]:
+    teacher = TEACHERS[kind]()
+    samples = samples_of(tmp_path, teacher)
+    return sequence_match(teacher, samples, replace(CONFIG, **changes), 50), samples
+
+
+def test_the_differentiable_frechet_distance_is_the_other_and_its_gradient_is_right():
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(60, 4, generator=random).double(), torch.randn(80, 4, generator=random).double() * 1.5 + 0.3
+    fit, reference = fit_gaussian([a]), fit_gaussian([b])
+    value = distance_between(fit.mean, fit.covariance, reference)
+    assert float(value) == pytest.approx(frechet_distance(fit, reference))
+    mean = fit.mean.clone().requires_grad_()
+    root = torch.linalg.cholesky(fit.covariance).requires_grad_()
+    assert torch.autograd.gradcheck(lambda m, r: distance_between(m, r @ r.T, reference, ridge=1e-6), (mean, root))
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("distance", ["frechet", "mmd", "nystrom"])
+def test_the_teachers_own_sequences_are_near_and_others_far(tmp_path, kind, distance):
+    match, _ = distance_of(tmp_path, kind, distance=distance, beta=0.0)
+    teacher = match.features.teacher
+    labels = torch.arange(120) % 3
+    cond = teacher.conditions(labels)
+    own = teacher.sample(cond, Sampling(), range(1000, 1120))
+    shuffled = torch.stack(
+        [own[torch.randperm(120, generator=torch.Generator().manual_seed(i)), i] for i in range(own.shape[1])], 1
+    )
+    with torch.no_grad():
+        near, far = float(match(own, cond)), float(match(shuffled, cond))
+    assert 0 <= near < 0.7 * far  # equal marginals, other sequences
+    with torch.no_grad():
+        wrong = float(match(own, cond.roll(1, 0)))
+    assert wrong > near  # the condition is part of what is matched
+
+
+@pytest.mark.parametrize("distance", ["frechet", "mmd", "nystrom"])
+def test_its_gradient_reaches_tokens_and_generator_alone(tmp_path, distance):
+    match, samples = distance_of(tmp_path, distance=distance)
+    teacher = match.features.teacher
+    generator = CodeStudent.from_teacher(teacher)  # pyright: ignore[reportArgumentType]
+    match.begin(generator, samples)
+    cond = torch.tensor([0, 1, 2])
+    match(generator.as_generator(torch.randn(3, 16, 4), cond), cond).backward()
+    assert generator.output.weight.grad.abs().sum() > 0  # pyright: ignore
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_frechet_memory_is_an_exponential_mean_that_checkpoints_hold(tmp_path):
+    match, samples = distance_of(tmp_path, beta=0.75)
+    assert isinstance(match, FrechetMatch)
+    teacher, cond = match.features.teacher, torch.tensor([0, 1, 2])
+    generator = CodeStudent.from_teacher(teacher)  # pyright: ignore[reportArgumentType]
+    match.begin(generator, samples)
+    before = match.first.clone()
+    assert before.abs().sum() > 0
+    match.begin(generator, samples)  # filled once
+    assert (match.first == before).all()
+    tokens = [torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for part in tokens:  # micro-batches of one iteration
+        match(part.requires_grad_(), cond)
+    assert (match.first == before).all()  # not before the iteration is over
+    match.remember()
+    new = torch.stack([match.scaled(part, cond).double().mean(0) for part in tokens]).mean(0).detach()
+    torch.testing.assert_close(match.first, 0.75 * before + 0.25 * new)
+    again, _ = distance_of(tmp_path, beta=0.75)
+    again.load_state_dict(match.state_dict())
+    again.begin(generator, samples)  # the checkpoint's memory is filled already
+    with torch.no_grad():
+        assert float(again(tokens[0], cond)) == float(match(tokens[0], cond))
+
+
+def test_nystrom_with_every_point_is_the_exact_distance(tmp_path):
+    exact, _ = distance_of(tmp_path, distance="mmd")
+    some, _ = distance_of(tmp_path, distance="nystrom", landmarks=200)
+    cond = torch.tensor([0, 1, 2])
+    tokens = torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert float(some(tokens, cond)) == pytest.approx(float(exact(tokens, cond)), rel=2e-2)
+
+
+def test_mmd_is_its_formula(tmp_path):
+    match, samples = distance_of(tmp_path, distance="mmd")
+    assert isinstance(match, KernelMatch)
+    cond = torch.tensor([0, 1, 2])
+    tokens = torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = match.scaled(tokens, cond).double()
+        y = match.scaled(samples.take(torch.arange(200))[0], samples.labels).double()
+        width = torch.pdist(y).median()
+        kernel = lambda a, b: (-(torch.cdist(a, b) ** 2) / (2 * width**2)).exp().mean()  # noqa: E731
+        by_hand = kernel(x, x) - 2 * kernel(x, y) + kernel(y, y)
+        assert float(match(tokens, cond)) == pytest.approx(float(by_hand), rel=1e-3)
+
+
+def test_validation_looks_elsewhere(tmp_path):
+    """With matching on, at the middle layer: other numbers than the last layer's, 0 for the teacher's own sequences."""
+    teacher = tiny_teacher()
+    samples = samples_of(tmp_path, teacher, 60)
+    last, middle = (TeacherDistance(teacher, samples, 60, 20, middle=middle) for middle in (False, True))
+    assert not torch.allclose(last.reference.mean, middle.reference.mean)
+    kept: list[torch.Tensor] = []
+    handle = teacher.backbone.stack[1].register_forward_hook(lambda module, read, given: kept.append(given))  # pyright: ignore
+    teacher.features(samples.take(torch.arange(60))[0], samples.labels)
+    handle.remove()
+    torch.testing.assert_close(middle.reference.mean, kept[0].mean(1).double().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_few_projections_are_random_and_many_are_all(tmp_path):
+    teacher = tiny_teacher()
+    samples_of(tmp_path, teacher)
+    few, all_of_them = (SequenceFeatures(teacher, MatchConfig(features=("tokens",), projections=p)) for p in (6, 64))
+    tokens, cond = torch.randn(3, 16, 4), torch.tensor([0, 1, 2])
+    assert few(tokens, cond).shape == (3, 6)
+    torch.testing.assert_close(all_of_them(tokens, cond), tokens.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"features": ("mean", "colour")}, "features must be some of mean, projected, tokens, condition"),
+        ({"beta": 1.0}, r"beta must be in \[0, 1\)"),
+        ({"beta": float("nan")}, r"beta must be in \[0, 1\)"),
+        ({"weight": -1.0}, "weight must not be negative"),
+        ({"distance": "l2"}, 'distance must be "frechet"'),
+    ],
+)
+def test_bad_settings_get_one_line(changes, said):
+    with pytest.raises(InputError, match=said):
+        MatchConfig(**changes)
+
+
+def test_a_reference_smaller_than_the_features_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"compares 44 features by 30 teacher samples; at least 45 are needed"):
+        distance_of(tmp_path, reference=30)
+    with pytest.raises(InputError, match="at least 40 are needed"):
+        distance_of(tmp_path, reference=30, distance="nystrom")

@@ -23,7 +23,7 @@ from dd2.training import checkpoint
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from models import HANG, tiny_teacher, tiny_var
-from test_training import regression
+from test_training import OVER_CODES, regression
 
 pytestmark = pytest.mark.e2e
 
@@ -102,7 +102,13 @@ REGRESSED = (
 
 @pytest.mark.parametrize(
     ("build", "parallel", "more"),
-    [(tiny_teacher, ("ddp",), ()), (tiny_var, ("fsdp2", "--loop.recompute", "--loop.save-async", "always"), REGRESSED)],
+    [
+        (tiny_teacher, ("ddp",), ()),
+        (tiny_var, ("fsdp2", "--loop.recompute", "--loop.save-async", "always"), REGRESSED),
+        (tiny_teacher, ("ddp",), OVER_CODES),
+        (tiny_var, ("fsdp2",), OVER_CODES),
+    ],
+    ids=["ddp", "fsdp2", "codes-ddp", "codes-fsdp2"],
 )
 def test_two_processes_train_as_one(tmp_path, build, parallel, more):
     flags = [*flags_of(build(), tmp_path / "teacher"), *more]
@@ -225,7 +231,7 @@ from dd2.cli import FAILED, _fail
 from dd2.errors import NumericalError
 from dd2.processes import rank
 from dd2.training.loop import LoopConfig, Trainer
-from test_training import regression
+from test_training import OVER_CODES, regression
 stage = regression(20, accumulate=2, spoil=9 if rank() == 1 else None)
 try:
     Trainer(Path({run!r}), 7, LoopConfig(log_every=1, save_every=2), torch.device("cpu"), "again").run(stage)

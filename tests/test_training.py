@@ -244,9 +244,21 @@ def small_run(tmp_path_factory) -> list[str]:
     return ["--teacher", str(folder), *SMALL_RUN]
 
 
+OVER_CODES = [
+    "--networks.generator", "codes", "--networks.guidance", "codes", "--networks.extra-layers", "1",
+    "--regress.iterations", "4", "--regress.own-share", "0.5", "--regress.pairs", "32", "--regress.batch", "8",
+    "--regress.accumulate", "2", "--regress.ode.steps", "2", "--csd.regression-weight", "0.2", "--csd.match.weight", "0.5",
+    "--csd.match.features", "tokens", "--csd.match.projections", "8", "--csd.match.prime", "16",
+    "--csd.match.then-iterations", "2",
+]  # fmt: skip
+"""Everything beyond the paper."""
+
+
 @pytest.mark.e2e
-def test_killed_distillation_resumes_bit_exact(tmp_path, small_run):
+@pytest.mark.parametrize("beyond", [False, True], ids=["paper", "beyond"])
+def test_killed_distillation_resumes_bit_exact(tmp_path, small_run, beyond):
     """Kill -9 at many moments, saves included; the run that is left is that of an undisturbed process."""
+    small_run = [*small_run, *OVER_CODES] if beyond else small_run
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert dd2("distill", "--out", str(whole), *small_run).wait() == 0
     kills, code = 0, None
@@ -266,7 +278,7 @@ def test_killed_distillation_resumes_bit_exact(tmp_path, small_run):
     assert code == 0
     assert kills >= 3
     assert rows(killed) == rows(whole)
-    for network in ("generator", "ar_diffusion"):
+    for network in ("generator",) if beyond else ("generator", "ar_diffusion"):
         a, b = (load_file(run / network / "model.safetensors") for run in (whole, killed))
         assert all(torch.equal(a[key], b[key]) for key in a)
 

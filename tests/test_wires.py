@@ -441,7 +441,7 @@ def test_the_second_half_has_what_alignment_says():
 @pytest.mark.parametrize("initialised", ["both", "guidance", "generator", "neither"])
 def test_what_starts_from_stage_one(initialised):
     tuned, fresh, _ = networks_and_teacher()
-    networks = starting_networks(NetworksConfig(), CSDConfig(initialised=initialised), tiny_teacher(), tuned, fresh)
+    networks = starting_networks(CSDConfig(initialised=initialised), tuned, fresh)
     for name in ("generator", "guidance"):
         start = tuned if initialised in ("both", name) else fresh
         assert equal(getattr(networks, name).state_dict(), start.state_dict())

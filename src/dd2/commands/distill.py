@@ -27,6 +27,7 @@ from dd2.method.recipe import (
     catching_up_stage,
     csd_stage,
     match_stage,
+    networks_over_codes,
     regress_stage,
     starting_networks,
     tune_stages,
@@ -142,13 +143,14 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     pairs = _pairs(config, teacher, len(samples), seconds) if config.regress.iterations and config.regress.own_share < 1 else None
     torch.manual_seed(config.seed)
     fresh = Student.from_teacher(teacher, head).to(device) if config.networks.need_stage1 else None
+    over_codes = networks_over_codes(config.networks, teacher)
     prepare_layers(teacher, recompute=False, compiled=config.loop.compile)
     if config.loop.parallel == "fsdp2":
         shard_backbone(teacher.backbone, device)  # after the samples, of which every process makes its own number
     if fresh is not None and tuned is None:
         tuned, spent = _stage1(config, trainer, fresh, teacher, samples)
         seconds["tune"] += spent
-    whole = starting_networks(config.networks, config.csd, teacher, tuned, fresh)
+    whole = starting_networks(config.csd, tuned, fresh, over_codes)
     shipped = copy.deepcopy(whole.ema)
     networks = whole.placed(lambda network: _placed(network, config, device))
     if config.regress.iterations:

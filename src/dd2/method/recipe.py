@@ -69,20 +69,33 @@ class Networks:
         return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema, **averages}
 
 
-def starting_networks(
-    kinds: NetworksConfig, config: CSDConfig, teacher: Teacher, tuned: Student | None, fresh: Student | None
-) -> Networks:
-    """Both networks as they start: from stage 1 or without it, as `config.initialised` says (Table 4); over codes as the teacher.
-
-    Args:
-        kinds: of generator and guidance network.
-        config: which start from stage 1, and the further averages.
-        teacher: whose layers those over codes copy.
-        tuned: the stage-1 model.
-        fresh: what stage 1 started from.
+def networks_over_codes(kinds: NetworksConfig, teacher: Teacher) -> tuple[CodeStudent | None, CodeGuidance | None]:
+    """Generator and guidance network as far as they are over codes: copies of a teacher that is not sharded yet.
 
     Raises:
-        InputError: the teacher has no codes where they are needed.
+        InputError: the teacher has no codes where they are needed, or its layers cannot be read that way.
+    """
+    generator = guidance = None
+    if kinds.generator == "codes":
+        generator = CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)
+    if kinds.guidance == "codes":
+        guidance = CodeGuidance.from_teacher(require_codes(teacher, "networks.guidance codes"))
+    return generator, guidance
+
+
+def starting_networks(
+    config: CSDConfig,
+    tuned: Student | None,
+    fresh: Student | None,
+    over_codes: tuple[CodeStudent | None, CodeGuidance | None] = (None, None),
+) -> Networks:
+    """Both networks as they start: over codes, or from stage 1, or without it, as `config.initialised` says (Table 4).
+
+    Args:
+        config: which start from stage 1, and the further averages.
+        tuned: the stage-1 model.
+        fresh: what stage 1 started from.
+        over_codes: generator and guidance network, where they are of that kind.
     """
 
     def started(role: str) -> Student:
@@ -90,17 +103,12 @@ def starting_networks(
         assert student is not None
         return student
 
-    generator: OneStepNetwork
-    guidance: Guidance
-    if kinds.generator == "codes":
-        generator = CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)
-    else:
-        generator = started("generator")
-    if kinds.guidance == "codes":
-        guidance = CodeGuidance.from_teacher(require_codes(teacher, "networks.guidance codes"))
-    else:
-        guidance = started("guidance")
-    return Networks.starting_from(generator, guidance, config.further_emas)
+    generator, guidance = over_codes
+    return Networks.starting_from(
+        started("generator") if generator is None else generator,
+        started("guidance") if guidance is None else guidance,
+        config.further_emas,
+    )
 
 
 def average_name(limit: float) -> str:

@@ -6,8 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
-from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage, tune_stages
+from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig, TuneConfig
+from dd2.method.recipe import (
+    catching_up_stage,
+    csd_stage,
+    networks_over_codes,
+    regress_stage,
+    starting_networks,
+    tune_stages,
+)
 from dd2.sampling import one_step
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.table import TableTeacher, total_variation
@@ -24,6 +31,7 @@ def distil_table(
     csd: CSDConfig,
     *,
     regress: RegressConfig | None = None,
+    kinds: NetworksConfig | None = None,
     seed: int = 0,
     measured: Callable[[int, float], None] | None = None,
     measure_every: int = 1,
@@ -35,6 +43,7 @@ def distil_table(
         joint: (V, …, V) the teacher's distribution over n tokens.
         head, tune, csd: sizes and hyper-parameters.
         regress: the generator's start from the teacher's ODE; None is the paper's start.
+        kinds: of both networks; None is the paper's.
         seed: seed of everything.
         measured: told the generator's total variation before stage 2 and every `measure_every` iterations; None measures the
             end alone.
@@ -49,12 +58,16 @@ def distil_table(
     samples = TeacherSamples(teacher, ids, torch.zeros(len(ids), dtype=torch.long))
     loop = LoopConfig(log_every=50, save_every=10**9, preview_every=0)
     trainer = Trainer(run, seed, loop, torch.device("cpu"), "the same command")
+    kinds = kinds or NetworksConfig()
     student = Student.from_teacher(teacher, head)
-    for stage in tune_stages(student, teacher, samples, tune):
-        trainer.run(stage)
-    networks = Networks.from_tuned(student)
+    if kinds.need_stage1:
+        for stage in tune_stages(student, teacher, samples, tune):
+            trainer.run(stage)
+    networks = starting_networks(csd, student, None, networks_over_codes(kinds, teacher))
     if regress:
-        pairs = Pairs(run / "pairs", teacher, csd.sampling, regress.ode, regress.pairs, seed, batch=4096)
+        pairs = None
+        if regress.own_share < 1:
+            pairs = Pairs(run / "pairs", teacher, csd.sampling, regress.ode, regress.pairs, seed, batch=4096)
         trainer.run(regress_stage(networks, teacher, samples, pairs, regress, csd.sampling))
         networks.restart_from_average()
         trainer.run(catching_up_stage(networks, teacher, samples, csd, regress))

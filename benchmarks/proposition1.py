@@ -1,9 +1,10 @@
-"""Proposition 1 on a random teacher with V = 4, n = 3: total variation distance against generator steps, SiD beside DMD.
+"""Proposition 1 on a random teacher with V = 4, n = 3: total variation distance against generator steps, SiD and SIM beside DMD.
 
-    python benchmarks/proposition1.py [--starts stage1 ode] [--iterations 1350]
+    python benchmarks/proposition1.py [--starts stage1 ode codes] [--distances dmd sid sim] [--iterations 1350]
 
-From stage 1, as in the paper, and from the teacher's ODE (regress.iterations of dd2 distill). Prints a table, writes
-benchmarks/results/proposition1.json (the curves of other starts in it stay) and docs/results/proposition1.png.
+From stage 1, as in the paper; from the teacher's ODE (regress.iterations of dd2 distill); and with networks over codes from the
+ODE on the generator's own tokens. Prints a table, writes benchmarks/results/proposition1.json (the other curves in it stay) and
+docs/results/proposition1.png.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dd2.losses import Distance
-from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
+from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.student import HeadConfig
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.table import independent
@@ -29,8 +30,8 @@ from enumeration import distil_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "proposition1.json"
-NAMES = {"dmd": "DMD", "sid": "SiD"}
-STARTS = {"stage1": "from stage 1", "ode": "from the teacher's ODE"}
+NAMES: dict[Distance, str] = {"dmd": "DMD", "sid": "SiD", "sim": "SIM"}
+STARTS = {"stage1": "from stage 1", "ode": "from the teacher's ODE", "codes": "over codes, from the ODE on own tokens"}
 
 
 def random_joint(codes: int = 4, positions: int = 3, seed: int = 2) -> torch.Tensor:
@@ -99,24 +100,27 @@ def main() -> None:
     """Run both distances from the chosen starts and write the table, the JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--distances", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--iterations", type=int, default=1350)
     arguments = parser.parse_args()
     joint = random_joint()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"curves": {}}
     results["independent"] = float((independent(joint) - joint).abs().sum() / 2)
     for start in arguments.starts:
-        for d in ("dmd", "sid"):
+        for d in arguments.distances:
             results["curves"][f"{start}/{d}"] = curve_of(joint, start, d, arguments.iterations)
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(f"independent tokens: {results['independent']:.3f}\n")
     for start in STARTS:
-        dmd, sid = (results["curves"].get(f"{start}/{d}") for d in ("dmd", "sid"))
-        if dmd and sid:
-            print(f"{STARTS[start]}: DMD {dmd['seconds']:.0f} s, SiD {sid['seconds']:.0f} s")
-            print("\n| steps | DMD | SiD |\n|---:|---:|---:|")
-            for (step, of_dmd), (_, of_sid) in zip(dmd["curve"], sid["curve"], strict=True):
-                print(f"| {step} | {of_dmd:.3f} | {of_sid:.3f} |")
+        found = {NAMES[d]: results["curves"][f"{start}/{d}"] for d in NAMES if f"{start}/{d}" in results["curves"]}
+        if found:
+            print(f"{STARTS[start]}: " + ", ".join(f"{name} {curve['seconds']:.0f} s" for name, curve in found.items()))
+            print(f"\n| steps | {' | '.join(found)} |\n|---:|" + "---:|" * len(found))
+            at = {name: dict(curve["curve"]) for name, curve in found.items()}
+            for step in sorted({step for curve in at.values() for step in curve}):
+                cells = (f"{curve[step]:.3f}" if step in curve else "" for curve in at.values())
+                print(f"| {step} | {' | '.join(cells)} |")
             print()
     plot(results)
 
@@ -129,11 +133,15 @@ def curve_of(joint: torch.Tensor, start: str, d: Distance, iterations: int) -> d
         curve.append((step, distance))
         print(f"{start}, {d}, step {step}: {distance:.4f}", flush=True)
 
-    head, tune, csd, regress = from_ode(d, iterations) if start == "ode" else (*configurations(d, iterations), None)
+    head, tune, csd, regress = from_ode(d, iterations) if start != "stage1" else (*configurations(d, iterations), None)
+    kinds = NetworksConfig()
+    if start == "codes":
+        kinds = NetworksConfig(generator="codes", guidance="codes")
+        regress = replace(regress, own_share=1.0, iterations=500) if regress else None
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         every = max(1, iterations // 15)
-        distil_table(Path(folder), joint, head, tune, csd, regress=regress, measured=measured, measure_every=every)
+        distil_table(Path(folder), joint, head, tune, csd, regress=regress, kinds=kinds, measured=measured, measure_every=every)
     seconds = round(time.perf_counter() - begun, 1)
     return {"curve": curve, "iterations": iterations, "seconds": seconds, "torch": str(torch.__version__)}
 

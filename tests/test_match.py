@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dd2.cli import main
 from dd2.code_student import CodeStudent
 from dd2.errors import InputError
 from dd2.frechet import distance_between, fit_gaussian, frechet_distance
@@ -162,3 +163,10 @@ def test_a_reference_smaller_than_the_features_is_refused(tmp_path):
         distance_of(tmp_path, reference=30)
     with pytest.raises(InputError, match="at least 40 are needed"):
         distance_of(tmp_path, reference=30, distance="nystrom")
+
+
+def test_it_is_refused_before_anything_is_made(tmp_path, capsys):
+    arguments = ("distill", "digits", "--out", tmp_path / "run", "--teacher-samples", 100)
+    assert main([str(part) for part in arguments]) == 2
+    assert "compares 224 features by 100 teacher samples; at least 225 are needed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

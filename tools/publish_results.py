@@ -2,6 +2,8 @@
 
 dd2 demo && dd2 distill configs/digits_long.yaml && dd2 evaluate runs/digits_long
 python tools/publish_results.py demo=runs/demo digits_long=runs/digits_long
+
+The README's table of methods side by side is made of what docs/results holds of the runs in `SIDE_BY_SIDE`.
 """
 
 import json
@@ -16,6 +18,14 @@ from dd2.evaluation.columns import COLUMNS
 
 SHOWN = {"frechet": "", "teacher_nll": " (nats/image)", "accuracy": ""}
 """The table's columns, with their units."""
+SIDE_BY_SIDE = {
+    "demo_paper": "DD2, the paper's recipe (`dd2 demo --recipe paper`)",
+    "demo": "DD2, this library's recipe (`dd2 demo`)",
+    "digits_dd1": "DD1 (`dd2 dd1 configs/digits_dd1.yaml`)",
+    "digits_long": "DD2, this library's recipe (`configs/digits_long.yaml`)",
+}
+"""Runs by the name of their results, and what they are called."""
+COLUMNS_BESIDE = ("frechet", "precision", "recall", "teacher_nll", "accuracy")
 PAGES = (Path("README.md"), *sorted(Path("docs/results").glob("*.md")))
 
 
@@ -35,6 +45,28 @@ def main() -> None:
         for page in PAGES:
             marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
             page.write_text(marked.sub(lambda m, n=numbers: m[1] + table(n) + m[2], page.read_text()))
+    marked = re.compile(r"(<!-- side by side -->\n).*?(<!-- /side by side -->)", re.DOTALL)
+    readme = PAGES[0]
+    readme.write_text(marked.sub(lambda m: m[1] + side_by_side(results) + m[2], readme.read_text()))
+
+
+def side_by_side(results: Path) -> str:
+    """The generators of several runs in Markdown, with the teacher's own numbers above."""
+    found = {name: json.loads((results / f"{name}.json").read_text()) for name in SIDE_BY_SIDE}
+    headings = [COLUMNS[key].heading for key in COLUMNS_BESIDE]
+    lines = [f"| one step | training | gap closed | {' | '.join(headings)} |", "|---|---:|---:|" + "---:|" * len(headings)]
+
+    def cells(values: dict[str, float]) -> str:
+        return " | ".join(format(values[key], COLUMNS[key].kind) for key in COLUMNS_BESIDE)
+
+    lines.append(f"| teacher, 16 steps | | | {cells(found['demo']['metrics']['teacher'])} |")
+    for name, numbers in found.items():
+        threads = numbers["versions"]["threads"]
+        spent = sum(value for part, value in numbers["seconds"].items() if part not in ("evaluate", "total"))
+        training = f"{spent:.0f} s, {threads} thread{'s' if threads > 1 else ''}"
+        values = cells(numbers["metrics"]["generator"])
+        lines.append(f"| {SIDE_BY_SIDE[name]} | {training} | {numbers['gap_closed']:.3f} | {values} |")
+    return "\n".join([*lines, ""])
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -48,13 +80,12 @@ def table(numbers: dict[str, Any]) -> str:
         cells = [format(found[name][key], COLUMNS[key].kind) if key in found[name] else "–" for key in used]
         lines.append(f"| {f'**{escaped}**' if name == 'generator' else escaped} | {' | '.join(cells)} |")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in numbers["seconds"].items())
-    speeds = ", ".join(
-        f"{entry['speedup']:.1f}× at batch {entry['batch']}" for entry in sorted(numbers["speed"], key=lambda e: e["batch"])
-    )
+    measured = sorted(numbers.get("speed", []), key=lambda entry: entry["batch"])
+    speeds = ", ".join(f"{entry['speedup']:.1f}× at batch {entry['batch']}" for entry in measured)
+    faster = f"Faster than the KV-cached teacher, decoding included: {speeds}. " if speeds else ""
     threads = numbers["versions"]["threads"]
     text = (
-        f"Gap closed: **{numbers['gap_closed']:.3f}**. Faster than the KV-cached teacher, decoding included: {speeds}. "
-        f"Time on {threads} CPU thread{'s' if threads > 1 else ''}: {spent}."
+        f"Gap closed: **{numbers['gap_closed']:.3f}**. {faster}Time on {threads} CPU thread{'s' if threads > 1 else ''}: {spent}."
     )
     return "\n".join([*lines, "", *textwrap.wrap(text, 124), ""])
 

@@ -22,6 +22,7 @@ from dd2.external import is_code
 from dd2.files import atomic_folder
 from dd2.generator import Generator
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
+from dd2.method.match import check_reference
 from dd2.method.recipe import (
     Networks,
     catching_up_stage,
@@ -151,7 +152,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         tuned, spent = _stage1(config, trainer, fresh, teacher, samples)
         seconds["tune"] += spent
     whole = starting_networks(config.csd, tuned, fresh, over_codes)
-    shipped = copy.deepcopy(whole.ema)
+    shipped = copy.deepcopy(whole.ema).cpu()
     networks = whole.placed(lambda network: _placed(network, config, device))
     if config.regress.iterations:
         seconds["regress"] = _regress(config, trainer, networks, teacher, samples, pairs)
@@ -186,10 +187,14 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but networks.* are codes and need none; leave it out")
         said.add("stage 1 is left out, as both networks are over codes: tune.* (but for its sampling) and head.* have no effect")
-    if config.csd.match.on and not layer_stacks(teacher.backbone):
-        said.add(
-            "csd.validation looks at the features that csd.match trains on: the backbone has no LayerStack to take others of"
-        )
+    if config.networks.guidance == "codes" and config.csd.snap_guidance:
+        said.add("csd.snap_guidance has no effect: a guidance network over codes reads codes in any case")
+    if config.regress.iterations and config.regress.own_share == 1:
+        said.add("regress.pairs has no effect, as regress.own_share is 1")
+    if config.csd.match.on:
+        check_reference(teacher, config.csd.match, config.teacher_samples)
+        if not layer_stacks(teacher.backbone):
+            said.add("csd.validation looks at the features that csd.match trains on: the backbone has no LayerStack")
     if isinstance(teacher, HeadTeacher):
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")

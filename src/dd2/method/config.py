@@ -204,7 +204,7 @@ class CSDConfig:
     accumulate: int = 8
     """Micro-batches per optimiser step, shared out over the processes."""
     guidance_draws: int = 4
-    """Noise draws m per sequence of the guidance loss."""
+    """Noise draws m per sequence of the guidance loss; a guidance network over codes needs none."""
     generator_draws: int = 1
     """Noise draws per sequence of the generator loss."""
     d: Distance = "sid"

@@ -32,6 +32,35 @@ RIDGE = 1e-6
 """Added to eigenvalues whose root is taken, of features whose deviation is about 1."""
 
 
+def feature_sizes(teacher: Teacher, config: MatchConfig) -> dict[str, int]:
+    """Channels of each kind of features, in the order of the configuration."""
+    positions, channels = teacher.backbone.token_shape
+    width = teacher.backbone.width
+    sizes = {
+        "mean": width,
+        "projected": min(config.projections, positions * width),
+        "tokens": min(config.projections, positions * channels),
+        "condition": min(CONDITION_CHANNELS, width),
+    }
+    return {name: sizes[name] for name in config.features}
+
+
+def check_reference(teacher: Teacher, config: MatchConfig, samples: int) -> None:
+    """Refuse a reference that is too small for the distance.
+
+    Raises:
+        InputError: there are fewer teacher samples than it needs.
+    """
+    features, count = sum(feature_sizes(teacher, config).values()), min(config.reference, samples)
+    # A covariance without an inverse is no reference; landmarks are sequences of it.
+    needed = {"frechet": features + 1, "mmd": 2, "nystrom": max(2, config.landmarks)}[config.distance]
+    if count < needed:
+        raise InputError(
+            f"csd.match compares {features} features by {count} teacher samples; at least {needed} are needed: give more "
+            "teacher_samples (and csd.match.reference), or fewer csd.match.projections, features or landmarks"
+        )
+
+
 class SequenceFeatures:
     """Features (B, F) of sequences, by the teacher's backbone: differentiable in the tokens.
 
@@ -63,13 +92,8 @@ class SequenceFeatures:
     @cached_property
     def weights(self) -> Tensor:
         """(F,) of the features beside each other."""
-        sizes = {
-            "mean": self.teacher.backbone.width,
-            "projected": self._projected.shape[1],
-            "tokens": self._tokens.shape[1],
-            "condition": self._condition.shape[1],
-        }
-        parts = [torch.full((sizes[name],), CONDITION_WEIGHT if name == "condition" else 1.0) for name in self.config.features]
+        sizes = feature_sizes(self.teacher, self.config)
+        parts = [torch.full((size,), CONDITION_WEIGHT if name == "condition" else 1.0) for name, size in sizes.items()]
         return torch.cat(parts).to(self.teacher.device)
 
     def _projection(self, name: str, channels: int, wanted: int) -> Tensor:
@@ -100,23 +124,14 @@ class SequenceMatch(nn.Module, ABC):
     def __init__(self, features: SequenceFeatures, samples: TeacherSamples, config: MatchConfig, batch: int) -> None:
         super().__init__()
         self.features, self.config = features, config
+        check_reference(features.teacher, config, len(samples))
         reference = self._of_samples(samples, min(config.reference, len(samples)), batch)
-        if len(reference) < self.needed(reference.shape[1]):
-            raise InputError(
-                f"csd.match compares {reference.shape[1]} features by {len(reference)} teacher samples; at least "
-                f"{self.needed(reference.shape[1])} are needed: give more teacher_samples (and csd.match.reference), or fewer "
-                "csd.match.projections or features"
-            )
         mean, deviation = reference.mean(0), reference.std(0)
         # A channel that hardly varies would count for as much as the others by its noise alone.
         scale = features.weights / deviation.clamp_min(1e-3 * deviation.max())
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.set_reference((reference - mean) * scale)
-
-    @abstractmethod
-    def needed(self, features: int) -> int:
-        """Sequences that the reference must have at this number of features."""
 
     @abstractmethod
     def set_reference(self, reference: Tensor) -> None:
@@ -157,10 +172,6 @@ class FrechetMatch(SequenceMatch):
     first: Tensor
     second: Tensor
     primed: Tensor
-
-    def needed(self, features: int) -> int:
-        """More than there are features, or the covariance has no inverse."""
-        return features + 1
 
     def set_reference(self, reference: Tensor) -> None:
         self._reference = fit_gaussian([reference])
@@ -218,10 +229,6 @@ class KernelMatch(SequenceMatch):
     Against all N sequences of the reference, or (nystrom) against landmarks Z with weights K_ZZ^-1 mu, mu the reference's mean
     kernel with each landmark.
     """
-
-    def needed(self, features: int) -> int:
-        """Two, or as many as there are landmarks."""
-        return max(2, self.config.landmarks if self.config.distance == "nystrom" else 0)
 
     def set_reference(self, reference: Tensor) -> None:
         some = reference[: min(len(reference), 2048)]

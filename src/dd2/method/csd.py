@@ -101,7 +101,7 @@ def generator_loss(
 
     Returns:
         The loss, the score difference (see `csd_loss`); where they are there the regression's loss and the distance, and where a
-        condition is snapped, the root-mean-square distance of tokens to their nearest codes.
+        condition is snapped and tokens are no codes, their root-mean-square distance to the nearest ones.
     """
     noise, drawn = _drawn(generator, cond, random)
     q = drawn.tokens.float()
@@ -136,7 +136,7 @@ def generator_loss(
             distance = match(q, cond)
         loss = loss + config.match.weight * self_normalised(distance)
         numbers["match"] = distance.detach()
-    if snapped is not detached:  # a teacher without codes gives the tokens back
+    if snapped is not detached and drawn.logits is None:  # a teacher without codes gives the tokens back
         numbers["to_nearest_code"] = (detached - snapped).square().mean().sqrt()
     return loss, numbers
 

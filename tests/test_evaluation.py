@@ -9,7 +9,7 @@ from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import skipped
 from dd2.errors import InputError
 from dd2.evaluation.likelihood import teacher_nll
-from dd2.evaluation.plots import curves
+from dd2.evaluation.plots import EXPLAINED, PANELS, curves
 from dd2.evaluation.speed import seconds_per_call
 from dd2.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from dd2.teachers.filtering import Sampling
@@ -132,3 +132,7 @@ def test_curves_need_no_particular_stage():
     rows = [{"stage": "csd", "step": i, "guidance/loss": 1 / i, "generator/loss": 0.1} for i in range(1, 10)]
     assert curves(rows).startswith(b"\x89PNG")
     assert curves([]).startswith(b"\x89PNG")
+
+
+def test_every_panel_is_explained():
+    assert {title for _, _, title in PANELS} == set(EXPLAINED)

@@ -41,8 +41,8 @@ EXPLAINED = {
     ),
     "Stage 2: guidance network": (
         "Starts high, drops within tens of iterations, then falls slowly as the generator's tokens become codes. Its level is "
-        "the variance of eps - x_0 given x_t; over codes, the generator's entropy in nats a token. A slow rise means the guidance "
-        "network falls behind: raise K or its rate."
+        "the variance of eps - x_0 given x_t; over codes, the generator's entropy in nats a token. A slow rise means the "
+        "guidance network falls behind: raise K or its rate."
     ),
     "Stage 2: generator (CSD)": (
         "No progress meter. SiD's expectation is 0 at alpha = 1 when the guidance network is perfect; DMD's shows half "

@@ -69,7 +69,7 @@ def train() -> dict[str, float]:
     from dd2.student import Student
     from dd2.training.samples import TeacherSamples
 
-    config = load_config(DistillConfig, "digits")
+    config = load_config(DistillConfig, "digits_paper")
     teacher = open_teacher("digits", torch.device("cpu"))
     labels = teacher.conditions.default_labels(torch.arange(512))
     tokens = teacher.sample(teacher.conditions(labels), config.tune.sampling, range(512))

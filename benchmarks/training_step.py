@@ -42,7 +42,7 @@ def seconds_of(stage: Stage, repeats: int) -> dict[str, float]:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default="digits")
+    parser.add_argument("config", nargs="?", default="digits_paper")
     parser.add_argument("--repeats", type=int, default=10)
     arguments, overrides = parser.parse_known_args()
     config = load_config(DistillConfig, arguments.config, overrides)

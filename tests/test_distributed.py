@@ -231,7 +231,7 @@ from dd2.cli import FAILED, _fail
 from dd2.errors import NumericalError
 from dd2.processes import rank
 from dd2.training.loop import LoopConfig, Trainer
-from test_training import OVER_CODES, regression
+from test_training import regression
 stage = regression(20, accumulate=2, spoil=9 if rank() == 1 else None)
 try:
     Trainer(Path({run!r}), 7, LoopConfig(log_every=1, save_every=2), torch.device("cpu"), "again").run(stage)

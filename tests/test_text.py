@@ -156,7 +156,7 @@ def trained_teacher(captions: Path, steps: int) -> CodeTeacher:
 def distilled(teacher: CodeTeacher, captions: Path, folder: Path, tune: int, csd: int, samples: int) -> Path:
     save_teacher(folder / "teacher", teacher)
     out = folder / "run"
-    arguments = ["distill", "configs/digits.yaml", "--teacher", folder / "teacher", "--captions", captions, "--out", out]
+    arguments = ["distill", "configs/digits_paper.yaml", "--teacher", folder / "teacher", "--captions", captions, "--out", out]
     arguments += ["--teacher-samples", samples, "--tune.iterations", tune, "--csd.iterations", csd]
     assert main([str(a) for a in [*arguments, "--csd.validation", 0, "--loop.preview-every", 0]]) == 0
     return out

@@ -63,7 +63,8 @@ class CodeStudent(OneStepNetwork):
 
     @classmethod
     def from_teacher(cls, teacher: CodeTeacher, extra_layers: int = 0) -> "CodeStudent":
-        """A student that starts as the teacher's layers and classifier, with `extra_layers` that change nothing yet.
+        """A student that starts as the teacher's layers and classifier (`classifier_of`), with `extra_layers` that change nothing
+        yet.
 
         Raises:
             InputError: as the class.
@@ -124,7 +125,9 @@ class CodeGuidance(nn.Module):
 
     @classmethod
     def from_teacher(cls, teacher: CodeTeacher) -> "CodeGuidance":
-        """One that starts as the teacher (without guidance by the null condition): its score difference is 0."""
+        """One that starts as the teacher (without guidance by the null condition), where `classifier_of` can copy it: its score
+        difference is 0.
+        """
         network = cls(teacher.student_backbone(), classifier_of(teacher), teacher.tokenizer.codebook)
         return network.requires_grad_(True)
 
@@ -150,4 +153,4 @@ def classifier_of(teacher: CodeTeacher) -> nn.Module:
     """
     if type(teacher).features is CodeTeacher.features and type(teacher).classify is CodeTeacher.classify:
         return copy.deepcopy(teacher.output)
-    return nn.Linear(teacher.backbone.width, teacher.num_codes)
+    return nn.Linear(teacher.backbone.width, teacher.num_codes).to(teacher.device)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, peak_of_process, write_results
+from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, paper_recipe, peak_of_process, write_results
 from dd2.commands.distill import DistillConfig
 from dd2.config import load_config
 from dd2.device import pick_device
@@ -125,7 +125,7 @@ def _profile(ways: Ways, batch: int, title: str) -> str:
 
 def _networks(name: str, config: BenchSampleConfig, device: torch.device) -> tuple[CodeTeacher, Ways]:
     teacher = bench_teacher(name, device, config.seed)
-    run = load_config(DistillConfig, name)
+    run = load_config(DistillConfig, paper_recipe(name))
     student = Student.from_teacher(teacher, run.head).eval().requires_grad_(False)
     nn.init.normal_(student.head.output.weight, std=0.01)
     return teacher, Ways(Generator.of(student, teacher), teacher, run.csd.sampling)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, peak_of_process, write_results
+from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, paper_recipe, peak_of_process, write_results
 from dd2.commands.distill import DistillConfig
 from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
@@ -76,7 +76,7 @@ def bench_train(config: BenchTrainConfig) -> None:
 
 def _measured(name: str, config: BenchTrainConfig, device: torch.device, limit: float) -> dict[str, Any]:
     teacher = bench_teacher(name, device, config.seed)
-    run = load_config(DistillConfig, name)
+    run = load_config(DistillConfig, paper_recipe(name))
     csd = replace(run.csd, batch=config.batch, accumulate=1, validation=0)
     labels = teacher.conditions.default_labels(torch.arange(max(config.batch, 2)))
     ids = torch.randint(len(teacher.codebook), (len(labels), teacher.order.n), generator=stream("bench", config.seed))

@@ -160,7 +160,8 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     if config.align.iterations:
         seconds["csd"] += _align(config, trainer, networks, teacher, samples)
     if config.csd.match.then_iterations:
-        seconds["csd"] += trainer.run(match_stage(networks, teacher, samples, config.csd))
+        seen = config.csd.iterations + (config.align.then_iterations if config.align.iterations else 0)
+        seconds["csd"] += trainer.run(match_stage(networks, teacher, samples, config.csd, seen))
     write_seconds(config.out, seconds)
     shipped.load_state_dict(whole_state(networks.ema))
     _save(config.out / "generator", shipped, teacher, "generator")
@@ -189,6 +190,12 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
         said.add("stage 1 is left out, as both networks are over codes: tune.* (but for its sampling) and head.* have no effect")
     if config.networks.guidance == "codes" and config.csd.snap_guidance:
         said.add("csd.snap_guidance has no effect: a guidance network over codes reads codes in any case")
+    if "codes" in (config.networks.generator, config.networks.guidance) and config.csd.initialised != "both":
+        said.add("csd.initialised has no effect on networks over codes, which start as the teacher")
+    if config.sample_in_loop and not config.networks.need_stage1:
+        said.add("sample_in_loop has no effect without stage 1")
+    if config.networks.extra_layers:
+        copy.deepcopy(teacher.backbone).deepen(config.networks.extra_layers)  # refuses layers that cannot be identities
     if config.regress.iterations and config.regress.own_share == 1:
         said.add("regress.pairs has no effect, as regress.own_share is 1")
     if config.csd.match.on:

@@ -38,7 +38,7 @@ class ExportConfig:
     """ema; one of csd.further_emas by its number, e.g. 0.999; or none, the weights as trained."""
     step: str = "newest"
     """Iteration of the checkpoint; newest, or best: the one whose average (csd.ema) has the lowest csd.validation. After
-    alignment these are the checkpoints of the further training."""
+    alignment, or a stage of matching, these are the checkpoints of that further training."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

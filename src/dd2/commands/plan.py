@@ -141,8 +141,8 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     else:
         kept, stream = kept - 2 * stream, 2 * stream
     guidance = kept + passes["guidance_head"].saved
-    # SiD's gradient needs the guidance head's activations; DMD's is a difference of two values.
-    generator = kept + drawn["one_head"].saved + (passes["generator_head"].saved if csd.d == "sid" else 0.0)
+    # SiD's and SIM's gradient needs the guidance head's activations; DMD's is a difference of two values.
+    generator = kept + drawn["one_head"].saved + (passes["generator_head"].saved if csd.d != "dmd" else 0.0)
     memory = {
         "teacher and tokenizer": frozen,
         "generator and guidance": both / shards,
@@ -159,10 +159,11 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     again = backbone.flops if config.loop.recompute else 0.0
     guidance_update = again + sum(part.flops + part.backward for part in (backbone, passes["guidance_head"]))
     batches = 1 if csd.share_generated else csd.k
-    # SiD differentiates the guidance head in its input alone: half of a backward pass.
-    generator_update = generated + again + drawn["backbone"].backward + drawn["one_head"].backward
+    # SiD and SIM differentiate the guidance head in its input alone: half of a backward pass.
+    redone = drawn["backbone"].flops if config.loop.recompute else 0.0
+    generator_update = generated + redone + drawn["backbone"].backward + drawn["one_head"].backward
     generator_update += backbone.flops + passes["teacher"].flops
-    generator_update += heads.flops + (heads.backward / 2 if csd.d == "sid" else 0.0)
+    generator_update += heads.flops + (heads.backward / 2 if csd.d != "dmd" else 0.0)
     flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
     rate, described = _rate(config)
     return Needs(sizes, memory, flops, flops / (config.gpus * rate), described)

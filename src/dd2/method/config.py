@@ -1,5 +1,6 @@
 """Hyper-parameters of the stages (App. E). The defaults are the paper's for LlamaGen-L (Tables 10, 11)."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -170,13 +171,14 @@ class MatchConfig:
         _counts("csd.match", self, ("projections", "prime", "reference", "landmarks"), ("then_iterations",))
         if not 0 <= self.beta < 1:
             raise InputError(f"csd.match.beta must be in [0, 1), got {self.beta}")
-        if self.weight < 0 or self.then_lr <= 0:
-            raise InputError("csd.match.weight must not be negative, and then_lr must be positive")
+        if not (0 <= self.weight < math.inf and 0 < self.then_lr < math.inf):
+            raise InputError("csd.match.weight must not be negative, and then_lr must be positive; both finite")
         if self.distance not in ("frechet", "mmd", "nystrom"):
             raise InputError(f'csd.match.distance must be "frechet", "mmd" or "nystrom", got {self.distance!r}')
         unknown = [name for name in self.features if name not in FEATURES]
-        if unknown or not self.features:
-            raise InputError(f"csd.match.features must be some of {', '.join(FEATURES)}, got {unknown or 'none'}")
+        if unknown or not self.features or len(set(self.features)) < len(self.features):
+            found = unknown or self.features or "none"
+            raise InputError(f"csd.match.features must be some of {', '.join(FEATURES)}, each once, got {found}")
 
     @property
     def on(self) -> bool:
@@ -253,7 +255,7 @@ class CSDConfig:
             raise InputError("csd.validation must be 0 or at least 2: one image has no spread")
         if self.d not in ("sid", "dmd", "sim"):
             raise InputError(f'csd.d must be "sid", "dmd" or "sim", got {self.d!r}')
-        if self.regression_weight < 0:
+        if not 0 <= self.regression_weight < math.inf:
             raise InputError(f"csd.regression_weight must not be negative, got {self.regression_weight}")
         limits = (self.ema, *self.further_emas)
         if not 0 <= self.ema < 1:

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.frechet import GaussianFit, distance_between, fit_gaussian
 from dd2.method.config import MatchConfig
@@ -80,11 +81,15 @@ class SequenceFeatures:
     def __call__(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Tokens (B, n, C), cond (B, ...) -> (B, F) float32."""
         found = self.teacher.features(tokens, cond).float()
+        with full_precision(found.device):  # bfloat16 sums of many features would differ by more than the distances
+            return self._chosen(tokens.float(), found)
+
+    def _chosen(self, tokens: Tensor, found: Tensor) -> Tensor:
         first = self.teacher.order.steps[0].start  # its features know the condition alone
         kinds = {
             "mean": lambda: found.mean(1),
             "projected": lambda: found.flatten(1) @ self._projected,
-            "tokens": lambda: tokens.float().flatten(1) @ self._tokens,
+            "tokens": lambda: tokens.flatten(1) @ self._tokens,
             "condition": lambda: found[:, first].detach() @ self._condition,
         }
         return torch.cat([kinds[name]() for name in self.config.features], 1)
@@ -127,6 +132,8 @@ class SequenceMatch(nn.Module, ABC):
         check_reference(features.teacher, config, len(samples))
         reference = self._of_samples(samples, min(config.reference, len(samples)), batch)
         mean, deviation = reference.mean(0), reference.std(0)
+        if not deviation.max() > 0:
+            raise InputError("csd.match cannot compare with teacher samples that are all the same; look at csd.sampling")
         # A channel that hardly varies would count for as much as the others by its noise alone.
         scale = features.weights / deviation.clamp_min(1e-3 * deviation.max())
         self.register_buffer("mean", mean, persistent=False)
@@ -149,7 +156,9 @@ class SequenceMatch(nn.Module, ABC):
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """The distance of generated tokens (B, n, C), drawn under cond (B, ...)."""
-        return self.distance(self.scaled(tokens, cond))
+        scaled = self.scaled(tokens, cond)
+        with full_precision(scaled.device):
+            return self.distance(scaled)
 
     def scaled(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Features (B, F) on the reference's scale."""

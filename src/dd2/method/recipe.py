@@ -176,8 +176,8 @@ def regress_stage(
     return Stage("regress", config.iterations, [update], modules, after=average, preview=_preview(networks, teacher))
 
 
-def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, config: CSDConfig) -> Stage:
-    """After stage 2: the generator goes on by the distance between whole sequences alone."""
+def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, config: CSDConfig, averaged: int) -> Stage:
+    """After stage 2: the generator goes on by the distance between whole sequences alone. `averaged` as `csd_stage`."""
     match = sequence_match(teacher, samples, config.match, config.batch)
     optim = replace(config.generator, lr=config.generator.lr * config.match.then_lr, warmup=0)
 
@@ -188,7 +188,7 @@ def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, c
     def after(step: int) -> None:
         match.remember()
         for limit, average in {config.ema: networks.ema, **networks.further}.items():
-            ema_update(average, networks.generator, ema_rate(config.iterations + step, limit))
+            ema_update(average, networks.generator, ema_rate(averaged + step, limit))
 
     distance = TeacherDistance(teacher, samples, config.validation, config.batch, middle=True)
     update = Update("generator", list(networks.generator.parameters()), optim, loss, accumulate=config.accumulate)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd2.frechet import GaussianFit, fit_gaussian, frechet_distance
 from dd2.processes import rank, sum_over_processes, world_size
@@ -37,7 +38,7 @@ class TeacherDistance:
     def __init__(self, teacher: Teacher, samples: TeacherSamples, count: int, batch: int, *, middle: bool = False) -> None:
         self.teacher, self.samples = teacher, samples
         stacks = layer_stacks(teacher.backbone) if middle else []
-        self._layer = stacks[0][len(stacks[0]) // 2] if stacks else None
+        self._stack = stacks[0] if stacks else None
         self.count = min(count, len(samples)) // world_size() * world_size()
         own = torch.arange(self.count).tensor_split(world_size())[rank()]  # equally many for each, as sharded networks need
         self.batches = own.split(batch)
@@ -70,12 +71,21 @@ class TeacherDistance:
 
     def _features(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """(B, positions, D) of the layer that is looked at."""
-        if self._layer is None:
+        if self._stack is None:
             return self.teacher.features(tokens, cond)
         kept: list[Tensor] = []
-        handle = self._layer.register_forward_hook(lambda module, read, given: kept.append(given))  # pyright: ignore
+        stack, layer = self._stack, self._stack[len(self._stack) // 2]
+        usual = stack.call
+
+        def watched(called: nn.Module, *arguments: Any) -> Tensor:
+            found = usual(called, *arguments)
+            if called is layer:
+                kept.append(found)
+            return found
+
+        stack.call = watched  # not a hook: those inside a compiled layer are never run
         try:
             self.teacher.features(tokens, cond)
         finally:
-            handle.remove()
+            stack.call = usual
         return kept[0]

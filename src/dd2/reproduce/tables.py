@@ -296,7 +296,7 @@ def _recipe(bench: Bench) -> Table:
         Row("own tokens alone", "generator", best(("regress.own_share", 1.0))),
         Row("no regression in stage 2", "generator", best(("csd.regression_weight", 0.0))),
         Row("4 layers more", "generator", best(("networks.extra_layers", 4))),
-        Row("sequences matched", "generator", best(("csd.match.weight", 1.0), ("csd.match.projections", 64))),
+        Row("no sequences matched", "generator", best(("csd.match.weight", 0.0))),
         Row("SiD", "generator", best(("csd.d", "sid"))),
         Row("SIM", "generator", best(("csd.d", "sim"))),
     ]

@@ -1,5 +1,6 @@
 """The command line: bad input gives one clear line and exit code 2; good input gives what --help promises."""
 
+import functools
 import json
 import os
 import shutil
@@ -345,7 +346,9 @@ def test_packaged_training_configurations_load(kind):
 def test_an_interrupted_sample_keeps_what_is_done(run, tmp_path, number):
     arguments = [run, "--count", 10**6, "--batch", 50, "--out", tmp_path / "a.npz", "--precision", "float32", "--seed", 3]
     command = [sys.executable, "-m", "dd2", "sample", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A job in the background of a shell script ignores Ctrl-C, and so would what it starts.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process:
         assert process.stderr is not None
         deadline = time.monotonic() + HANG
         while sum(path.stat().st_size for path in tmp_path.iterdir()) < 50_000:  # pixels are on their way to the disk

@@ -13,6 +13,7 @@ from dd2.method.config import MatchConfig
 from dd2.method.match import FrechetMatch, KernelMatch, SequenceFeatures, SequenceMatch, sequence_match
 from dd2.method.validation import TeacherDistance
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.layers import call_layer
 from dd2.training.samples import TeacherSamples
 from models import tiny_teacher, tiny_text, tiny_var
 
@@ -29,7 +30,9 @@ def samples_of(tmp_path, teacher, count=200) -> TeacherSamples:
 def distance_of(tmp_path, kind="raster", **changes) -> tuple[SequenceMatch, TeacherSamples]:
     teacher = TEACHERS[kind]()
     samples = samples_of(tmp_path, teacher)
-    return sequence_match(teacher, samples, replace(CONFIG, **changes), 50), samples
+    match = sequence_match(teacher, samples, replace(CONFIG, **changes), 50)
+    match.learn_reference()
+    return match, samples
 
 
 def test_the_differentiable_frechet_distance_is_the_other_and_its_gradient_is_right():
@@ -64,25 +67,29 @@ def test_the_teachers_own_sequences_are_near_and_others_far(tmp_path, kind, dist
 
 @pytest.mark.parametrize("distance", ["frechet", "mmd", "nystrom"])
 def test_its_gradient_reaches_tokens_and_generator_alone(tmp_path, distance):
-    match, samples = distance_of(tmp_path, distance=distance)
+    match, _ = distance_of(tmp_path, distance=distance)
     teacher = match.features.teacher
     generator = CodeStudent.from_teacher(teacher)  # pyright: ignore[reportArgumentType]
-    match.begin(generator, samples)
+    match.begin(generator)
     cond = torch.tensor([0, 1, 2])
-    match(generator.as_generator(torch.randn(3, 16, 4), cond), cond).backward()
+    tokens = generator.as_generator(torch.randn(3, 16, 4), cond)
+    tokens.retain_grad()
+    match(tokens, cond).backward()
+    assert tokens.grad is not None
+    assert tokens.grad.abs().sum() > 0
     assert generator.output.weight.grad.abs().sum() > 0  # pyright: ignore
-    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())  # or the distance would reach them through its features
 
 
 def test_the_frechet_memory_is_an_exponential_mean_that_checkpoints_hold(tmp_path):
-    match, samples = distance_of(tmp_path, beta=0.75)
+    match, _ = distance_of(tmp_path, beta=0.75)
     assert isinstance(match, FrechetMatch)
     teacher, cond = match.features.teacher, torch.tensor([0, 1, 2])
     generator = CodeStudent.from_teacher(teacher)  # pyright: ignore[reportArgumentType]
-    match.begin(generator, samples)
+    match.begin(generator)
     before = match.first.clone()
     assert before.abs().sum() > 0
-    match.begin(generator, samples)  # filled once
+    match.begin(generator)  # filled once
     assert (match.first == before).all()
     tokens = [torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     for part in tokens:  # micro-batches of one iteration
@@ -93,7 +100,7 @@ def test_the_frechet_memory_is_an_exponential_mean_that_checkpoints_hold(tmp_pat
     torch.testing.assert_close(match.first, 0.75 * before + 0.25 * new)
     again, _ = distance_of(tmp_path, beta=0.75)
     again.load_state_dict(match.state_dict())
-    again.begin(generator, samples)  # the checkpoint's memory is filled already
+    again.begin(generator)  # the checkpoint's memory is filled already
     with torch.no_grad():
         assert float(again(tokens[0], cond)) == float(match(tokens[0], cond))
 
@@ -170,3 +177,25 @@ def test_it_is_refused_before_anything_is_made(tmp_path, capsys):
     assert main([str(part) for part in arguments]) == 2
     assert "compares 224 features by 100 teacher samples; at least 225 are needed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_it_is_float32_whatever_the_autocast(tmp_path):
+    """Of the same features: sums of many squares in bfloat16 would differ by more than what is compared."""
+    for distance in ("frechet", "mmd", "nystrom"):
+        match, samples = distance_of(tmp_path, distance=distance)
+        tokens, labels = samples.take(torch.arange(40))
+        features = match.features.teacher.features(tokens, labels)
+        match.features.teacher.features = lambda *given, kept=features: kept  # pyright: ignore
+        with torch.no_grad():
+            plain = float(match(tokens, labels))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert float(match(tokens, labels)) == pytest.approx(plain, rel=1e-5)
+
+
+def test_validation_sees_the_middle_layer_of_compiled_layers_too(tmp_path):
+    teacher = tiny_teacher()
+    samples = samples_of(tmp_path, teacher, 40)
+    plain = TeacherDistance(teacher, samples, 40, 20, middle=True).reference
+    teacher.backbone.stack.call = torch.compile(call_layer, backend="eager")  # pyright: ignore
+    compiled = TeacherDistance(teacher, samples, 40, 20, middle=True).reference
+    torch.testing.assert_close(plain.mean, compiled.mean)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dd2.device import full_precision
 from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
+from dd2.precision import in_float32
 from dd2.scores import CodeMixture
 from dd2.student import Drawn, OneStepNetwork
 from dd2.teachers.base import Backbone, Teacher
@@ -34,32 +35,67 @@ class CodeStudentConfig:
             raise InputError(f"layers must not be negative, got {self.layers}")
 
 
-class CodeStudent(OneStepNetwork):
+class OwnTokenStudent(OneStepNetwork):
+    """A teacher's layers under another mask, position i reading its own token behind those of earlier steps, and its classifier.
+
+    Args:
+        backbone: a copy of the teacher's.
+        output: a copy of its classifier.
+        codebook: (V, C) codes in the tokenizer's space.
+
+    Raises:
+        InputError: the backbone cannot read a position's own token.
+    """
+
+    codes: Tensor
+    called: str
+    """What an error calls it."""
+
+    def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor) -> None:
+        super().__init__()
+        if not isinstance(backbone, ReadsOwnToken):
+            raise InputError(
+                f"{self.called} reads every position's own token, which a {type(backbone).__name__} cannot: no own_features "
+                "(dd2.teachers.own_token says what is expected)"
+            )
+        self.backbone, self.output = backbone, output
+        self.register_buffer("codes", codebook.detach().clone(), persistent=False)
+
+    @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """The classifier."""
+        return (self.output,)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(V, C) standardised codes."""
+        return self.backbone.to_tokens(self.codes)
+
+    @property
+    def own(self) -> ReadsOwnToken:
+        """The backbone in its second reading."""
+        assert isinstance(self.backbone, ReadsOwnToken)
+        return self.backbone
+
+
+class CodeStudent(OwnTokenStudent):
     """A generator whose tokens are codes: position i reads its own noise behind that of earlier steps, and a classifier decides.
 
     Args:
-        backbone: a copy of the teacher's; it gets layers until it has as many as `config` says.
-        output: a copy of the teacher's classifier.
-        codebook: (V, C) codes in the tokenizer's space.
-        config: see there.
+        backbone, output, codebook: as `OwnTokenStudent`.
+        config: the backbone gets layers until it has as many as it says.
 
     Raises:
         InputError: the backbone cannot read a position's own token, or cannot be made deeper.
     """
 
-    codes: Tensor
+    called = "a generator over codes (networks.generator codes)"
 
     def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor, config: CodeStudentConfig) -> None:
-        super().__init__()
-        if not isinstance(backbone, ReadsOwnToken):
-            raise InputError(
-                f"a generator over codes reads every position's own noise, which a {type(backbone).__name__} cannot: no "
-                "own_features (dd2.teachers.own_token says what is expected); use networks.generator velocity"
-            )
-        if config.layers > len(backbone.stack):
-            backbone.deepen(config.layers - len(backbone.stack))
-        self.backbone, self.output, self.config = backbone, output, config
-        self.register_buffer("codes", codebook.detach().clone(), persistent=False)
+        super().__init__(backbone, output, codebook)
+        self.config = config
+        if config.layers > len(self.own.stack):
+            backbone.deepen(config.layers - len(self.own.stack))
 
     @classmethod
     def from_teacher(cls, teacher: CodeTeacher, extra_layers: int = 0) -> "CodeStudent":
@@ -80,27 +116,15 @@ class CodeStudent(OneStepNetwork):
             return CodeStudentConfig()
         return CodeStudentConfig(len(teacher.backbone.stack) + extra_layers)
 
-    @property
-    def float32_parts(self) -> tuple[nn.Module, ...]:
-        """The classifier."""
-        return (self.output,)
-
-    @property
-    def codebook(self) -> Tensor:
-        """(V, C) standardised codes."""
-        return self.backbone.to_tokens(self.codes)
-
     def draw(self, noise: Tensor, cond: Tensor) -> Drawn:
         """The most probable code of each position; its gradient is that of the expected code (straight through)."""
-        assert isinstance(self.backbone, ReadsOwnToken)
-        features = self.backbone.own_features(noise, cond, lambda index, x: x)
-        with full_precision(features.device):
-            logits = self.output(features.float())
-            codes = self.codebook
-            chosen = codes[logits.argmax(-1)]
-            if logits.requires_grad:
+        logits = in_float32(self.output, self.own.own_features(noise, cond, lambda index, x: x))
+        codes = self.codebook
+        chosen = codes[logits.argmax(-1)]
+        if logits.requires_grad:
+            with full_precision(logits.device):
                 expected = logits.softmax(-1) @ codes
-                chosen = chosen + (expected - expected.detach())
+            chosen = chosen + (expected - expected.detach())
         return Drawn(chosen, logits)
 
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
@@ -133,9 +157,7 @@ class CodeGuidance(nn.Module):
 
     def logits(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """(B, n, V) of p(. | tokens of earlier steps, cond), tokens (B, n, C)."""
-        features = self.backbone(tokens, cond)
-        with full_precision(features.device):
-            return self.output(features.float())
+        return in_float32(self.output, self.backbone(tokens, cond))
 
     def given(self, tokens: Tensor, cond: Tensor) -> CodeMixture:
         """The conditional score at every position, given tokens (B, n, C) before it and cond (B, ...)."""
@@ -151,6 +173,11 @@ def classifier_of(teacher: CodeTeacher) -> nn.Module:
     """A classifier on the features of the teacher's backbone: a copy of its own, or a fresh one where the teacher computes its
     features or logits otherwise than by backbone and output.
     """
-    if type(teacher).features is CodeTeacher.features and type(teacher).classify is CodeTeacher.classify:
+    if has_own_classifier(teacher):
         return copy.deepcopy(teacher.output)
     return nn.Linear(teacher.backbone.width, teacher.num_codes).to(teacher.device)
+
+
+def has_own_classifier(teacher: CodeTeacher) -> bool:
+    """Whether a teacher's logits are those of its `output` on its backbone's features."""
+    return type(teacher).features is CodeTeacher.features and type(teacher).classify is CodeTeacher.classify

@@ -6,11 +6,13 @@ Residual streams, statistics of norms, logits, Eq. 1, noise, sums over scales an
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -67,6 +69,12 @@ def name_of(dtype: torch.dtype) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """The context in which networks of `in_precision` are called."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def in_float32(module: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """What a classifier or another last map makes of features (..., D), in float32 whatever the autocast around it."""
+    with full_precision(features.device):
+        return module(features.float())
 
 
 def in_precision(module: M, dtype: torch.dtype, *, channels_last: bool = False) -> M:

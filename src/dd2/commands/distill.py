@@ -13,7 +13,7 @@ import torch
 from dd2.checkpoints.native import Role, load_generator, save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
-from dd2.code_student import CodeStudent
+from dd2.code_student import CodeStudent, has_own_classifier
 from dd2.commands.adapt import adapt, check_adaptation
 from dd2.commands.run_folder import read_seconds, start_run, write_seconds
 from dd2.device import pick_device
@@ -154,6 +154,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     whole = starting_networks(config.csd, tuned, fresh, over_codes)
     shipped = copy.deepcopy(whole.ema).cpu()
     networks = whole.placed(lambda network: _placed(network, config, device))
+    del tuned, fresh, over_codes, whole  # whole networks, which need not lie beside their shards
     if config.regress.iterations:
         seconds["regress"] = _regress(config, trainer, networks, teacher, samples, pairs)
     seconds["csd"] += trainer.run(csd_stage(networks, teacher, samples, config.csd, ode=config.regress.ode))
@@ -182,8 +183,11 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
     }
     for what in (name for name, wanted in needing.items() if wanted):
         require_codes(teacher, what)
-    if config.networks.generator == "codes" and not isinstance(teacher.backbone, ReadsOwnToken):
-        CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"))  # says what is missing
+    kinds = config.networks
+    if kinds.generator == "codes" and (kinds.extra_layers or not isinstance(teacher.backbone, ReadsOwnToken)):
+        CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)  # says what is missing
+    if "codes" in (kinds.generator, kinds.guidance) and not has_own_classifier(require_codes(teacher, "networks over codes")):
+        said.add("networks over codes start with a fresh classifier: the teacher computes features or logits in its own way")
     if not config.networks.need_stage1:
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but networks.* are codes and need none; leave it out")
@@ -194,8 +198,6 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
         said.add("csd.initialised has no effect on networks over codes, which start as the teacher")
     if config.sample_in_loop and not config.networks.need_stage1:
         said.add("sample_in_loop has no effect without stage 1")
-    if config.networks.extra_layers:
-        copy.deepcopy(teacher.backbone).deepen(config.networks.extra_layers)  # refuses layers that cannot be identities
     if config.regress.iterations and config.regress.own_share == 1:
         said.add("regress.pairs has no effect, as regress.own_share is 1")
     if config.csd.match.on:

@@ -15,12 +15,12 @@ from dd2.commands.distill import DistillConfig
 from dd2.device import tile_rows
 from dd2.errors import InputError
 from dd2.external import is_code
+from dd2.method.recipe import networks_over_codes
 from dd2.processes import say
 from dd2.scores import HeadScore
 from dd2.student import Student
 from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.layers import layer_stacks
-from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.footprint import Footprint, footprint
 
 GB = 1e9
@@ -174,14 +174,12 @@ Network = Student | CodeStudent | CodeGuidance
 
 def _networks(config: PlanConfig, teacher: CodeTeacher) -> tuple[Student | CodeStudent, Student | CodeGuidance]:
     """Generator and guidance network without weights."""
-    kinds = config.networks
-    over_codes = kinds.generator == "codes"
-    generator = (
-        CodeStudent.from_teacher(teacher, kinds.extra_layers) if over_codes else Student.from_teacher(teacher, config.head)
+    generator, guidance = networks_over_codes(config.networks, teacher)
+    with_head = Student.from_teacher(teacher, config.head).to("meta")
+    return (
+        with_head if generator is None else generator.to("meta"),
+        with_head if guidance is None else guidance.to("meta"),
     )
-    codes = kinds.guidance == "codes"
-    guidance = CodeGuidance.from_teacher(teacher) if codes else Student.from_teacher(teacher, config.head)
-    return generator.to("meta"), guidance.to("meta")
 
 
 def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: int) -> dict[str, Footprint]:
@@ -193,8 +191,7 @@ def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: 
 
     def features() -> Tensor:
         if isinstance(network, CodeStudent):
-            assert isinstance(network.backbone, ReadsOwnToken)
-            return network.backbone.own_features(tokens, cond, lambda index, x: x)
+            return network.own.own_features(tokens, cond, lambda index, x: x)
         return network.backbone(tokens, cond)
 
     def head(draws: int) -> Footprint:

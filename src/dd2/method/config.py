@@ -135,8 +135,18 @@ class RegressConfig:
             raise InputError(f"regress.ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.own_share <= 1:
             raise InputError(f"regress.own_share must be in [0, 1], got {self.own_share}")
+        if 0 < self.own_share < 1 and self.own_count in (0, self.batch):
+            raise InputError(
+                f"regress.own_share {self.own_share} of a batch of {self.batch} is {self.own_count} sequences; give 0, 1, or a "
+                "share (or batch) that leaves both kinds some"
+            )
         if self.guidance_iterations and not self.iterations:
             raise InputError("regress.guidance_iterations follow a regression; give regress.iterations too")
+
+    @property
+    def own_count(self) -> int:
+        """Sequences of a micro-batch without a pair."""
+        return round(self.own_share * self.batch)
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ class SequenceFeatures:
         self.teacher, self.config = teacher, config
         positions, channels = teacher.backbone.token_shape
         width = teacher.backbone.width
-        self._projected = self._projection("projected", positions * width, config.projections)
-        self._tokens = self._projection("tokens", positions * channels, config.projections)
-        self._condition = self._projection("condition", width, CONDITION_CHANNELS)
+        read = {"projected": positions * width, "tokens": positions * channels, "condition": width}
+        sizes = feature_sizes(teacher, config)
+        self._projections = {name: self._projection(name, read[name], sizes[name]) for name in config.features if name in read}
 
     def __call__(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Tokens (B, n, C), cond (B, ...) -> (B, F) float32."""
@@ -88,9 +88,9 @@ class SequenceFeatures:
         first = self.teacher.order.steps[0].start  # its features know the condition alone
         kinds = {
             "mean": lambda: found.mean(1),
-            "projected": lambda: found.flatten(1) @ self._projected,
-            "tokens": lambda: tokens.flatten(1) @ self._tokens,
-            "condition": lambda: found[:, first].detach() @ self._condition,
+            "projected": lambda: found.flatten(1) @ self._projections["projected"],
+            "tokens": lambda: tokens.flatten(1) @ self._projections["tokens"],
+            "condition": lambda: found[:, first].detach() @ self._projections["condition"],
         }
         return torch.cat([kinds[name]() for name in self.config.features], 1)
 
@@ -102,9 +102,9 @@ class SequenceFeatures:
         return torch.cat(parts).to(self.teacher.device)
 
     def _projection(self, name: str, channels: int, wanted: int) -> Tensor:
-        """(channels, at most `wanted`), a fixed draw; the identity where there are no more channels than that."""
+        """(channels, wanted), a fixed draw; the identity where all channels are wanted."""
         device = self.teacher.device
-        if channels <= wanted:
+        if channels == wanted:
             return torch.eye(channels, device=device)
         random = stream("match", name, 0, device=torch.device("cpu"))
         return (torch.randn(channels, wanted, generator=random) / math.sqrt(channels)).to(device)
@@ -123,22 +123,12 @@ class SequenceMatch(nn.Module, ABC):
         InputError: the reference has fewer sequences than the distance needs.
     """
 
-    mean: Tensor
-    scale: Tensor
-
     def __init__(self, features: SequenceFeatures, samples: TeacherSamples, config: MatchConfig, batch: int) -> None:
         super().__init__()
-        self.features, self.config = features, config
         check_reference(features.teacher, config, len(samples))
-        reference = self._of_samples(samples, min(config.reference, len(samples)), batch)
-        mean, deviation = reference.mean(0), reference.std(0)
-        if not deviation.max() > 0:
-            raise InputError("csd.match cannot compare with teacher samples that are all the same; look at csd.sampling")
-        # A channel that hardly varies would count for as much as the others by its noise alone.
-        scale = features.weights / deviation.clamp_min(1e-3 * deviation.max())
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.set_reference((reference - mean) * scale)
+        self.features, self.samples, self.config, self.batch = features, samples, config, batch
+        self._scaling: tuple[Tensor, Tensor] | None = None
+        self._begun = False
 
     @abstractmethod
     def set_reference(self, reference: Tensor) -> None:
@@ -148,8 +138,31 @@ class SequenceMatch(nn.Module, ABC):
     def distance(self, found: Tensor) -> Tensor:
         """From scaled features (B, F) of the generator's sequences, with gradient, to the reference."""
 
-    def begin(self, generator: OneStepNetwork, samples: TeacherSamples) -> None:
-        """Before every update: whatever the distance must know of the generator at the start. All processes must call it."""
+    def begin(self, generator: OneStepNetwork) -> None:
+        """Before every update; does something at the first alone, so that a stage that has ended costs nothing. All processes
+        must call it. Errors as `learn_reference`.
+        """
+        if not self._begun:
+            self._begun = True
+            self.learn_reference()
+            self.fill_memory(generator)
+
+    def learn_reference(self) -> None:
+        """Look at the teacher's samples.
+
+        Raises:
+            InputError: they are all the same.
+        """
+        reference = self._of_samples(min(self.config.reference, len(self.samples)))
+        mean, deviation = reference.mean(0), reference.std(0)
+        if not deviation.max() > 0:
+            raise InputError("csd.match cannot compare with teacher samples that are all the same; look at csd.sampling")
+        # A channel that hardly varies would count for as much as the others by its noise alone.
+        self._scaling = mean, self.features.weights / deviation.clamp_min(1e-3 * deviation.max())
+        self.set_reference(self._scaled(reference))
+
+    def fill_memory(self, generator: OneStepNetwork) -> None:
+        """Take in how the generator starts, where the distance remembers it."""
 
     def remember(self) -> None:
         """The iteration is over. All processes must call it."""
@@ -161,14 +174,19 @@ class SequenceMatch(nn.Module, ABC):
             return self.distance(scaled)
 
     def scaled(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """Features (B, F) on the reference's scale."""
-        return (self.features(tokens, cond) - self.mean) * self.scale
+        """Features (B, F) on the reference's scale, which is known once the distance has begun."""
+        return self._scaled(self.features(tokens, cond))
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        assert self._scaling is not None
+        mean, scale = self._scaling
+        return (features - mean) * scale
 
     @torch.no_grad()
-    def _of_samples(self, samples: TeacherSamples, count: int, batch: int) -> Tensor:
+    def _of_samples(self, count: int) -> Tensor:
         parts = []
-        for rows in torch.arange(count).split(batch):  # every process alike, as sharded teachers need
-            tokens, labels = samples.take(rows)
+        for rows in torch.arange(count).split(self.batch):  # every process alike, as sharded teachers need
+            tokens, labels = self.samples.take(rows)
             parts.append(self.features(tokens, self.features.teacher.conditions(labels)))
         return torch.cat(parts)
 
@@ -182,28 +200,27 @@ class FrechetMatch(SequenceMatch):
     second: Tensor
     primed: Tensor
 
-    def set_reference(self, reference: Tensor) -> None:
-        self._reference = fit_gaussian([reference])
-        self._reference = GaussianFit(*(x.to(reference.device) for x in (self._reference.mean, self._reference.covariance)))
-        size = reference.shape[1]
-        self.register_buffer("first", torch.zeros(size, dtype=torch.float64, device=reference.device))
-        self.register_buffer("second", torch.zeros(size, size, dtype=torch.float64, device=reference.device))
-        self.register_buffer("primed", torch.zeros((), dtype=torch.bool, device=reference.device))
+    def __init__(self, features: SequenceFeatures, samples: TeacherSamples, config: MatchConfig, batch: int) -> None:
+        super().__init__(features, samples, config, batch)
+        size, device = sum(feature_sizes(features.teacher, config).values()), features.teacher.device
+        self.register_buffer("first", torch.zeros(size, dtype=torch.float64, device=device))
+        self.register_buffer("second", torch.zeros(size, size, dtype=torch.float64, device=device))
+        self.register_buffer("primed", torch.zeros((), dtype=torch.bool, device=device))
         self._seen: list[tuple[Tensor, Tensor]] = []
-        self._begun = False
+
+    def set_reference(self, reference: Tensor) -> None:
+        found = fit_gaussian([reference])
+        self._reference = GaussianFit(*(x.to(reference.device) for x in (found.mean, found.covariance)))
 
     @torch.no_grad()
-    def begin(self, generator: OneStepNetwork, samples: TeacherSamples) -> None:
-        """Fill the memory with `config.prime` fresh sequences, unless it is filled, now or in the checkpoint."""
-        if self._begun:
-            return
-        self._begun = True
+    def fill_memory(self, generator: OneStepNetwork) -> None:
+        """With `config.prime` fresh sequences, unless the checkpoint's memory is filled."""
         if bool(self.primed):
             return
         teacher = self.features.teacher
         count = -(-self.config.prime // world_size()) * world_size()
         for rows in torch.arange(count).tensor_split(world_size())[rank()].split(PRIMED_AT_ONCE):
-            cond = teacher.conditions(samples.labels[rows % len(samples)].to(teacher.device))
+            cond = teacher.conditions(self.samples.labels[rows % len(self.samples)].to(teacher.device))
             drawn = one_step(generator, cond, [FIRST_SEED + row for row in rows.tolist()]).float()
             values = self.scaled(drawn, cond).double()
             self.first += values.sum(0) / count

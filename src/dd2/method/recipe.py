@@ -58,6 +58,11 @@ class Networks:
         averages = {limit: place(average) for limit, average in self.further.items()}
         return Networks(place(self.generator), place(self.guidance), place(self.ema), averages)
 
+    def average(self, limit: float, seen: int) -> None:
+        """Take the generator into all averages, of which `limit` is the first one's, after `seen` updates before."""
+        for bound, average in {limit: self.ema, **self.further}.items():
+            ema_update(average, self.generator, ema_rate(seen, bound))
+
     def restart_from_average(self) -> None:
         """Give the generator, and the further averages, the weights of the average."""
         for network in (self.generator, *self.further.values()):
@@ -150,16 +155,16 @@ def regress_stage(
         networks: the generator and its average are trained.
         teacher: whose ODE it is.
         samples: whose labels the sequences without a pair get.
-        pairs: of noise and data; None where `config.own_share` is 1.
+        pairs: of noise and data; None where no sequence of a batch has one.
         config: see there.
         sampling: the distribution whose ODE is solved.
     """
-    without = round(config.own_share * config.batch)
+    without = config.own_count
 
     def loss(random: torch.Generator) -> Losses:
         with part("data"):
             known = None
-            if pairs is not None and without < config.batch:
+            if pairs is not None:
                 noise, ids, labels = pairs.batch(config.batch - without, random)
                 known = noise, ids, teacher.conditions(labels)
         if known is not None and not without:
@@ -182,13 +187,12 @@ def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, c
     optim = replace(config.generator, lr=config.generator.lr * config.match.then_lr, warmup=0)
 
     def loss(random: torch.Generator) -> Losses:
-        match.begin(networks.generator, samples)
+        match.begin(networks.generator)
         return match_loss(networks.generator, _conditions(teacher, samples, config.batch, random), random, match)
 
     def after(step: int) -> None:
         match.remember()
-        for limit, average in {config.ema: networks.ema, **networks.further}.items():
-            ema_update(average, networks.generator, ema_rate(averaged + step, limit))
+        networks.average(config.ema, averaged + step)
 
     distance = TeacherDistance(teacher, samples, config.validation, config.batch, middle=True)
     update = Update("generator", list(networks.generator.parameters()), optim, loss, accumulate=config.accumulate)
@@ -261,7 +265,7 @@ def csd_stage(
 
     def train_generator(random: torch.Generator) -> Losses:
         if match is not None:
-            match.begin(generator, samples)
+            match.begin(generator)
         cond = _conditions(teacher, samples, config.batch, random)
         return generator_loss(generator, guidance, teacher, cond, config, random, match=match, ode=regressed)
 
@@ -269,8 +273,7 @@ def csd_stage(
         shared.clear()
         if match is not None:
             match.remember()
-        for limit, average in {config.ema: networks.ema, **networks.further}.items():
-            ema_update(average, generator, ema_rate(averaged + step, limit))
+        networks.average(config.ema, averaged + step)
 
     distance = TeacherDistance(teacher, samples, config.validation, config.batch, middle=config.match.on)
     validates = config.validation and not generator_frozen

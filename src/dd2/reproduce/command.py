@@ -14,7 +14,8 @@ from dd2.files import writable_folder
 from dd2.processes import say
 from dd2.reproduce.benches import Bench, open_bench
 from dd2.reproduce.page import collect, write, write_index
-from dd2.reproduce.tables import TABLES, Table, open_table
+from dd2.reproduce.rows import Table
+from dd2.reproduce.tables import TABLES, open_table
 from dd2.reproduce.workshop import Cell, Workshop
 
 

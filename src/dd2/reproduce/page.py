@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dd2.files import write_atomic
-from dd2.reproduce.tables import COLUMNS, Claim, Row, Table, value
+from dd2.reproduce.rows import COLUMNS, Claim, Row, Table, value
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dd2.device import full_precision, tile_rows
+from dd2.device import tile_rows
 from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
 from dd2.files import weights_digest
+from dd2.precision import in_float32
 from dd2.scores import CodeMixture
 from dd2.seeding import image_uniforms, one_each
 from dd2.teachers.base import Backbone, Teacher
@@ -102,8 +103,7 @@ class CodeTeacher(Teacher):
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (..., D) to logits (..., V), in float32 whatever the autocast: guidance multiplies their errors."""
-        with full_precision(features.device):
-            return self.output(features.float())
+        return in_float32(self.output, features)
 
     def cfg_weights(self, sampling: Sampling) -> Tensor:
         """Guidance weight s of each step, (S,), in null + s (conditional - null); 1 is no guidance.

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from dd2.checkpoints.native import NETWORKS, NetworkKind
-from dd2.device import full_precision
+from dd2.code_student import OwnTokenStudent
 from dd2.errors import InputError
 from dd2.order import Order
-from dd2.student import OneStepNetwork
+from dd2.precision import in_float32
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
-from dd2.teachers.own_token import ReadsOwnToken
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class DD1Config:
             )
 
 
-class DD1Student(OneStepNetwork):
+class DD1Student(OwnTokenStudent):
     """The teacher's layers under another mask: position i reads its own token, data or noise, behind those of earlier steps.
 
     A flag tells data from noise: an embedding, added to the input and, through a linear map each, before every layer and the
@@ -61,23 +60,17 @@ class DD1Student(OneStepNetwork):
         InputError: a step of the configuration is beyond the AR order, or the backbone cannot read a position's own token.
     """
 
-    codes: Tensor
+    called = "DD1's student"
 
     def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor, config: DD1Config) -> None:
-        super().__init__()
-        if not isinstance(backbone, ReadsOwnToken):
-            raise InputError(
-                f"DD1's student reads every position's own token, which a {type(backbone).__name__} cannot: no own_features "
-                "(dd2.teachers.own_token says what is expected)"
-            )
-        self.backbone, self.output, self.config = backbone, output, config
+        super().__init__(backbone, output, codebook)
+        self.config = config
         config.check(backbone.order)
         width, channels = backbone.width, codebook.shape[1]
         self.flag = nn.Embedding(2, width)
-        self.flag_maps = nn.ModuleList(nn.Linear(width, width) for _ in range(len(backbone.stack) + 1))
+        self.flag_maps = nn.ModuleList(nn.Linear(width, width) for _ in range(len(self.own.stack) + 1))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.continuous = nn.Linear(width, channels)
-        self.register_buffer("codes", codebook.detach().clone(), persistent=False)
         nn.init.normal_(self.flag.weight, std=0.02)
         nn.init.normal_(self.continuous.weight, std=0.02)
         for layer in (*self.flag_maps, self.continuous):
@@ -95,11 +88,6 @@ class DD1Student(OneStepNetwork):
     def float32_parts(self) -> tuple[nn.Module, ...]:
         """Both heads."""
         return self.output, self.continuous
-
-    @property
-    def codebook(self) -> Tensor:
-        """(V, C) standardised codes."""
-        return self.backbone.to_tokens(self.codes)
 
     def forward(self, tokens: Tensor, data: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads at every position.
@@ -119,11 +107,8 @@ class DD1Student(OneStepNetwork):
             own = torch.cat([self.flag.weight[1].expand(len(x), given, -1), flags], 1)
             return x + (own if index == 0 else 0) + self.flag_maps[index](own)
 
-        assert isinstance(self.backbone, ReadsOwnToken)
-        features = self.backbone.own_features(tokens, cond, before) + self.flag_maps[-1](flags)
-        with full_precision(features.device):
-            features = features.float()
-            return self.output(features), self.continuous(self.norm(features))
+        features = self.own.own_features(tokens, cond, before) + self.flag_maps[-1](flags)
+        return in_float32(self.output, features), in_float32(lambda x: self.continuous(self.norm(x)), features)
 
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
         return self._drawn(noise, torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device), cond)

@@ -2,23 +2,20 @@
 
 import fcntl
 import json
-import platform
 import shlex
-import sys
 from pathlib import Path
 from typing import IO, Any
 
-import numpy
 import torch
 
-import dd2
 from dd2.checkpoints.record import RunRecord
 from dd2.config import RENAMED, defaults, flat, read_yaml, to_yaml, with_fields
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.files import writable_folder, write_atomic
-from dd2.processes import first_process_only, world_size
+from dd2.processes import first_process_only
+from dd2.provenance import provenance
 from dd2.training.loop import LoopConfig
 
 _locks: dict[Path, IO[str]] = {}
@@ -87,16 +84,7 @@ def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> No
     write_atomic(file, to_yaml(with_fields(config, {"loop.resume": "auto"})))
     if record is not None:
         record.write(out)
-    versions = {
-        "dd2": dd2.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": numpy.__version__,
-        "command": [command, *sys.argv[2:]],
-        "threads": torch.get_num_threads(),
-        "processes": world_size(),
-    }
-    write_atomic(out / "versions.json", json.dumps(versions, indent=2) + "\n")
+    write_atomic(out / "versions.json", json.dumps(provenance(command, pick_device(config.device)), indent=2) + "\n")
 
 
 def read_seconds(run: Path) -> dict[str, float]:

@@ -22,6 +22,9 @@ from dd2.reproduce.benches import Bench
 Changes = tuple[tuple[str, Any], ...]
 """Fields by dotted name that differ from the bench's configuration."""
 
+CHECKPOINTS = 6
+"""Of stage 2, for curves of quality against iterations."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -124,6 +127,9 @@ class Workshop:
     def _config(self, cell: Cell) -> DistillConfig | DD1RunConfig:
         base = {"dd1": self.bench.dd1, "best": self.bench.distill}.get(cell.kind, self.bench.paper)
         config = with_fields(base, {"seed": cell.seed, "device": self.device, "teacher": self._teacher(), **dict(cell.changes)})
+        if cell.kind == "dd2":  # for curves
+            every = max(1, config.csd.iterations // CHECKPOINTS)
+            config = replace(config, loop=replace(config.loop, save_every=every, keep=2 * CHECKPOINTS))
         if isinstance(config, DD1RunConfig) or cell.kind == "best":
             return config
         if cell.kind == "stage1":

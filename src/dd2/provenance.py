@@ -1,0 +1,51 @@
+"""What made a result: versions, source and machine."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import dd2
+from dd2.processes import world_size
+
+
+def provenance(command: str, device: torch.device) -> dict[str, Any]:
+    """Content of a run's versions.json.
+
+    Args:
+        command: of dd2 that is running; its arguments are taken from the command line.
+        device: that it runs on.
+    """
+    return {
+        "dd2": dd2.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "command": [command, *sys.argv[2:]],
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+    }
+
+
+def machine(device: torch.device) -> str:
+    """What a device is, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"a {platform.machine()} CPU with {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """Of the repository that dd2 runs from, "-dirty" where files of it differ; empty where it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return found.stdout.strip()

@@ -76,6 +76,9 @@ def test_all_tables_of_a_bench(tiny_bench, tmp_path, capsys):
         assert all(len(number["values"]) == 1 for row in content["rows"].values() for number in row.values())
         assert (tmp_path / "results" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         page = (tmp_path / "results" / f"{stem}.md").read_text()
+        curves = content.get("curves", {})
+        assert bool(curves) == (tmp_path / "results" / f"{stem}_curve.png").is_file() == (name in ("4", "k"))
+        assert all([point["step"] for point in runs[0]] == [1, 2, 3, 4, 5, 6] for runs in curves.values())
         assert page.count("**found**") + page.count("**not found**") == len(content["claims"]) > 0
     index = (tmp_path / "results" / "tiny_tables.md").read_text()
     assert all(f"(tiny_{'table' if name.isdigit() else ''}{name}.md)" in index for name in TABLES)

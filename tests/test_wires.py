@@ -448,6 +448,19 @@ def test_what_starts_from_stage_one(initialised):
     assert equal(networks.ema.state_dict(), networks.generator.state_dict())
 
 
+def test_random_weights_have_nothing_of_the_teacher():
+    tuned, fresh, _ = networks_and_teacher()
+    networks = starting_networks(CSDConfig(initialised="random"), tuned, fresh)
+    for network in (networks.generator, networks.guidance):
+        before = dict(fresh.backbone.named_parameters())
+        for name, parameter in network.backbone.named_parameters():
+            if parameter.dim() > 1:
+                assert not torch.isclose(parameter, before[name], rtol=1e-3).float().mean() > 0.05, name
+                assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
+        assert equal(network.head.state_dict(), fresh.head.state_dict())
+    assert equal(networks.ema.state_dict(), networks.generator.state_dict())
+
+
 LLAMAGEN_L_STAGE2 = {"iterations": 12_000, "k": 5, "guidance.lr": 2e-4, "generator.lr": 1e-4, "generator.warmup": 8000}
 TABLES_10_AND_11: dict[str, dict[str, Any]] = {
     "var_d16": {

@@ -16,8 +16,9 @@ from dd2.config import flat
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
+from dd2.evaluation.curve import curve_numbers, curve_plot, draw_checkpoints
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
-from dd2.evaluation.methods import Method, absent, methods
+from dd2.evaluation.methods import Method, absent, methods, one_step_method
 from dd2.evaluation.metrics import check_channels, check_extrapolation, warnings
 from dd2.evaluation.reference import Reference, open_reference
 from dd2.evaluation.report import Section, write_run_report
@@ -69,6 +70,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         check_extrapolation(config.count, channels)
     found = read_features(network, torch.zeros(2, *run.teacher.tokenizer.image_shape, device=device))["pool"].shape[1]
     check_channels(found, reference)  # before the methods are drawn
+    points = draw_checkpoints(config.run, run, spent, scorer, lambda: one_step_method(ways, run.teacher)) if config.curve else []
     banks = scorer.drawn(compared)  # all processes have waited for each other; what follows is done once
     if rank() != 0:
         return {}
@@ -76,7 +78,13 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.path_length:
         numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
     if config.speed:
-        numbers |= speed_numbers(ways, config.batch)
+        numbers |= speed_numbers(ways, compared, config.batch)
+    pictures = []
+    if points:
+        floor, worst = numbers["frechet"]["floor"], numbers["frechet"]["onestep_marginal"]
+        numbers["curve"] = curve_numbers(points, reference, floor, worst)
+        plot = curve_plot({"generator": [numbers["curve"]]}, floor, worst)
+        pictures.append(("Distance against training", "Every checkpoint that the run keeps, scored as its generator is.", plot))
     seconds = {**spent, "evaluate": time.perf_counter() - start}
     seconds["total"] = sum(seconds.values())
     decides = {key: value for key, value in flat(config).items() if key not in ("run", "device", "trust")}
@@ -99,7 +107,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "warnings": warnings(config.count, channels, reference.described),
     }
     write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
-    write_run_report(Section(config.run, numbers, scorer.shown(compared)))
+    write_run_report(Section(config.run, numbers, scorer.shown(compared), pictures))
     say(summary(numbers))
     say(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
     if config.export is not None:

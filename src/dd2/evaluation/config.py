@@ -53,8 +53,10 @@ class EvaluateConfig:
     """Score a count that is no multiple of the number of labels, or images with more of one label than of another."""
     allow_duplicates: bool = False
     """Score images that were drawn with the same seed more than once."""
+    curve: bool = False
+    """Also score every checkpoint that the run keeps (loop.save_every, loop.keep), and draw distance against training."""
     speed: bool = True
-    """Also measure seconds per image beside the teacher's."""
+    """Also measure seconds per image of every method."""
     cache: Path | None = None
     """Folder of features on disk, RUN/features by default: runs of one teacher that share it draw the teacher once."""
     trust: tuple[str, ...] = ()
@@ -77,8 +79,8 @@ class EvaluateConfig:
             raise InputError(
                 f"path_length must be 0 or at least 3 and epsilon in (0, 1), got {self.path_length} and {self.epsilon}"
             )
-        if self.images is not None and (self.path_length or self.steps != (1,) or self.skip):
-            raise InputError("path_length, steps and skip need a run: images alone cannot be drawn again")
+        if self.images is not None and (self.path_length or self.steps != (1,) or self.skip or self.curve):
+            raise InputError("path_length, steps, skip and curve need a run: images alone cannot be drawn again")
         if self.images is not None and self.reference == "teacher":
             raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
         if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):

@@ -66,23 +66,18 @@ def methods(
     Raises:
         InputError: a number of steps is not possible, or needs a teacher over codes.
     """
-    generator = {"weights": weights_digest(ways.generator.student)}
+    one_step = one_step_method(ways, teacher)
+    generator = one_step.decides
     all_steps = f"{teacher.order.num_steps} AR steps"
 
     def whole(draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
-        def drawn(labels: Tensor, seeds: list[int]) -> Drawn:
-            cond = teacher.conditions(labels)
-            tokens = draw(cond, seeds)
-            tokens = teacher.snap(tokens) if snap else tokens
-            return ways.decode(tokens, cond), tokens
-
-        return drawn
+        return _whole(ways, teacher, draw, snap)
 
     found = {"teacher": Method(f"Teacher, {all_steps}", whole(ways.by_teacher()), floor=True)}
     if ways.tuned is not None:
         tuned = {"weights": weights_digest(ways.tuned.student)}
         found["ar_diffusion"] = Method(f"AR-diffusion (stage 1), {all_steps}", whole(ways.ar_diffusion()), tuned)
-    found["generator"] = Method("Generator, one step", whole(ways.one_step()), generator)
+    found["generator"] = one_step
     if isinstance(teacher, CodeTeacher):
         nearest = whole(ways.one_step(), snap=True)
         found["generator_nearest"] = Method("Generator, one step, nearest codes", nearest, generator)
@@ -101,6 +96,23 @@ def methods(
     decides = {"samples": marginal_of, "over": marginal.over}
     found["onestep_marginal"] = Method(f"onestep*, independent tokens (per {marginal.over})", independent, decides)
     return found
+
+
+def one_step_method(ways: Ways, teacher: Teacher) -> Method:
+    """The generator as it is now."""
+    return Method(
+        "Generator, one step", _whole(ways, teacher, ways.one_step()), {"weights": weights_digest(ways.generator.student)}
+    )
+
+
+def _whole(ways: Ways, teacher: Teacher, draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
+    def drawn(labels: Tensor, seeds: list[int]) -> Drawn:
+        cond = teacher.conditions(labels)
+        tokens = draw(cond, seeds)
+        tokens = teacher.snap(tokens) if snap else tokens
+        return ways.decode(tokens, cond), tokens
+
+    return drawn
 
 
 def _skipped(ways: Ways, m: int) -> Callable[[Tensor, list[int]], Drawn]:

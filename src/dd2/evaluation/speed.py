@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dd2.evaluation.methods import Method
 from dd2.sampling import Ways
 
 SPEED_BATCHES = (16, 1, 256)
@@ -14,15 +15,15 @@ SPEED_BATCHES = (16, 1, 256)
 
 
 @torch.inference_mode()
-def speed_numbers(ways: Ways, largest: int) -> dict[str, Any]:
-    """Whole images, decoding included: the KV-cached teacher against one step, same batch, same process.
+def speed_numbers(ways: Ways, methods: Mapping[str, Method], largest: int) -> dict[str, Any]:
+    """Whole images, decoding included: the KV-cached teacher against one step and every other method, same batch and process.
 
     The ratio falls as the batch grows: at large batches both are bound by arithmetic, of which one pass has hardly
     less than n cached steps; at small ones the teacher waits n times for the next token. Batches above `largest`, the
     evaluation's own, are left out: they may not fit.
     """
     sizes = [size for size in SPEED_BATCHES if size <= max(largest, 1)]
-    by_batch = {size: _seconds(ways, size) for size in sizes}
+    by_batch = {size: _seconds(ways, methods, size) for size in sizes}
     return {
         "speedup_vs_teacher": by_batch[sizes[0]]["teacher"] / by_batch[sizes[0]]["generator"],
         "speedup_batch": sizes[0],
@@ -33,19 +34,17 @@ def speed_numbers(ways: Ways, largest: int) -> dict[str, Any]:
     }
 
 
-def _seconds(ways: Ways, size: int) -> dict[str, float]:
+def _seconds(ways: Ways, methods: Mapping[str, Method], size: int) -> dict[str, float]:
     teacher = ways.known_teacher
-    cond = teacher.conditions.default(size, teacher.device)
-    seeds = list(range(size))
+    labels = teacher.conditions.default_labels(torch.arange(size)).to(teacher.device)
+    cond, seeds = teacher.conditions(labels), list(range(size))
     tokens = torch.zeros(size, *teacher.backbone.token_shape, device=teacher.device)
-    by_teacher, one_step = ways.by_teacher(), ways.one_step()
-    taken = seconds_per_call(
-        {
-            "teacher": lambda: ways.decode(by_teacher(cond, seeds), cond),
-            "generator": lambda: ways.decode(one_step(cond, seeds), cond),
-            "decoding_alone": lambda: ways.decode(tokens, cond),
-        }
-    )
+    timed: dict[str, Callable[[], object]] = {
+        name: lambda method=method: method.draw(labels, seeds)
+        for name, method in methods.items()
+        if name not in ("onestep_marginal", "generator_nearest")
+    }
+    taken = seconds_per_call(timed | {"decoding_alone": lambda: ways.decode(tokens, cond)})
     return {name: seconds / size for name, seconds in taken.items()}
 
 

@@ -229,9 +229,9 @@ class CSDConfig:
     """Condition the teacher on the nearest codes of the generated q_<i, which are all it was trained on."""
     snap_guidance: bool = False
     """Condition the guidance network on the nearest codes of the generated q_<i."""
-    initialised: Literal["both", "guidance", "generator", "neither"] = "both"
+    initialised: Literal["both", "guidance", "generator", "neither", "random"] = "both"
     """Which networks start from the stage-1 model; the others start as stage 1 did, the teacher's layers under a fresh head
-    (Sec. 5.5, Table 4)."""
+    (Sec. 5.5, Table 4). random: both without anything of the teacher's."""
     regression_weight: float = 0.0
     """Weight of `regress`'s loss on the generator's own tokens, beside the CSD loss."""
     match: MatchConfig = field(default_factory=MatchConfig)

@@ -1,5 +1,6 @@
 """The recipe (Sec. 3.3, Alg. 3, App. E): which networks each stage trains, with which losses."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,7 +107,7 @@ def starting_networks(
     def started(role: str) -> Student:
         student = tuned if config.initialised in ("both", role) else fresh
         assert student is not None
-        return student
+        return _random_weights(student) if config.initialised == "random" else student
 
     generator, guidance = over_codes
     return Networks.starting_from(
@@ -114,6 +115,18 @@ def starting_networks(
         started("guidance") if guidance is None else guidance,
         config.further_emas,
     )
+
+
+@torch.no_grad()
+def _random_weights(student: Student) -> Student:
+    """The same network with nothing of the teacher's in its layers: N(0, 0.02²), as AR transformers usually start; gains at 1."""
+    student = copy.deepcopy(student)
+    for name, parameter in student.backbone.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 0.02)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return student
 
 
 def average_name(limit: float) -> str:

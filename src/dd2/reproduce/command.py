@@ -1,19 +1,14 @@
 """dd2 reproduce: the paper's tables at sizes that one machine can run."""
 
-import os
-import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.processes import say
 from dd2.reproduce.benches import Bench, open_bench
-from dd2.reproduce.page import collect, write, write_index
+from dd2.reproduce.page import collect, curves_of, provenances, write, write_index
 from dd2.reproduce.rows import Table
 from dd2.reproduce.tables import TABLES, open_table
 from dd2.reproduce.workshop import Cell, Workshop
@@ -21,15 +16,15 @@ from dd2.reproduce.workshop import Cell, Workshop
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Reproduce a table of the paper: 1, 2, 3, 4, 5, 7, 9, k (guidance updates), loss (SiD, SIM, DMD), recipe (what goes beyond
-    the paper), or all.
+    """Reproduce a table of the paper: 1, 2, 3, 4, 5, 7, 9, k (guidance updates), loss (SiD, SIM, DMD), latency (quality
+    against it), recipe (what goes beyond the paper), or all.
 
     Everything is made once: runs are kept in OUT/BENCH under the hash of what made them, so that a second table uses the first
     one's teacher, stage 1 and generators, and an interrupted table goes on. Writes RESULTS/BENCH_tableN.md, .json and .png.
     """
 
     table: str = "all"
-    """1, 2, 3, 4, 5, 7, 9, k, loss, recipe, or all."""
+    """1, 2, 3, 4, 5, 7, 9, k, loss, latency, recipe, or all."""
     bench: str = "digits"
     """digits, digits_var (two CPU cores); fashion, cifar10, imagenette64 and each with _var (a GPU, and --images)."""
     budget: float = 0.0
@@ -77,18 +72,20 @@ def reproduce(config: ReproduceConfig) -> None:
         say(f"[{index + 1} of {len(cells)}] {cell}")
         workshop.run(cell)
     for name, table in tables.items():
+        used = _cells(workshop, {name: table}, config.seeds)
         evaluations = {
             row.label: [workshop.evaluated(row.cell(seed), **_evaluation(name, table)) for seed in config.seeds]
             for row in table.rows
         }
         file = f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
-        write(config.results, file, table, collect(table, evaluations), _made(config, name, bench, budget))
+        made = _made(config, name, bench, budget) | provenances([workshop.folder(cell) for cell in used])
+        write(config.results, file, table, collect(table, evaluations), made, curves_of(table, evaluations))
         say(f"wrote {config.results / file}.md")
     say(f"wrote {write_index(config.results, config.bench)}")
 
 
 def _evaluation(name: str, table: Table) -> dict[str, Any]:
-    return {"speed": name == "1", **table.evaluation}
+    return {"speed": name in ("1", "latency"), "curve": table.curves, **table.evaluation}
 
 
 def _cells(workshop: Workshop, tables: dict[str, Table], seeds: tuple[int, ...]) -> list[Cell]:
@@ -145,21 +142,4 @@ def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float) -> di
         "count": config.count,
         "command": f"dd2 reproduce --table {name} --bench {config.bench} --budget {budget:g} --count {config.count} "
         f"--seeds {' '.join(map(str, config.seeds))}",
-        "machine": _machine(config.device),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "commit": _commit(),
     }
-
-
-def _machine(device: str) -> str:
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"a {platform.machine()} CPU with {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    """Of the repository that dd2 runs from, if it does."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dd2.evaluation.curve import curve_plot
 from dd2.files import write_atomic
 from dd2.reproduce.rows import COLUMNS, Claim, Row, Table, value
 
@@ -43,7 +44,7 @@ def collect(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> Resul
     results: Results = {}
     for row in table.rows:
         results[row.label] = {}
-        for column in {*table.columns, *(claim.column for claim in table.claims), "seconds"}:
+        for column in {*table.columns, *(claim.column for claim in table.claims), "seconds", "floor", "worst"}:
             values = [value(numbers, row.method, column) for numbers in evaluations[row.label]]
             known = [number for number in values if number is not None]
             if known:
@@ -66,19 +67,47 @@ def verdict(claim: Claim, results: Results) -> dict[str, Any]:
     return {"claim": claim.text, "found": found, "measured": said}
 
 
-def write(folder: Path, name: str, table: Table, results: Results, made: dict[str, Any]) -> None:
-    """Write NAME.md, NAME.json and NAME.png.
+def curves_of(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The distance at every checkpoint of stage 2: row label -> of each seed's run. Empty for tables without."""
+    if not table.curves:
+        return {}
+    return {
+        label: [[point for point in numbers["curve"] if point["stage"] == "csd"] for numbers in runs]
+        for label, runs in evaluations.items()
+    }
+
+
+def provenances(runs: list[Path]) -> dict[str, str]:
+    """Machines, threads, torch and commits of the runs of a table, each once."""
+    found = [json.loads((run / "versions.json").read_text()) for run in runs]
+    return {key: ", ".join(sorted({str(one.get(key, "")) for one in found})) for key in ("machine", "threads", "torch", "commit")}
+
+
+def write(
+    folder: Path,
+    name: str,
+    table: Table,
+    results: Results,
+    made: dict[str, Any],
+    curves: dict[str, list[list[dict[str, Any]]]],
+) -> None:
+    """Write NAME.md, NAME.json and NAME.png, and NAME_curve.png where there are curves.
 
     Args:
         folder: where to.
         name: of the files.
         table, results: what.
         made: bench, budget, seeds, machine, versions and command.
+        curves: from `curves_of`.
     """
     verdicts = [verdict(claim, results) for claim in table.claims]
     folder.mkdir(parents=True, exist_ok=True)
     rows = {label: {column: asdict(number) for column, number in found.items()} for label, found in results.items()}
     content = {"title": table.title, **made, "rows": rows, "claims": verdicts}
+    if curves:
+        content["curves"] = curves
+        floor, worst = (results[table.rows[0].label][key].mean for key in ("floor", "worst"))
+        write_atomic(folder / f"{name}_curve.png", curve_plot(curves, floor, worst, "step"))
     write_atomic(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
     write_atomic(folder / f"{name}.png", _plot(table, results))
     write_atomic(folder / f"{name}.md", markdown(name, table, results, verdicts, made))
@@ -121,7 +150,15 @@ def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str,
     lines += [f"| {row.label} | {row.steps} | {_cells(row, columns, results)} | {row.paper} |" for row in table.rows]
     lines += ["", *([_wrapped(table.note), ""] if table.note else []), "What the paper claims, and what is found here:", ""]
     lines += [_said(entry) for entry in verdicts]
-    return "\n".join([*lines, "", f"![{table.title}]({name}.png)", ""])
+    lines += ["", f"![{table.title}]({name}.png)", ""]
+    if table.curves:
+        lines += [
+            "The generator's average at every checkpoint of stage 2, a line per seed:",
+            "",
+            f"![distance against steps]({name}_curve.png)",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def _cells(row: Row, columns: list[str], results: Results) -> str:
@@ -134,8 +171,8 @@ def _described(made: dict[str, Any]) -> str:
     return _wrapped(
         f"Seeds {seeds}: mean ± standard deviation; a claim counts as found if the difference of the means exceeds the larger "
         f"deviation. {made['count']:,} images per method, as many of the teacher. Budget {made['budget']:g} minutes of the "
-        f"bench's machine per DD2 distillation: {made['iterations']}. Made on {made['machine']}, {made['threads']} "
-        f"thread{'s' if made['threads'] > 1 else ''} a run, torch {made['torch']}, commit {made['commit']}."
+        f"bench's machine per DD2 distillation: {made['iterations']}. Made on {made['machine']}, "
+        f"{made['threads']} threads a run, torch {made['torch']}, commit {made['commit'] or 'unknown'}."
     )
 
 

@@ -59,6 +59,7 @@ class Table:
         claims: what is checked.
         evaluation: further fields of the evaluation of its runs.
         note: what a reader must know.
+        curves: whether the page also shows the distance at every checkpoint of stage 2.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Table:
     claims: list[Claim]
     evaluation: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    curves: bool = False
 
 
 COLUMNS = MEASURED | {
@@ -85,6 +87,8 @@ USUAL = ("frechet", "gap", "precision", "recall", "teacher_nll", "accuracy")
 def value(numbers: dict[str, Any], method: str, column: str) -> float | None:
     """A number of one evaluation; None where the method has none."""
     found = numbers["metrics"].get(method)
+    if column in ("floor", "worst"):
+        return numbers["frechet"][{"floor": "floor", "worst": "onestep_marginal"}[column]]
     if column == "gap":
         worst, floor = numbers["frechet"]["onestep_marginal"], numbers["frechet"]["floor"]
         return (worst - found["frechet"]) / (worst - floor)
@@ -93,8 +97,8 @@ def value(numbers: dict[str, Any], method: str, column: str) -> float | None:
         parts = ("samples", "tune", "pairs", "regress", "csd", "dd1")
         return sum(numbers["seconds"].get(part, 0.0) for part in parts) if learned else None
     if column == "milliseconds":
-        timed = {"generator": "generator", "teacher": "teacher"}.get(method)
-        return 1000 * numbers["speed"][0]["seconds_per_image"][timed] if timed and "speed" in numbers else None
+        taken = numbers["speed"][0]["seconds_per_image"].get(method) if "speed" in numbers else None
+        return 1000 * taken if taken is not None else None
     if column == "path_length":
         return numbers.get("path_length", {}).get(method, {}).get("mean")
     return found.get(column)

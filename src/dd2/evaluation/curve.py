@@ -1,0 +1,132 @@
+"""Quality against training: every checkpoint that a run keeps, scored as its generator is."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from dd2.checkpoints.runs import FinishedRun
+from dd2.errors import InputError
+from dd2.evaluation.methods import Method
+from dd2.evaluation.reference import Reference
+from dd2.evaluation.score import Scorer
+from dd2.frechet import fit_gaussian, frechet_distance
+from dd2.training.checkpoint import STATE_FILE, steps
+from dd2.training.metrics import MetricsLog
+from dd2.training.store import Store
+
+AVERAGES = {"regress": "generator_ema", "csd": "generator_ema", "dd1": "student_ema"}
+"""Stages that train what is shipped, in their order, and the checkpoint file of what is shipped."""
+
+EARLIER = {"regress": ("samples", "tune", "pairs"), "csd": ("samples", "tune", "pairs", "regress"), "dd1": ("samples", "pairs")}
+"""Parts of seconds.json that a stage comes after."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint: which it is, and the seconds of everything up to it."""
+
+    stage: str
+    step: int
+    seconds: float
+    validation: float | None
+
+
+def draw_checkpoints(
+    folder: Path, run: FinishedRun, spent: dict[str, float], scorer: Scorer, generator: Callable[[], Method]
+) -> list[tuple[Point, Store]]:
+    """The samples of every checkpoint, drawn by all processes.
+
+    Args:
+        folder: of the run.
+        run: its networks; the generator's weights are replaced, and put back at the end.
+        spent: content of seconds.json.
+        scorer: draws and keeps them.
+        generator: what draws from the generator as it is now.
+
+    Raises:
+        InputError: the run keeps no checkpoint, or one cannot be read.
+    """
+    student = run.generator.student
+    shipped = {name: value.clone() for name, value in student.state_dict().items()}
+    found: list[tuple[Point, Store]] = []
+    for point, file in _checkpoints(folder, spent):
+        try:
+            student.load_state_dict(load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(f"{file} is damaged or of another network ({' '.join(str(error).split())[:200]})") from error
+        title = f"{point.stage} {point.step}"
+        found.append((point, scorer.bank(title, "generator", generator(), "methods")))
+    student.load_state_dict(shipped)
+    if not found:
+        raise InputError(f"{folder} keeps no checkpoints of {', '.join(AVERAGES)}, so there is no curve; leave out --curve")
+    return found
+
+
+def _checkpoints(folder: Path, spent: dict[str, float]) -> list[tuple[Point, Path]]:
+    rows = MetricsLog(folder / "metrics.jsonl").rows()
+    found = []
+    for stage, average in AVERAGES.items():
+        taken = {row["step"]: row["seconds"] for row in rows if row["stage"] == stage and "seconds" in row}
+        before = sum(spent.get(part, 0.0) for part in EARLIER[stage])
+        for step in steps(folder / "checkpoints" / stage):
+            checkpoint = folder / "checkpoints" / stage / f"{step:08d}"
+            state = json.loads((checkpoint / STATE_FILE).read_text())
+            point = Point(stage, step, before + taken.get(step, state["seconds"]), state.get("validation"))
+            found.append((point, checkpoint / f"{average}.safetensors"))
+    return found
+
+
+def curve_numbers(drawn: list[tuple[Point, Store]], reference: Reference, floor: float, worst: float) -> list[dict[str, Any]]:
+    """Numbers of every checkpoint.
+
+    Args:
+        drawn: from `draw_checkpoints`.
+        reference: what distances are to.
+        floor, worst: distances of the teacher and of independent tokens, between which `gap_closed` counts.
+    """
+    rows = []
+    for point, bank in drawn:
+        distance = frechet_distance(fit_gaussian(bank.stream("pool")), reference.fits["pool"])
+        row = {"stage": point.stage, "step": point.step, "seconds": point.seconds, "validation": point.validation}
+        row |= {"frechet": distance, "gap_closed": (worst - distance) / (worst - floor) if worst != floor else float("nan")}
+        if "nll" in bank.names():
+            row["teacher_nll"] = float(bank.load("nll").double().mean())
+        if "probabilities" in bank.names():
+            right = bank.load("probabilities").argmax(1) == bank.load("labels")
+            row["accuracy"] = float(right.double().mean())
+        rows.append(row)
+    return rows
+
+
+def curve_plot(curves: dict[str, list[list[dict[str, Any]]]], floor: float, worst: float, by: str = "seconds") -> bytes:
+    """Fréchet distance against training as a PNG file.
+
+    Args:
+        curves: label -> the rows of each of its runs, drawn in one colour.
+        floor, worst: drawn as lines.
+        by: "seconds" or "step".
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (label, runs) in enumerate(curves.items()):
+        for number, rows in enumerate(runs):
+            x = [row[by] for row in rows]
+            y = [row["frechet"] for row in rows]
+            axes.plot(x, y, marker="o", markersize=3, color=f"C{index}", label=label if number == 0 else None)
+    axes.axhline(floor, color="0.5", linestyle="--", label="teacher against itself (floor)")
+    axes.axhline(worst, color="tab:red", linestyle=":", label="independent tokens (onestep*)")
+    axes.set(xlabel={"seconds": "seconds of training", "step": "generator steps"}[by], ylabel="Fréchet distance", yscale="log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -45,6 +45,15 @@ SMALL = {
     "loop.preview_every": 0,
 }
 
+OWN = {
+    "regress.iterations": 3,
+    "regress.pairs": 24,
+    "regress.batch": 8,
+    "regress.guidance_iterations": 1,
+    "csd.match.projections": 2,
+    "csd.match.prime": 16,
+}
+
 
 @pytest.fixture
 def tiny_bench(tmp_path, monkeypatch) -> Bench:
@@ -53,8 +62,7 @@ def tiny_bench(tmp_path, monkeypatch) -> Bench:
     monkeypatch.chdir(tmp_path)
     bench = open_bench("digits", teacher=str(tmp_path / "teacher"))
     small = {"pairs": 96, "standardise_samples": 48, "ode.steps": 2, "train.batch": 8, "train.iterations": 4}
-    own = {"regress.iterations": 3, "regress.pairs": 48, "regress.batch": 8, "regress.guidance_iterations": 1}
-    distill, paper = with_fields(bench.distill, {**SMALL, **own}), with_fields(bench.paper, SMALL)
+    distill, paper = with_fields(bench.distill, {**SMALL, **OWN}), with_fields(bench.paper, SMALL)
     dd1 = with_fields(bench.dd1, {**small, "loop.preview_every": 0})
     bench = replace(bench, distill=distill, paper=paper, dd1=dd1, steps=(1, 2))
     monkeypatch.setitem(benches.BENCHES, "tiny", lambda images: bench)
@@ -269,7 +277,8 @@ def test_a_bench_of_real_images_trains_everything_first(tmp_path, monkeypatch, n
         tokenizer=with_fields(bench.tokenizer, {**quiet, **sizes, "iterations": 2}),
         teacher=with_fields(bench.teacher, {**quiet, **teacher}),
         classifier=with_fields(bench.classifier, {"iterations": 2, "batch": 4, "classifier.width": 4}),
-        distill=with_fields(bench.distill, {**SMALL, "teacher_samples": 24}),
+        distill=with_fields(bench.distill, {**SMALL, **OWN}),
+        paper=with_fields(bench.paper, SMALL),
         dd1=with_fields(bench.dd1, small),
     )
     monkeypatch.setitem(benches.BENCHES, name, lambda images: cut)
@@ -291,7 +300,7 @@ def test_a_bench_of_real_images_trains_everything_first(tmp_path, monkeypatch, n
     rows = json.loads((tmp_path / "results" / f"{name}_table3.json").read_text())["rows"]
     assert {"DD1", "DD2"} <= rows.keys()
     kept = {path.name.split("-")[0] for path in (tmp_path / "runs" / name).iterdir()}
-    assert kept == {"tokenizer", "teacher", "classifier", "stage1", "dd1", "dd2", "features"}
+    assert kept == {"tokenizer", "teacher", "classifier", "stage1", "dd1", "dd2", "best", "features"}
     assert main([*arguments, "--dry-run"]) == 0
 
 

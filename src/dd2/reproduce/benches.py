@@ -105,6 +105,29 @@ def _digits_var(images: str) -> Bench:
     )
 
 
+def _fashion(images: str) -> Bench:
+    _need_images("fashion", images)
+    tokenizer, teacher, classifier = (
+        replace(load_config(kind, f"fashion_{name}"), data=images)
+        for kind, name in (
+            (TrainTokenizerConfig, "tokenizer"),
+            (TrainTeacherConfig, "teacher"),
+            (TrainClassifierConfig, "classifier"),
+        )
+    )
+    runs = (
+        load_config(DistillConfig, "fashion"),
+        load_config(DistillConfig, "fashion_paper"),
+        load_config(DD1RunConfig, "fashion_dd1"),
+    )
+    return Bench(*runs, 64, 25.0, (1, 9, 17, 33), (8,), tokenizer, teacher, classifier)
+
+
+def _need_images(name: str, images: str) -> None:
+    if not images:
+        raise InputError(f"bench {name} needs the real images: give --images, a folder or zip of {name}")
+
+
 @dataclass(frozen=True)
 class _Images:
     """What differs between the benches of real images."""
@@ -129,8 +152,7 @@ REAL = {
 
 def _real(name: str, next_scale: bool) -> Callable[[str], Bench]:
     def build(images: str) -> Bench:
-        if not images:
-            raise InputError(f"bench {name} needs the real images: give --images, a folder or zip of {name}")
+        _need_images(name, images)
         sizes = REAL[name]
         vq = VQConfig(
             codebook_size=sizes.codes,
@@ -184,4 +206,5 @@ BENCHES: dict[str, Callable[[str], Bench]] = {
     "digits_var": _digits_var,
     **{name: _real(name, False) for name in REAL},
     **{f"{name}_var": _real(name, True) for name in REAL},
+    "fashion": _fashion,
 }

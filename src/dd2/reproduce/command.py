@@ -26,7 +26,8 @@ class ReproduceConfig:
     table: str = "all"
     """1, 2, 3, 4, 5, 7, 9, k, loss, latency, recipe, or all."""
     bench: str = "digits"
-    """digits, digits_var (two CPU cores); fashion, cifar10, imagenette64 and each with _var (a GPU, and --images)."""
+    """digits, digits_var (two CPU cores); fashion (the same in hours, and --images); fashion_var, cifar10, cifar10_var,
+    imagenette64 and imagenette64_var (a GPU, and --images)."""
     budget: float = 0.0
     """Minutes of one DD2 distillation on the bench's machine; iterations of both methods scale with it. 0: the bench's own."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -87,17 +87,17 @@ def test_the_frechet_memory_is_an_exponential_mean_that_checkpoints_hold(tmp_pat
     teacher, cond = match.features.teacher, torch.tensor([0, 1, 2])
     generator = CodeStudent.from_teacher(teacher)  # pyright: ignore[reportArgumentType]
     match.begin(generator)
-    before = match.first.clone()
+    before = match.moments.first.clone()
     assert before.abs().sum() > 0
     match.begin(generator)  # filled once
-    assert (match.first == before).all()
+    assert (match.moments.first == before).all()
     tokens = [torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     for part in tokens:  # micro-batches of one iteration
         match(part.requires_grad_(), cond)
-    assert (match.first == before).all()  # not before the iteration is over
+    assert (match.moments.first == before).all()  # not before the iteration is over
     match.remember()
     new = torch.stack([match.scaled(part, cond).double().mean(0) for part in tokens]).mean(0).detach()
-    torch.testing.assert_close(match.first, 0.75 * before + 0.25 * new)
+    torch.testing.assert_close(match.moments.first, 0.75 * before + 0.25 * new)
     again, _ = distance_of(tmp_path, beta=0.75)
     again.load_state_dict(match.state_dict())
     again.begin(generator)  # the checkpoint's memory is filled already

@@ -42,6 +42,12 @@ COMMANDS = {
     "bench train": Command(
         "seconds and memory of a training iteration", "commands.bench_train", "BenchTrainConfig", "bench_train"
     ),
+    "align-decoder": Command(
+        "train a run's decoder so that its images match a reference",
+        "commands.align_decoder",
+        "AlignDecoderConfig",
+        "align_decoder",
+    ),
     "export": Command("a generator to ship, from any checkpoint of a run", "commands.export", "ExportConfig", "export"),
     "report": Command("one page about evaluated runs", "commands.report", "ReportConfig", "report"),
     "reproduce": Command(

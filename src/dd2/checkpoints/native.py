@@ -9,7 +9,7 @@ backbone, tokenizer and conditions come from there, once the user has named it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.families import FAMILIES
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import DecoderAlignment, Tokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 
@@ -83,8 +83,11 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torc
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
     family = _family_of(tokenizer, {name: entry[1] for name, entry in TOKENIZERS.items()})
+    config: dict[str, Any] = {"kind": "tokenizer", "family": family, "config": config_of(tokenizer)}
+    if tokenizer.aligned is not None:
+        config["aligned"] = asdict(tokenizer.aligned)
     with atomic_folder(folder) as partial:
-        write_model(partial, tokenizer, {"kind": "tokenizer", "family": family, "config": config_of(tokenizer)}, dtype)
+        write_model(partial, tokenizer, config, dtype)
 
 
 @first_process_only
@@ -136,6 +139,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
     tokenizer = build(construct(config_class, config.get("config"), folder / "config.json"))
     load_weights(folder, tokenizer)
+    if (aligned := config.get("aligned")) is not None:
+        tokenizer.aligned = construct(DecoderAlignment, aligned, folder / "config.json")
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -101,10 +101,11 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             "seeds": f"one per image, derived from {config.seed}",
             "rounding": "uint8, round(127.5 x + 127.5)",
             "sampling": flat(run.sampling),
+            "decoder": str(run.generator.tokenizer.aligned or "the tokenizer's own"),
             "decoding": "tokens as drawn" + ("; nearest codes in generator_nearest" if "generator_nearest" in compared else ""),
         },
         "absent": absent(run.teacher),
-        "warnings": warnings(config.count, channels, reference.described),
+        "warnings": [*warnings(config.count, channels, reference.described), *_trained_on(run, network)],
     }
     write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     write_run_report(Section(config.run, numbers, scorer.shown(compared), pictures))
@@ -113,6 +114,13 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.export is not None:
         _export(config.export, config, scorer, compared["generator"])
     return numbers
+
+
+def _trained_on(run: FinishedRun, network: FeatureNetwork) -> list[str]:
+    aligned = run.generator.tokenizer.aligned
+    if aligned is None or network.digest not in aligned.digests:
+        return []
+    return [f"the decoder was trained on the distance in {network.name}: what is measured there proves nothing by itself"]
 
 
 def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) -> EvaluateConfig:

@@ -1,7 +1,7 @@
 """What an evaluation compares: the ways to draw from a run, each with its name, its title and what decides its images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -68,14 +68,18 @@ def methods(
     """
     one_step = one_step_method(ways, teacher)
     generator = one_step.decides
+    own = _with_own_decoder(ways)
+    aligned = _decoder(ways)
     all_steps = f"{teacher.order.num_steps} AR steps"
 
     def whole(draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
         return _whole(ways, teacher, draw, snap)
 
-    found = {"teacher": Method(f"Teacher, {all_steps}", whole(ways.by_teacher()), floor=True)}
+    found = {"teacher": Method(f"Teacher, {all_steps}", _whole(own, teacher, own.by_teacher()), floor=True)}
+    if aligned:
+        found["teacher_aligned"] = Method(f"Teacher, {all_steps}, aligned decoder", whole(ways.by_teacher()), aligned)
     if ways.tuned is not None:
-        tuned = {"weights": weights_digest(ways.tuned.student)}
+        tuned = {"weights": weights_digest(ways.tuned.student), **aligned}
         found["ar_diffusion"] = Method(f"AR-diffusion (stage 1), {all_steps}", whole(ways.ar_diffusion()), tuned)
     found["generator"] = one_step
     if isinstance(teacher, CodeTeacher):
@@ -91,10 +95,14 @@ def methods(
 
     def independent(labels: Tensor, seeds: list[int]) -> Drawn:
         tokens = marginal.draw(labels, seeds)
-        return ways.decode(tokens, teacher.conditions(labels)), tokens
+        return own.decode(tokens, teacher.conditions(labels)), tokens
 
     decides = {"samples": marginal_of, "over": marginal.over}
     found["onestep_marginal"] = Method(f"onestep*, independent tokens (per {marginal.over})", independent, decides)
+    if aligned:
+        own_decoder = ("teacher", "teacher_aligned", "onestep_marginal", *map(skip, skips))
+        for name in found.keys() - set(own_decoder):
+            found[name] = replace(found[name], title=f"{found[name].title}, aligned decoder")
     return found
 
 
@@ -103,6 +111,19 @@ def one_step_method(ways: Ways, teacher: Teacher) -> Method:
     return Method(
         "Generator, one step", _whole(ways, teacher, ways.one_step()), {"weights": weights_digest(ways.generator.student)}
     )
+
+
+def _decoder(ways: Ways) -> dict[str, Any]:
+    """What decides images beside their tokens, where the decoder is not the teacher's own (dd2 align-decoder)."""
+    tokenizer = ways.generator.tokenizer
+    return {} if tokenizer.aligned is None else {"decoder": weights_digest(tokenizer)}
+
+
+def _with_own_decoder(ways: Ways) -> Ways:
+    """The same, decoding as the teacher does: baselines keep the decoder that they are known with."""
+    if ways.generator.tokenizer.aligned is None or ways.teacher is None:
+        return ways
+    return replace(ways, generator=replace(ways.generator, tokenizer=ways.teacher.tokenizer))
 
 
 def _whole(ways: Ways, teacher: Teacher, draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:

@@ -49,5 +49,6 @@ def described(numbers: dict[str, Any]) -> str:
         balance = f"{decides['images_per_label']:g} images per label; seeds: {decides['seeds']}"
         precision = decides.get("precision", "float32")
         lines.append(f"{balance}; drawn in {precision}; {decides['rounding']}; teacher: {shown}")
+        lines.append(f"decoder: {decides['decoder']}")
     lines += [f"not measured: {text}" for text in numbers.get("absent", [])]
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dd2.device import full_precision
 from dd2.errors import InputError
-from dd2.frechet import GaussianFit, distance_between, fit_gaussian
+from dd2.frechet import GaussianFit, fit_gaussian
 from dd2.method.config import MatchConfig
-from dd2.processes import rank, sum_over_processes, world_size
+from dd2.method.moments import RIDGE, RememberedMoments
+from dd2.processes import rank, world_size
 from dd2.sampling import one_step
 from dd2.seeding import stream
 from dd2.student import OneStepNetwork
@@ -29,8 +30,6 @@ CONDITION_WEIGHT = 3.0
 FIRST_SEED = 3 * 2**60
 """Seeds of the sequences that a memory begins with, which nothing else draws."""
 PRIMED_AT_ONCE = 64
-RIDGE = 1e-6
-"""Added to eigenvalues whose root is taken, of features whose deviation is about 1."""
 
 
 def feature_sizes(teacher: Teacher, config: MatchConfig) -> dict[str, int]:
@@ -192,21 +191,12 @@ class SequenceMatch(nn.Module, ABC):
 
 
 class FrechetMatch(SequenceMatch):
-    """Fréchet distance of Gaussians. The generator's first and second moments are remembered, m <- beta m + (1 - beta) of the
-    batch; the gradient goes through the batch alone. The memory is part of the checkpoint.
-    """
-
-    first: Tensor
-    second: Tensor
-    primed: Tensor
+    """Fréchet distance of Gaussians, the generator's side of it remembered; the memory is part of the checkpoint."""
 
     def __init__(self, features: SequenceFeatures, samples: TeacherSamples, config: MatchConfig, batch: int) -> None:
         super().__init__(features, samples, config, batch)
-        size, device = sum(feature_sizes(features.teacher, config).values()), features.teacher.device
-        self.register_buffer("first", torch.zeros(size, dtype=torch.float64, device=device))
-        self.register_buffer("second", torch.zeros(size, size, dtype=torch.float64, device=device))
-        self.register_buffer("primed", torch.zeros((), dtype=torch.bool, device=device))
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        size = sum(feature_sizes(features.teacher, config).values())
+        self.moments = RememberedMoments(size, config.beta, features.teacher.device)
 
     def set_reference(self, reference: Tensor) -> None:
         found = fit_gaussian([reference])
@@ -215,38 +205,24 @@ class FrechetMatch(SequenceMatch):
     @torch.no_grad()
     def fill_memory(self, generator: OneStepNetwork) -> None:
         """With `config.prime` fresh sequences, unless the checkpoint's memory is filled."""
-        if bool(self.primed):
+        if bool(self.moments.primed):
             return
         teacher = self.features.teacher
         count = -(-self.config.prime // world_size()) * world_size()
-        for rows in torch.arange(count).tensor_split(world_size())[rank()].split(PRIMED_AT_ONCE):
+
+        def scaled(rows: Tensor) -> Tensor:
             cond = teacher.conditions(self.samples.labels[rows % len(self.samples)].to(teacher.device))
             drawn = one_step(generator, cond, [FIRST_SEED + row for row in rows.tolist()]).float()
-            values = self.scaled(drawn, cond).double()
-            self.first += values.sum(0) / count
-            self.second += values.T @ values / count
-        sum_over_processes([self.first, self.second])
-        self.primed.fill_(True)
+            return self.scaled(drawn, cond)
+
+        own = torch.arange(count).tensor_split(world_size())[rank()]
+        self.moments.prime(map(scaled, own.split(PRIMED_AT_ONCE)), count)
 
     def distance(self, found: Tensor) -> Tensor:
-        values, beta = found.double(), self.config.beta
-        first, second = values.mean(0), values.T @ values / len(values)
-        if torch.is_grad_enabled():
-            self._seen.append((first.detach(), second.detach()))
-        first, second = torch.lerp(first, self.first, beta), torch.lerp(second, self.second, beta)
-        return distance_between(first, second - torch.outer(first, first), self._reference, ridge=RIDGE)
+        return self.moments.distance(found, self._reference)
 
-    @torch.no_grad()
     def remember(self) -> None:
-        """Take the moments of all micro-batches since the last call into the memory."""
-        if not self._seen:
-            return
-        sums = [torch.stack(part).sum(0) for part in zip(*self._seen, strict=True)]
-        count = len(self._seen) * world_size()
-        sum_over_processes(sums)
-        self._seen.clear()
-        for kept, new in zip((self.first, self.second), sums, strict=True):
-            kept.lerp_(new / count, 1 - self.config.beta)
+        self.moments.remember()
 
 
 class KernelMatch(SequenceMatch):

@@ -107,20 +107,17 @@ def _digits_var(images: str) -> Bench:
 
 def _fashion(images: str) -> Bench:
     _need_images("fashion", images)
-    tokenizer, teacher, classifier = (
-        replace(load_config(kind, f"fashion_{name}"), data=images)
-        for kind, name in (
-            (TrainTokenizerConfig, "tokenizer"),
-            (TrainTeacherConfig, "teacher"),
-            (TrainClassifierConfig, "classifier"),
-        )
+    first = (
+        replace(load_config(TrainTokenizerConfig, "fashion_tokenizer"), data=images),
+        replace(load_config(TrainTeacherConfig, "fashion_teacher"), data=images),
+        replace(load_config(TrainClassifierConfig, "fashion_classifier"), data=images),
     )
     runs = (
         load_config(DistillConfig, "fashion"),
         load_config(DistillConfig, "fashion_paper"),
         load_config(DD1RunConfig, "fashion_dd1"),
     )
-    return Bench(*runs, 64, 25.0, (1, 9, 17, 33), (8,), tokenizer, teacher, classifier)
+    return Bench(*runs, 64, 25.0, (1, 9, 17, 33), (8,), *first)
 
 
 def _need_images(name: str, images: str) -> None:

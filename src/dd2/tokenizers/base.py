@@ -32,11 +32,42 @@ class Quantised:
     vectors: Tensor
 
 
+@dataclass(frozen=True)
+class DecoderAlignment:
+    """How a decoder came to differ from the one that its encoder was trained with (dd2 align-decoder).
+
+    Attributes:
+        reference: what its images were matched to.
+        features: networks in whose features; a distance in these has been trained on.
+        digests: of the networks.
+        iterations: of training.
+    """
+
+    reference: str
+    features: tuple[str, ...]
+    digests: tuple[str, ...]
+    iterations: int
+
+    def __str__(self) -> str:
+        """As tables name it."""
+        return f"aligned to {self.reference} in {', '.join(self.features)} ({self.iterations:,} iterations)"
+
+
 class Tokenizer(nn.Module, ABC):
     """A trained vector-quantised autoencoder.
 
     Images are (B, channels, H, W) floats in [-1, 1]; ids (B, n) in the AR order of the teachers that use it.
+
+    Attributes:
+        aligned: how its decoder was trained on after the rest; None for the one that it was trained with.
     """
+
+    aligned: DecoderAlignment | None = None
+
+    @property
+    def decoding(self) -> list[nn.Module]:
+        """The modules that take codes to images and do nothing else, which `dd2 align-decoder` may train; none by default."""
+        return []
 
     @property
     @abstractmethod
@@ -98,6 +129,13 @@ class Tokenizer(nn.Module, ABC):
 
 class TrainableTokenizer(Tokenizer):
     """A tokenizer that `dd2 train-tokenizer` can train; its codes are the rows of `embedding`."""
+
+    decoder: nn.Module
+    post_quant_conv: nn.Module
+
+    @property
+    def decoding(self) -> list[nn.Module]:
+        return [self.post_quant_conv, self.decoder]
 
     @property
     @abstractmethod

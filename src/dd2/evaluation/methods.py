@@ -108,9 +108,8 @@ def methods(
 
 def one_step_method(ways: Ways, teacher: Teacher) -> Method:
     """The generator as it is now."""
-    return Method(
-        "Generator, one step", _whole(ways, teacher, ways.one_step()), {"weights": weights_digest(ways.generator.student)}
-    )
+    decides = {"weights": weights_digest(ways.generator.student), **_decoder(ways)}
+    return Method("Generator, one step", _whole(ways, teacher, ways.one_step()), decides)
 
 
 def _decoder(ways: Ways) -> dict[str, Any]:

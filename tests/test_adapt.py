@@ -18,7 +18,7 @@ from dd2.errors import InputError
 from dd2.method.adapt import compare
 from dd2.method.config import AdaptConfig
 from dd2.teachers.adaptation import adapted_copy, table_of
-from dd2.teachers.code import CodeTeacher
+from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, llamagen_teacher
 from dd2.training.loop import LoopConfig, Trainer
@@ -30,7 +30,7 @@ from models import tiny_text
 @pytest.fixture(scope="module")
 def original() -> CodeTeacher:
     """The embedded digits teacher as an official model would be: an embedding row per code, a shuffled and noisy one."""
-    digits = load_teacher(embedded("teacher"))
+    digits = require_codes(load_teacher(embedded("teacher")), "a test")
     assert isinstance(digits.backbone, LlamaGenBackbone)
     teacher = llamagen_teacher(replace(digits.backbone.config, input_layer="table"), digits.tokenizer)
     state = {key: value for key, value in digits.state_dict().items() if ".tok_embeddings." not in key}
@@ -45,7 +45,7 @@ def rates(lr: float) -> OptimConfig:
 
 
 def test_the_table_twin_is_the_digits_teacher(original):
-    digits = load_teacher(embedded("teacher"))
+    digits = require_codes(load_teacher(embedded("teacher")), "a test")
     labels = torch.arange(10)
     ids = digits.generate(labels, Sampling(), range(10))
     assert torch.equal(original.generate(labels, Sampling(), range(10)), ids)
@@ -71,7 +71,7 @@ def test_adapted_digits_teacher_is_within_a_hundredth_of_a_nat(original, tmp_pat
     # The report's numbers are what an independent count gives, on other sequences.
     labels = torch.arange(400) % 10
     ids = original.generate(labels, Sampling(), range(10**6, 10**6 + 400))
-    again = compare(load_teacher(tmp_path / "teacher"), original, ids, labels, 100)
+    again = compare(require_codes(load_teacher(tmp_path / "teacher"), "a test"), original, ids, labels, 100)
     assert again["kl"] == pytest.approx(report["kl_after"], rel=0.5)
     # What is generated and what is scored agree.
     greedy = adapted.generate(labels, Sampling(top_k=1), range(400))
@@ -93,7 +93,7 @@ def test_real_images_as_data(original, tmp_path):
     arguments = ["--adapt.data", "digits", "--adapt.sequences", "256", "--adapt.iterations", "2", "--adapt.fit-iterations", "2"]
     out = tmp_path / "run"
     assert main(["adapt", "--teacher", str(tmp_path / "official"), "--out", str(out), *arguments]) == 0
-    assert load_teacher(out / "teacher").backbone.continuous
+    assert require_codes(load_teacher(out / "teacher"), "a test").backbone.continuous
     assert main(["adapt", str(out / "config.yaml")]) == 0  # finished: it finds everything done
     (_, *rows) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert any(row["stage"] == "adapt" and 0 < row["teacher/loss"] < 6 for row in rows)
@@ -101,7 +101,7 @@ def test_real_images_as_data(original, tmp_path):
 
 def test_a_teacher_that_needs_nothing_is_refused(tmp_path, capsys):
     with pytest.raises(InputError, match="needs no adaptation"):
-        adapted_copy(load_teacher(embedded("teacher")))
+        adapted_copy(require_codes(load_teacher(embedded("teacher")), "a test"))
     assert main(["adapt", "--teacher", "digits", "--out", str(tmp_path / "run")]) == 2
     assert "needs no adaptation" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

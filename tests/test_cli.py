@@ -28,6 +28,7 @@ from dd2.commands.train_tokenizer import TrainTokenizerConfig
 from dd2.config import find_yaml, flat, load_config, to_yaml
 from dd2.generator import Generator
 from dd2.student import Student
+from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig
 from dd2.training.samples import TeacherSamples
@@ -45,7 +46,7 @@ def teacher_folder(tmp_path_factory) -> Path:
 def run(tmp_path_factory, teacher_folder) -> Path:
     """A run folder as dd2 distill leaves it, with untrained networks."""
     folder = tmp_path_factory.mktemp("run")
-    teacher = load_teacher(teacher_folder)
+    teacher = require_codes(load_teacher(teacher_folder), "a test")
     samples = TeacherSamples.prepare(folder / "teacher_samples", teacher, Sampling(), 200, 0)
     teacher.standardise(samples.kept)
     roles: tuple[Role, ...] = ("generator", "ar_diffusion")
@@ -485,6 +486,6 @@ def test_tokenizer_folder_round_trip(tmp_path, teacher_folder):
     torch.testing.assert_close(
         kept.decode(kept.encode(images)), teacher.tokenizer.decode(kept.encode(images)), atol=0.05, rtol=0.05
     )
-    again = load_teacher(teacher_folder)
+    again = require_codes(load_teacher(teacher_folder), "a test")
     labels = torch.tensor([0, 1])
     assert torch.equal(again.generate(labels, Sampling(), [3, 4]), teacher.generate(labels, Sampling(), [3, 4]))

@@ -15,6 +15,7 @@ from dd2.checkpoints.llamagen import size_in_name
 from dd2.checkpoints.native import load_teacher
 from dd2.cli import main
 from dd2.errors import InputError
+from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
 from golden_weights import golden_model, golden_sizes
 
@@ -129,7 +130,7 @@ def test_convert_and_inspect(tmp_path, files, capsys):
     out = tmp_path / "teacher"
     arguments = ["convert", "var", "--transformer", files[0], "--vqvae", files[1], "--out", out, "--patch-nums", 1, 2, 3]
     assert main([str(a) for a in arguments]) == 0
-    teacher = load_teacher(out)
+    teacher = require_codes(load_teacher(out), "a test")
     expected = load_var(*files, patch_nums=PATCH_NUMS)
     labels = torch.tensor([1, 7])
     sampling = Sampling(cfg_scale=1.5, top_k=5)

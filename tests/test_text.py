@@ -136,7 +136,7 @@ def trained_teacher(captions: Path, steps: int) -> CodeTeacher:
     config = LlamaGenConfig(
         depth=3, width=48, heads=3, ffn_multiple=16, rows=4, columns=4, caption_dim=12, caption_length=6, class_dropout=0.1
     )
-    teacher = llamagen_teacher(config, tokenizer)
+    teacher = llamagen_teacher(config, tokenizer)  # pyright: ignore[reportArgumentType]
     teacher.conditions.use_captions(captions)
     random = torch.Generator().manual_seed(0)
     images, labels = digits.batch("train", 2000, random)

@@ -19,6 +19,7 @@ from dd2 import seeding
 from dd2.checkpoints.native import load_generator, load_teacher, save_teacher
 from dd2.commands.distill import DistillConfig, distill
 from dd2.config import load_config, with_fields
+from dd2.errors import InputError
 from dd2.losses import noised
 from dd2.method.config import AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.csd import generated, generator_loss, guidance_loss
@@ -26,7 +27,8 @@ from dd2.method.recipe import Networks, csd_stage, starting_networks
 from dd2.method.tune import tune_loss
 from dd2.scores import ConditionalScore, HeadScore
 from dd2.student import HeadConfig, Student
-from dd2.teachers.filtering import Sampling
+from dd2.teachers.code import require_codes
+from dd2.teachers.filtering import MASKED, Sampling
 from dd2.training.ema import ema_update
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
@@ -257,7 +259,17 @@ def test_the_table_has_every_field():
         "regress": RegressConfig(),
     }
     every = set().union(*(fields(config, f"{name}.") for name, config in sections.items()))
-    assert set(WIRES) == every
+    masked = {f"{section}.sampling.{name}" for section in ("tune", "csd") for name in MASKED}  # see below
+    assert set(WIRES) == every - masked
+
+
+@pytest.mark.parametrize("field", MASKED)
+def test_settings_of_masked_models_are_refused_elsewhere(home, tmp_path, field):
+    value = {"cfg_schedule": "constant", "ar_steps": 3, "diffusion_steps": 7}[field]
+    config = with_fields(TINY, {f"csd.sampling.{field}": value})
+    with pytest.raises(InputError, match=f"sampling.{field} belongs to MAR"):
+        distill(replace(config, teacher=str(home / "teacher"), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 # What two runs cannot tell apart.
@@ -397,7 +409,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_head_only_means_the_head_and_only_it(home):
-    run, teacher = run_of(home, {}), load_teacher(home / "teacher")
+    run, teacher = run_of(home, {}), require_codes(load_teacher(home / "teacher"), "a test")
     student = checkpoint(run, "tune_head", 1, "student")
     for name, value in teacher.backbone.named_parameters():
         assert torch.equal(student[f"backbone.{name}"], value)
@@ -407,7 +419,7 @@ def test_head_only_means_the_head_and_only_it(home):
 
 
 def test_tokens_are_standardised_by_the_samples(home):
-    run, teacher = run_of(home, {}), load_teacher(home / "teacher")
+    run, teacher = run_of(home, {}), require_codes(load_teacher(home / "teacher"), "a test")
     codes = teacher.tokenizer.codebook[TeacherSamples.load(run / "teacher_samples", teacher).kept.long()].flatten(0, 1)
     for name in ("ar_diffusion", "generator"):
         backbone = load_generator(run / name).student.backbone
@@ -423,7 +435,7 @@ def test_alignment_freezes_the_average_and_what_follows_counts_on(home):
     assert not equal(checkpoint(run, "align", 1, "guidance"), checkpoint(run, "csd", 3, "guidance"))
     modules = {}
     for name, weights in (("ema", average), ("generator", checkpoint(run, "csd_aligned", 1, "generator"))):
-        modules[name] = Student.from_teacher(load_teacher(home / "teacher"), TINY.head)
+        modules[name] = Student.from_teacher(require_codes(load_teacher(home / "teacher"), "a test"), TINY.head)
         modules[name].load_state_dict(weights)
     ema_update(modules["ema"], modules["generator"], ema_rate(3, TINY.csd.ema))  # the fourth update that it sees
     found = checkpoint(run, "csd_aligned", 1, "generator_ema")
@@ -457,7 +469,7 @@ def test_random_weights_have_nothing_of_the_teacher():
             if parameter.dim() > 1:
                 assert not torch.isclose(parameter, before[name], rtol=1e-3).float().mean() > 0.05, name
                 assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
-        assert equal(network.head.state_dict(), fresh.head.state_dict())
+        assert equal(network.get_submodule("head").state_dict(), fresh.head.state_dict())
     assert equal(networks.ema.state_dict(), networks.generator.state_dict())
 
 

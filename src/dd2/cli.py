@@ -58,6 +58,7 @@ COMMANDS = {
     "convert llamagen": Command(
         "official LlamaGen files to a teacher folder", "checkpoints.convert", "ConvertLlamaGenConfig", "convert_llamagen"
     ),
+    "convert mar": Command("official MAR files to a teacher folder", "checkpoints.convert", "ConvertMarConfig", "convert_mar"),
     "adapt": Command(
         "give a LlamaGen teacher a continuous input layer (stage 0)", "commands.adapt", "AdaptRunConfig", "adapt_run"
     ),

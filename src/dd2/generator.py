@@ -11,7 +11,7 @@ from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.head import HeadTeacher
-from dd2.tokenizers.base import Tokenizer, nearest_ids
+from dd2.tokenizers.base import CodeTokenizer, Tokenizer, nearest_ids
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,11 @@ class Generator:
         return teacher
 
     def snap(self, tokens: Tensor) -> Tensor:
-        """The nearest codes, as standardised tokens (..., C)."""
+        """The nearest codes, as standardised tokens (..., C); the tokens themselves where there are no codes."""
         if self.teacher is not None:
             return self._standardised(self.teacher).snap(tokens)
+        if not isinstance(self.tokenizer, CodeTokenizer):
+            return tokens
         to_tokens, codes = self.student.backbone.to_tokens, self.tokenizer.codebook
         return to_tokens(codes[nearest_ids(tokens, to_tokens(codes))])
 

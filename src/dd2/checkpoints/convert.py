@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dd2.checkpoints.llamagen import load_llamagen
+from dd2.checkpoints.mar import load_mar, weights_of
 from dd2.checkpoints.native import save_teacher
 from dd2.checkpoints.var import PATCH_NUMS_256, load_var
 from dd2.errors import InputError
@@ -64,6 +65,33 @@ def convert_llamagen(config: ConvertLlamaGenConfig) -> Path:
     teacher = load_llamagen(config.gpt, config.vq, num_heads=config.num_heads, image_size=config.image_size)
     save_teacher(config.out, teacher)
     say(f"wrote teacher folder {config.out}; look at it with dd2 inspect {config.out}, give it a continuous input with dd2 adapt")
+    return config.out
+
+
+@dataclass(frozen=True)
+class ConvertMarConfig:
+    """Convert official MAR files to a teacher folder.
+
+    Every tensor is accounted for; sizes are read off the files. Of a checkpoint with several sets of weights the average
+    (model_ema) is taken, which the official evaluation uses.
+    """
+
+    mar: Path
+    """E.g. mar_base/checkpoint-last.pth or mar-base.safetensors."""
+    vae: Path
+    """E.g. kl16.ckpt or kl16.safetensors; that of LTH14/mar, not the original kl-f16 of latent diffusion."""
+    out: Path
+    """Folder to write; it must not exist yet."""
+    num_heads: int | None = None
+    """Attention heads, for other widths than the released ones."""
+
+
+def convert_mar(config: ConvertMarConfig) -> Path:
+    """Write the teacher folder."""
+    _refuse_existing(config.out)
+    teacher = load_mar(config.mar, config.vae, num_heads=config.num_heads)
+    save_teacher(config.out, teacher)
+    say(f"wrote teacher folder {config.out} of {weights_of(config.mar)}; look at it with dd2 inspect {config.out}")
     return config.out
 
 

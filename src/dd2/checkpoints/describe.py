@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dd2.checkpoints import llamagen, var
+from dd2.checkpoints import llamagen, mar, var
+from dd2.checkpoints.folder import construct, read_config
 from dd2.checkpoints.foreign import parameters, read_state
 from dd2.errors import InputError
+from dd2.tokenizers.base import DecoderAlignment
 
-NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS, *llamagen.NESTS)
+NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS, *mar.MAR_NESTS, *llamagen.NESTS)
 
 NOT_PARAMETERS = ("freqs_cis", "token_mean", "token_std", "order.phi_weight", "order.phi_bias")
 """Buffers that are not counted."""
@@ -33,7 +35,7 @@ def describe(path: Path) -> dict[str, str]:
         if key in state:
             return read(state) | _count(state)
     some = ", ".join(list(state)[:4])
-    raise InputError(f"{path} is of no family that dd2 knows (VAR, LlamaGen or its own folders); its keys start with {some}")
+    raise InputError(f"{path} is of no family that dd2 knows (VAR, LlamaGen, MAR or its own folders); its keys start with {some}")
 
 
 def _describe_folder(folder: Path) -> dict[str, str]:
@@ -49,6 +51,9 @@ def _describe_folder(folder: Path) -> dict[str, str]:
         described = {"what": f"dd2 {config['kind']} folder {inner}{role}", "family": family}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{inner / 'config.json'} does not describe a model of dd2 ({error}); restore it") from error
+    beside = inner / "tokenizer" / "config.json"
+    if beside.is_file() and (aligned := read_config(beside.parent, "tokenizer").get("aligned")):
+        described["decoder"] = str(construct(DecoderAlignment, aligned, beside))
     return described | _sizes(sizes) | _count(read_state(inner / "model.safetensors", (), device="meta"))
 
 
@@ -86,11 +91,28 @@ def _llamagen_vq(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {"what": "LlamaGen VQ model", "family": "vq"} | _sizes(sizes)
 
 
+def _mar(state: Mapping[str, Tensor]) -> dict[str, str]:
+    known = state["class_emb.weight"].shape[1] in mar.HEADS and state["decoder_embed.weight"].shape[0] in mar.HEADS
+    sizes = dataclasses.asdict(mar.mar_config(state, None if known else 1))
+    for unknown in ("dropout", "class_dropout", *(() if known else ("heads", "decoder_heads"))):
+        sizes.pop(unknown)
+    return {"what": "MAR transformer with its diffusion head", "family": "mar"} | _sizes(sizes)
+
+
+def _kl(state: Mapping[str, Tensor]) -> dict[str, str]:
+    sizes = dataclasses.asdict(mar.kl_config(state, 16))
+    for unknown in ("image_size", "groups", "scale"):  # not in the file
+        sizes.pop(unknown)
+    return {"what": "KL autoencoder of MAR", "family": "kl"} | _sizes(sizes)
+
+
 READERS: dict[str, Reader] = {
     "pos_1LC": _var_transformer,
     "quantize.quant_resi.qresi_ls.0.weight": _var_vqvae,
     "tok_embeddings.weight": _llamagen_gpt,
     "encoder.conv_blocks.0.res.0.conv1.weight": _llamagen_vq,
+    "diffusion_pos_embed_learned": _mar,
+    "post_quant_conv.weight": _kl,
 }
 """A key that only one kind of checkpoint has -> how to read its sizes."""
 

@@ -25,17 +25,19 @@ from dd2.generator import Generator
 from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
-from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.code import require_codes
 from dd2.teachers.families import FAMILIES
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
-from dd2.tokenizers.base import DecoderAlignment, Tokenizer
+from dd2.tokenizers.base import CodeTokenizer, DecoderAlignment, Tokenizer
+from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 
 TOKENIZERS: dict[str, tuple[type, Callable[[Any], Tokenizer]]] = {
     "vq": (VQConfig, VQTokenizer),
     "multiscale": (MultiScaleConfig, MultiScaleTokenizer),
+    "kl": (KLConfig, KLTokenizer),
 }
 """Family -> (configuration, class)."""
 
@@ -91,10 +93,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = to
 
 
 @first_process_only
-def save_teacher(folder: Path, teacher: CodeTeacher, dtype: torch.dtype = torch.float32) -> None:
+def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write a teacher folder with its tokenizer inside."""
     config = {"kind": "teacher", "family": _backbone_family(teacher.backbone), "config": config_of(teacher.backbone)}
-    weights = nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output})
+    weights = nn.ModuleDict(teacher.stored_parts)
     with atomic_folder(folder) as partial:
         write_model(partial, weights, config, dtype)
         _write_tokenizer(partial / "tokenizer", teacher.tokenizer, dtype)
@@ -144,11 +146,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer.eval().requires_grad_(False)
 
 
-def load_teacher(folder: Path) -> CodeTeacher:
+def load_code_tokenizer(folder: Path) -> CodeTokenizer:
+    """As `load_tokenizer`.
+
+    Raises:
+        InputError: also where its tokens are no codes.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, CodeTokenizer):
+        raise InputError(f"{folder} holds a {type(tokenizer).__name__}, whose tokens are continuous; give one with a codebook")
+    return tokenizer
+
+
+def load_teacher(folder: Path) -> Teacher:
     """Read a teacher folder, in evaluation mode and float32. Errors as `load_tokenizer`."""
     config = read_config(folder, "teacher")
     teacher = _fresh(config, folder)
-    load_weights(folder, nn.ModuleDict({"backbone": teacher.backbone, "output": teacher.output}))
+    load_weights(folder, nn.ModuleDict(teacher.stored_parts))
     return teacher.eval().requires_grad_(False)
 
 
@@ -204,11 +218,16 @@ def teacher_from_code(spec: str) -> Teacher:
     return teacher.eval().requires_grad_(False)
 
 
-def _fresh(config: dict[str, Any], folder: Path) -> CodeTeacher:
+def _fresh(config: dict[str, Any], folder: Path) -> Teacher:
     """A teacher of the family and sizes that a config.json describes, with the tokenizer beside it."""
     family = FAMILIES[_known(config, FAMILIES, folder)]
     sizes = construct(family.config, config.get("config"), folder / "config.json")
-    return family.build(sizes, load_tokenizer(folder / "tokenizer"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if not isinstance(tokenizer, family.tokenizer):
+        raise InputError(
+            f"{folder}: a {type(tokenizer).__name__} does not go with family {config['family']}; restore its tokenizer/"
+        )
+    return family.build(sizes, tokenizer)
 
 
 def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:

@@ -115,8 +115,8 @@ def open_run(path: Path, device: torch.device, captions: str = "", trust: Sequen
     if made_by is not None and made_by != teacher.fingerprint():
         raise InputError(f"{path}: the teacher named in {FILE} is not the one that was distilled; restore it")
     student = generator.student.backbone
-    if not generator.code and not torch.equal(teacher.tokenizer.codebook, generator.tokenizer.codebook):
-        raise InputError(f"{path}: the teacher named in {FILE} has another codebook than the generator; restore it")
+    if not generator.code and not teacher.tokenizer.shares_tokens_with(generator.tokenizer):
+        raise InputError(f"{path}: the teacher named in {FILE} has another tokenizer than the generator; restore it")
     teacher.backbone.normalise_by(student.token_mean, student.token_std)
     tuned = _opened(path / "ar_diffusion", device, captions, trust) if (path / "ar_diffusion").is_dir() else None
     return FinishedRun(record, generator, tuned, teacher)

@@ -124,22 +124,25 @@ def vqvae_origins(ours: Shapes) -> dict[str, Origin]:
     """Where the tensors of a `MultiScaleTokenizer` come from. VAR numbers decoder levels from high to low resolution, and
     its attention has one convolution for q, k and v.
     """
-    last = numbered(ours, "decoder.conv_blocks.") - 1
-
-    def level(found: re.Match[str]) -> str:
-        return f"decoder.up.{last - int(found[1])}"
-
     origins = {}
     for key in ours:
-        name = re.sub(r"^encoder\.conv_blocks\.(\d+)", r"encoder.down.\1", key)
-        name = re.sub(r"^decoder\.conv_blocks\.(\d+)", level, name)
-        name = re.sub(r"^((?:en|de)coder\.(?:down|up)\.\d+)\.res\.", r"\1.block.", name)
-        for index, block in enumerate(("block_1", "attn_1", "block_2")):
-            name = re.sub(rf"^((?:en|de)coder\.mid)\.{index}\.", rf"\1.{block}.", name)
-        name = name.replace("quantize.phi.", "quantize.quant_resi.qresi_ls.")
+        name = latent_diffusion_name(key, ours).replace("quantize.phi.", "quantize.quant_resi.qresi_ls.")
         fused = re.fullmatch(r"(.*attn(?:_1|\.\d+))\.([qkv])\.(weight|bias)", name)
         origins[key] = Origin(f"{fused[1]}.qkv.{fused[3]}", Q_K_V.index(fused[2]), 3) if fused else Origin(name)
     return origins
+
+
+def latent_diffusion_name(key: str, ours: Shapes) -> str:
+    """What a tensor of our encoder or decoder is called in files of latent diffusion's layout, VAR's and MAR's among them, which
+    number the decoder's levels from high to low resolution.
+    """
+    last = numbered(ours, "decoder.conv_blocks.") - 1
+    name = re.sub(r"^encoder\.conv_blocks\.(\d+)", r"encoder.down.\1", key)
+    name = re.sub(r"^decoder\.conv_blocks\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", name)
+    name = re.sub(r"^((?:en|de)coder\.(?:down|up)\.\d+)\.res\.", r"\1.block.", name)
+    for index, block in enumerate(("block_1", "attn_1", "block_2")):
+        name = re.sub(rf"^((?:en|de)coder\.mid)\.{index}\.", rf"\1.{block}.", name)
+    return name
 
 
 def vqvae_ignored(key: str) -> bool:

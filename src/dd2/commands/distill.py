@@ -39,6 +39,7 @@ from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
 from dd2.teachers.head import HeadTeacher
 from dd2.teachers.layers import layer_stacks
+from dd2.teachers.masked import MaskedOrder
 from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.checkpoint import steps
 from dd2.training.layers import prepare_layers
@@ -171,6 +172,11 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
 
 def _check(config: DistillConfig, teacher: Teacher) -> None:
     """Refuse what the teacher cannot use, and say what has no effect on it."""
+    if isinstance(teacher.order, MaskedOrder):
+        raise InputError(
+            f"teacher {config.teacher} draws its tokens in any order (MAR): it can be converted, inspected and sampled, and not "
+            "distilled yet; give a teacher over codes, or an AR-diffusion model"
+        )
     teacher.conditions.digest()  # refuses missing captions
     said = {teacher.check(sampling) for sampling in (config.tune.sampling, config.csd.sampling)} - {""}
     if not teacher.backbone.continuous:

@@ -100,7 +100,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             "images_per_label": config.count / labels,
             "seeds": f"one per image, derived from {config.seed}",
             "rounding": "uint8, round(127.5 x + 127.5)",
-            "sampling": flat(run.sampling),
+            "sampling": run.sampling.described(),
             "decoder": str(run.generator.tokenizer.aligned or "the tokenizer's own"),
             "decoding": "tokens as drawn" + ("; nearest codes in generator_nearest" if "generator_nearest" in compared else ""),
         },

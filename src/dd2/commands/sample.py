@@ -62,6 +62,12 @@ class SampleConfig:
     """The teacher's top-k; None: as distilled."""
     top_p: float | None = None
     """The teacher's top-p; None: as distilled."""
+    cfg_schedule: Literal["linear", "constant"] | None = None
+    """MAR: how its guidance grows with the known tokens; None: as distilled."""
+    ar_steps: int | None = None
+    """MAR: the teacher's steps; None: as distilled."""
+    diffusion_steps: int | None = None
+    """MAR: steps of its head per token; None: as distilled."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     precision: Precision = "auto"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dd2.checkpoints.native import load_tokenizer, save_teacher
+from dd2.checkpoints.native import load_code_tokenizer, save_teacher
 from dd2.commands.run_folder import start_run
 from dd2.data.source import open_data
 from dd2.data.tokenise import tokenise
@@ -69,7 +69,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
         The teacher's folder.
     """
     device = pick_device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer).to(device)
+    tokenizer = load_code_tokenizer(config.tokenizer).to(device)
     channels, size, _ = tokenizer.image_shape
     data = open_data(config.data, size, channels)
     sizes = config.resolved(tokenizer, data.num_classes)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dd2.data.source import ImageData
 from dd2.seeding import stream
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import CodeTokenizer
 
 ENCODED = 32
 """Images in the encoder at a time."""
@@ -13,7 +13,7 @@ ENCODED = 32
 
 @torch.no_grad()
 def tokenise(
-    tokenizer: Tokenizer, data: ImageData, split: str, count: int, seed: int, device: torch.device
+    tokenizer: CodeTokenizer, data: ImageData, split: str, count: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Ids (count, n) and labels (count,) of augmented images."""
     ids, labels = [], []

@@ -1,6 +1,6 @@
 """The comparison of a distilled run with its teacher: every number of metrics.json."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class Scorer:
             "decides": method.decides,
             "teacher": self._teacher_digest,
             "captions": self.teacher.conditions.digest(),
-            "sampling": asdict(self.sampling),
+            "sampling": self.sampling.described(),
             "seeds": [seeds_of, self.seed],
             "precision": self.precision,
             "network": [self.network.name, self.network.digest],

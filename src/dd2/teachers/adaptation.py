@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.teachers.base import Teacher
+from dd2.teachers.code import require_codes
 from dd2.teachers.llamagen import CodeMLP, CodeTable, LlamaGenBackbone, LlamaGenTeacher, llamagen_teacher
 
 
@@ -24,12 +25,13 @@ def adapted_copy(original: Teacher, hidden: int = 0) -> LlamaGenTeacher:
     """
     backbone = require_table(original)
     config = replace(backbone.config, input_layer="mlp", code_hidden=hidden)
-    adapted = llamagen_teacher(config, original.tokenizer).to(backbone.token_mean.device)
+    tokenizer = require_codes(original, "stage 0").tokenizer
+    adapted = llamagen_teacher(config, tokenizer).to(backbone.token_mean.device)
     kept = {key: value for key, value in original.state_dict().items() if ".tok_embeddings." not in key}
     missing = adapted.load_state_dict(kept, strict=False).missing_keys
     assert all(".tok_embeddings." in key for key in missing)
     adapted.conditions = original.conditions
-    _standardise_input(input_layer(adapted), original.tokenizer.codebook)
+    _standardise_input(input_layer(adapted), tokenizer.codebook)
     return adapted.eval()
 
 

@@ -152,6 +152,11 @@ class Teacher(nn.Module, ABC):
         return self.backbone.device
 
     @property
+    def stored_parts(self) -> dict[str, nn.Module]:
+        """The modules of its folder's weights, by name; the tokenizer has a folder of its own."""
+        return {"backbone": self.backbone}
+
+    @property
     def float32_parts(self) -> tuple[nn.Module, ...]:
         """Modules that are called in float32, whatever the autocast around them."""
         return ()

@@ -15,7 +15,7 @@ from dd2.seeding import image_uniforms, one_each
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling, filtered, guided
-from dd2.tokenizers.base import Tokenizer, nearest_ids
+from dd2.tokenizers.base import CodeTokenizer, nearest_ids
 
 
 class CodeTeacher(Teacher):
@@ -32,8 +32,9 @@ class CodeTeacher(Teacher):
     """
 
     stored_as = "ids"
+    tokenizer: CodeTokenizer  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, backbone: Backbone, output: nn.Module, tokenizer: Tokenizer, conditions: Conditions) -> None:
+    def __init__(self, backbone: Backbone, output: nn.Module, tokenizer: CodeTokenizer, conditions: Conditions) -> None:
         super().__init__(backbone, tokenizer, conditions)
         if type(self).logits is not CodeTeacher.logits or hasattr(self, "log_p"):
             raise InputError(
@@ -41,6 +42,10 @@ class CodeTeacher(Teacher):
                 "features (what the classifier reads) or classify (features to logits) instead"
             )
         self.output, self.num_codes = output, len(tokenizer.codebook)
+
+    @property
+    def stored_parts(self) -> dict[str, nn.Module]:
+        return {"backbone": self.backbone, "output": self.output}
 
     @property
     def float32_parts(self) -> tuple[nn.Module, ...]:
@@ -94,6 +99,7 @@ class CodeTeacher(Teacher):
         return weights_digest(self.backbone, self.output, without="token_")
 
     def check(self, sampling: Sampling) -> str:
+        sampling.refuse_masked()
         self.cfg_weights(sampling)
         return ""
 

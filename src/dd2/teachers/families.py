@@ -5,11 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dd2.errors import InputError
-from dd2.teachers.base import Backbone
+from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
+from dd2.teachers.mar import MARBackbone, MARTeacher
+from dd2.teachers.mar_network import MARConfig
 from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import CodeTokenizer, Tokenizer
+from dd2.tokenizers.kl import KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
 
 
@@ -21,16 +24,19 @@ class Family:
         config: its sizes, a dataclass.
         build: (sizes, tokenizer) -> a teacher with fresh weights.
         backbone: class of its backbone, whose `config` attribute holds the sizes.
+        tokenizer: class of tokenizers that go with it.
     """
 
     config: type
-    build: Callable[[Any, Tokenizer], CodeTeacher]
+    build: Callable[[Any, Any], Teacher]
     backbone: type[Backbone]
+    tokenizer: type[Tokenizer]
 
 
 FAMILIES = {
-    "llamagen": Family(LlamaGenConfig, llamagen_teacher, LlamaGenBackbone),
-    "var": Family(VARConfig, var_teacher, VARBackbone),
+    "llamagen": Family(LlamaGenConfig, llamagen_teacher, LlamaGenBackbone, CodeTokenizer),
+    "var": Family(VARConfig, var_teacher, VARBackbone, MultiScaleTokenizer),
+    "mar": Family(MARConfig, MARTeacher, MARBackbone, KLTokenizer),
 }
 """By the name in config.json. A new family is one line here."""
 
@@ -44,11 +50,11 @@ class TeacherSizes:
     var: VARConfig = field(default_factory=VARConfig)
     """Sizes of a VAR teacher, for a multi-scale tokenizer; num_classes comes from the data."""
 
-    def used(self, tokenizer: Tokenizer) -> LlamaGenConfig | VARConfig:
+    def used(self, tokenizer: CodeTokenizer) -> LlamaGenConfig | VARConfig:
         """Those that go with a tokenizer."""
         return self.var if isinstance(tokenizer, MultiScaleTokenizer) else self.teacher
 
-    def resolved(self, tokenizer: Tokenizer, num_classes: int) -> "TeacherSizes":
+    def resolved(self, tokenizer: CodeTokenizer, num_classes: int) -> "TeacherSizes":
         """The same with what tokenizer and data decide.
 
         Raises:
@@ -68,7 +74,7 @@ class TeacherSizes:
         side = round(tokenizer.num_positions**0.5)
         return replace(self, teacher=replace(self.teacher, rows=side, columns=side, num_classes=num_classes))
 
-    def build(self, tokenizer: Tokenizer) -> CodeTeacher:
+    def build(self, tokenizer: CodeTokenizer) -> CodeTeacher:
         """A teacher with fresh weights."""
         if isinstance(tokenizer, MultiScaleTokenizer):
             return var_teacher(self.var, tokenizer)

@@ -1,13 +1,18 @@
 """From logits to the teacher's sampling distribution: guidance, temperature, top-k, top-p."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
+
+MASKED: dict[str, Any] = {"cfg_schedule": "linear", "ar_steps": 0, "diffusion_steps": 100}
+"""Settings of masked models, and what they usually are."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,26 @@ class Sampling:
     """Keep the k likeliest codes; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of codes that holds this probability, in (0, 1]."""
+    cfg_schedule: Literal["linear", "constant"] = "linear"
+    """MAR: guidance grows with the share of known tokens from 1 to cfg_scale, or is cfg_scale throughout."""
+    ar_steps: int = 0
+    """MAR: steps that an image is drawn in, up to its tokens; 0 is the teacher's own (64)."""
+    diffusion_steps: int = 100
+    """MAR: steps of the head's diffusion per token, 2 to 1000."""
+
+    def described(self) -> dict[str, Any]:
+        """Its fields; those of masked models only where they are not as usual: other models' samples are not known by them."""
+        usual = {name: default for name, default in MASKED.items() if getattr(self, name) == default}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in usual}
+
+    def refuse_masked(self) -> None:
+        """For teachers that have a fixed order.
+
+        Raises:
+            InputError: settings of masked models are given.
+        """
+        if given := [name for name in MASKED if name in self.described()]:
+            raise InputError(f"sampling.{given[0]} belongs to MAR's sampler; this teacher has an order of its own: leave it out")
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -36,6 +61,12 @@ class Sampling:
             raise InputError(f"sampling.temperature must be > 0, got {self.temperature}; for greedy use top_k 1")
         if self.top_k < 0:
             raise InputError(f"sampling.top_k must be >= 0 (0 keeps all codes), got {self.top_k}")
+        if self.cfg_schedule not in ("linear", "constant"):
+            raise InputError(f'sampling.cfg_schedule must be "linear" or "constant", got {self.cfg_schedule!r}')
+        if self.ar_steps < 0 or self.diffusion_steps < 2:
+            raise InputError(
+                f"sampling.ar_steps must be >= 0 and diffusion_steps at least 2, got {self.ar_steps} and {self.diffusion_steps}"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
 

@@ -125,6 +125,7 @@ class HeadTeacher(Teacher):
         return f"{weights_digest(self.backbone, self.head)} {self.euler_steps} Euler steps"
 
     def check(self, sampling: Sampling) -> str:
+        sampling.refuse_masked()
         neutral = Sampling(cfg_scale=sampling.cfg_scale if sampling.cfg_scale in (None, 1.0) else None)
         if sampling == neutral:
             return ""

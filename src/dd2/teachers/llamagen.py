@@ -17,7 +17,7 @@ from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import CaptionLabels, ClassLabels, Conditions
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
-from dd2.tokenizers.base import Tokenizer, nearest_ids
+from dd2.tokenizers.base import CodeTokenizer, nearest_ids
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class LlamaGenTeacher(CodeTeacher):
         return weights
 
 
-def llamagen_teacher(config: LlamaGenConfig, tokenizer: Tokenizer) -> LlamaGenTeacher:
+def llamagen_teacher(config: LlamaGenConfig, tokenizer: CodeTokenizer) -> LlamaGenTeacher:
     """A LlamaGen teacher with fresh weights, ready to be trained or loaded."""
     backbone = LlamaGenBackbone(config, tokenizer.codebook)
     output = Linear(config.width, tokenizer.codebook.shape[0], bias=False)

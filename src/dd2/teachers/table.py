@@ -11,10 +11,10 @@ from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig
-from dd2.tokenizers.base import Tokenizer, nearest_ids
+from dd2.tokenizers.base import CodeTokenizer, nearest_ids
 
 
-class CodesOnly(Tokenizer):
+class CodesOnly(CodeTokenizer):
     """A tokenizer over given codes (V, C); its "images" are the codes' first channel, (B, 1, 1, n)."""
 
     codes: Tensor

@@ -20,7 +20,7 @@ from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
 from dd2.teachers.next_scale import NextScaleOrder, order_of
 from dd2.teachers.own_token import masked_attention, own_token_mask
-from dd2.tokenizers.base import Tokenizer
+from dd2.tokenizers.base import CodeTokenizer
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
 
 LARGEST_LOG_SCALE = math.log(100)
@@ -265,7 +265,7 @@ class VARTeacher(CodeTeacher):
         return 1 + (sampling.cfg_scale or 0.0) * ratio
 
 
-def var_teacher(config: VARConfig, tokenizer: Tokenizer) -> VARTeacher:
+def var_teacher(config: VARConfig, tokenizer: CodeTokenizer) -> VARTeacher:
     """A VAR teacher with fresh weights, ready to be trained or loaded.
 
     Raises:

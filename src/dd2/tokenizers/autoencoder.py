@@ -1,8 +1,9 @@
-"""The convolutional encoder and decoder that both tokenizer families share.
+"""The convolutional encoder and decoder that all tokenizer families share.
 
 LlamaGen and VAR use the same VQGAN layers under different names; ours follow LlamaGen's files.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,13 +14,9 @@ from dd2.tokenizers.blocks import AttnBlock, Downsample, ResnetBlock, Upsample, 
 
 
 @dataclass(frozen=True)
-class VQConfig:
-    """Sizes of a VQ tokenizer; the defaults are LlamaGen's VQ-16."""
+class ConvConfig:
+    """Sizes of the convolutions; the defaults are those of the released models at 256 px."""
 
-    codebook_size: int = 16384
-    """V, number of codes."""
-    code_dim: int = 8
-    """C, channels of a code."""
     image_size: int = 256
     """Height and width of the images."""
     image_channels: int = 3
@@ -37,18 +34,10 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no such model has."""
-        for field in (
-            "codebook_size",
-            "code_dim",
-            "image_size",
-            "image_channels",
-            "channels",
-            "res_blocks",
-            "z_channels",
-            "groups",
-        ):
-            if getattr(self, field) < 1:
-                raise InputError(f"tokenizer.{field} must be at least 1, got {getattr(self, field)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise InputError(f"tokenizer.{field.name} must be at least 1, got {value}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"tokenizer.multipliers must be positive integers, got {self.multipliers}")
         if any(self.channels * m % min(self.groups, self.channels * m) for m in (1, *self.multipliers)):
@@ -72,6 +61,16 @@ class VQConfig:
         return self.image_size // 2 ** (len(self.multipliers) - 1)
 
 
+@dataclass(frozen=True)
+class VQConfig(ConvConfig):
+    """Sizes of a VQ tokenizer; the defaults are LlamaGen's VQ-16."""
+
+    codebook_size: int = 16384
+    """V, number of codes."""
+    code_dim: int = 8
+    """C, channels of a code."""
+
+
 class Level(nn.Module):
     """The blocks of one resolution, then a change of resolution."""
 
@@ -91,9 +90,15 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, channels, H, W) to (B, z_channels, grid, grid)."""
+    """Images (B, channels, H, W) to (B, out_channels, grid, grid).
 
-    def __init__(self, config: VQConfig) -> None:
+    Args:
+        config: sizes.
+        out_channels: z_channels unless given.
+        attention: whether the lowest level has attention, as the middle has in any case.
+    """
+
+    def __init__(self, config: ConvConfig, out_channels: int = 0, attention: bool = True) -> None:
         super().__init__()
         width, last = config.channels, len(config.multipliers) - 1
         self.conv_in = nn.Conv2d(config.image_channels, width, 3, padding=1)
@@ -103,7 +108,7 @@ class Encoder(nn.Module):
             for _ in range(config.res_blocks):
                 res.append(ResnetBlock(width, config.channels * multiplier, config.groups))
                 width = config.channels * multiplier
-                if index == last:
+                if index == last and attention:
                     attn.append(AttnBlock(width, config.groups))
             level = Level(res, attn)
             if index < last:
@@ -111,7 +116,7 @@ class Encoder(nn.Module):
             self.conv_blocks.append(level)
         self.mid = _middle(width, config.groups)
         self.norm_out = group_norm(width, config.groups)
-        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels or config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -121,9 +126,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, grid, grid) to images; levels are listed from low to high resolution."""
+    """(B, z_channels, grid, grid) to images; levels are listed from low to high resolution.
 
-    def __init__(self, config: VQConfig) -> None:
+    Args:
+        config: sizes.
+        attention: whether the lowest level has attention, as the middle has in any case.
+    """
+
+    def __init__(self, config: ConvConfig, attention: bool = True) -> None:
         super().__init__()
         last = len(config.multipliers) - 1
         width = config.channels * config.multipliers[-1]
@@ -135,7 +145,7 @@ class Decoder(nn.Module):
             for _ in range(config.res_blocks + 1):
                 res.append(ResnetBlock(width, config.channels * config.multipliers[index], config.groups))
                 width = config.channels * config.multipliers[index]
-                if index == last:
+                if index == last and attention:
                     attn.append(AttnBlock(width, config.groups))
             level = Level(res, attn)
             if index > 0:

@@ -54,25 +54,15 @@ class DecoderAlignment:
 
 
 class Tokenizer(nn.Module, ABC):
-    """A trained vector-quantised autoencoder.
+    """A trained autoencoder between images and n tokens of C channels each.
 
-    Images are (B, channels, H, W) floats in [-1, 1]; ids (B, n) in the AR order of the teachers that use it.
+    Images are (B, channels, H, W) floats in [-1, 1]; tokens come in the AR order of the teachers that use it.
 
     Attributes:
         aligned: how its decoder was trained on after the rest; None for the one that it was trained with.
     """
 
     aligned: DecoderAlignment | None = None
-
-    @property
-    def decoding(self) -> list[nn.Module]:
-        """The modules that take codes to images and do nothing else, which `dd2 align-decoder` may train; none by default."""
-        return []
-
-    @property
-    @abstractmethod
-    def codebook(self) -> Tensor:
-        """(V, C) codes in the tokenizer's own space."""
 
     @property
     @abstractmethod
@@ -86,11 +76,24 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images to ids (B, n)."""
+        """Images to what `decode` reads: ids (B, n), or continuous tokens (B, n, C)."""
+
+    @abstractmethod
+    def decode(self, encoded: Tensor) -> Tensor:
+        """What `encode` gives to images (B, channels, H, W)."""
 
     @abstractmethod
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Continuous tokens (B, n, C) in the tokenizer's space to images (B, channels, H, W)."""
+        """Tokens (B, n, C) in the tokenizer's space to images (B, channels, H, W)."""
+
+    @abstractmethod
+    def shares_tokens_with(self, other: "Tokenizer") -> bool:
+        """Whether tokens of one are tokens of the other, whatever their decoders make of them."""
+
+    @property
+    def decoding(self) -> list[nn.Module]:
+        """The modules that take tokens to images and do nothing else, which `dd2 align-decoder` may train; none by default."""
+        return []
 
     @property
     def largest_activation(self) -> int:
@@ -107,6 +110,27 @@ class Tokenizer(nn.Module, ABC):
         """As `dd2.precision.in_precision`, laid out as convolutions run fastest."""
         return in_precision(self, dtype, channels_last=True)
 
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images of another shape than the tokenizer's."""
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(f"the tokenizer reads images (B, {self.image_shape}), got {tuple(images.shape)}")
+
+
+class CodeTokenizer(Tokenizer):
+    """A vector-quantised one: every token is a code of its codebook, ids are (B, n)."""
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """(V, C) codes in the tokenizer's own space."""
+
+    def shares_tokens_with(self, other: Tokenizer) -> bool:
+        return isinstance(other, CodeTokenizer) and torch.equal(self.codebook, other.codebook)
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """Ids (B, n) to images (B, channels, H, W)."""
+        return self.decode_tiled(self.codebook[encoded])
+
     def decode_first(self, codes: Tensor, missing: Tensor) -> Tensor:
         """Images of sequences that end early.
 
@@ -117,17 +141,8 @@ class Tokenizer(nn.Module, ABC):
         rest = missing.expand(len(codes), self.num_positions - codes.shape[1], -1)
         return self.decode_tiled(torch.cat([codes, rest], 1))
 
-    def decode(self, ids: Tensor) -> Tensor:
-        """Ids (B, n) to images (B, channels, H, W)."""
-        return self.decode_tiled(self.codebook[ids])
 
-    def check_images(self, images: Tensor) -> None:
-        """Refuse images of another shape than the tokenizer's."""
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise InputError(f"the tokenizer reads images (B, {self.image_shape}), got {tuple(images.shape)}")
-
-
-class TrainableTokenizer(Tokenizer):
+class TrainableTokenizer(CodeTokenizer):
     """A tokenizer that `dd2 train-tokenizer` can train; its codes are the rows of `embedding`."""
 
     decoder: nn.Module

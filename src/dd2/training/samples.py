@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -73,7 +72,7 @@ class TeacherSamples:
         if count < 1:
             raise InputError(f"the number of teacher samples must be at least 1, got {count}")
         folder.mkdir(parents=True, exist_ok=True)
-        identity = {"teacher": teacher.fingerprint(), "sampling": asdict(sampling), "seed": seed, **(how or {})}
+        identity = {"teacher": teacher.fingerprint(), "sampling": sampling.described(), "seed": seed, **(how or {})}
         if captions := teacher.conditions.digest():
             identity["captions"] = captions
         if rank() == 0:

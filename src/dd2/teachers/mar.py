@@ -1,0 +1,261 @@
+"""MAR as a teacher: continuous tokens, known in any order, each drawn by a diffusion head."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dd2.device import full_precision
+from dd2.errors import InputError
+from dd2.files import weights_digest
+from dd2.scores import ConditionalScore
+from dd2.seeding import one_each, stream
+from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.conditions import ClassLabels
+from dd2.teachers.diffusion import STEPS, DiffusionSchedule
+from dd2.teachers.filtering import Sampling
+from dd2.teachers.mar_network import MAR, MARConfig
+from dd2.teachers.masked import FillStep, MaskedOrder, fill_steps, masked_after
+from dd2.tokenizers.kl import KLTokenizer
+
+COSINE = DiffusionSchedule.cosine()
+
+Noise = Callable[[int, int, Tensor], Tensor]
+"""(AR step, draw within it from 0, positions (B, n) that are drawn) -> standard normal (positions, C), batch by batch."""
+
+
+class MARBackbone(Backbone):
+    """The network as students copy it: without an order, a whole pass over tokens at all positions."""
+
+    def __init__(self, config: MARConfig, steps: int) -> None:
+        super().__init__(MaskedOrder(config.rows * config.columns, steps), config.decoder_width, config.code_dim)
+        self.config, self.mar = config, MAR(config)
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Features of all positions where every token is known."""
+        return self.mar.features(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), cond)
+
+    def null_condition(self, cond: Tensor) -> Tensor:
+        return torch.full_like(cond, self.config.num_classes)
+
+    def new_cache(self) -> NoReturn:
+        raise TypeError("a masked model has no key/value cache: every step reads everything again")
+
+    def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> NoReturn:
+        self.new_cache()
+
+
+class DiffusionScore(ConditionalScore):
+    """p(x_i | known tokens, y) of the positions that are not known: the head's noise prediction in RectFlow's terms.
+
+    Args:
+        mar: the network.
+        features: (B, n, D), under the condition.
+        null_features: the same without it, for guidance, or None.
+        guidance: (B, 1) factors.
+        valid: (B, n) positions where it holds, those not known.
+    """
+
+    def __init__(self, mar: MAR, features: Tensor, null_features: Tensor | None, guidance: Tensor, valid: Tensor) -> None:
+        self.mar, self.features, self.null_features = mar, features, null_features
+        self.guidance, self.valid = guidance, valid
+
+    def eps(self, x: Tensor, index: Tensor) -> Tensor:
+        """Guided noise prediction of variance-preserving tokens (..., B, n, C) at levels (..., B, n) of 0 … 999."""
+        found, _ = self.mar.head(x, index, self.features)
+        if self.null_features is None:
+            return found.float()
+        null, _ = self.mar.head(x, index, self.null_features)
+        return null.float() + self.guidance.unsqueeze(-1) * (found.float() - null.float())
+
+    def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
+        size = ((1 - t).square() + t.square()).sqrt().unsqueeze(-1)
+        x, a, s = x_t / size, (1 - t).unsqueeze(-1) / size, t.unsqueeze(-1) / size
+        return (x - s * self.eps(x, index_of(t))) / a
+
+
+def index_of(t: Tensor) -> Tensor:
+    """The head's level nearest to RectFlow levels t (...) in (0, 1)."""
+    levels = COSINE.rect_flow_levels.to(t)
+    above = torch.searchsorted(levels, t.contiguous()).clamp(1, STEPS - 1)
+    return above - (t - levels[above - 1] < levels[above] - t).long()
+
+
+def level_of(index: Tensor) -> Tensor:
+    """RectFlow levels t (...) of the head's levels 0 … 999, float32."""
+    return COSINE.rect_flow_levels.to(index.device)[index].float()
+
+
+class MARTeacher(Teacher):
+    """An AR model over continuous tokens in any order.
+
+    Args:
+        config: sizes.
+        tokenizer: tokens to images.
+        steps: AR steps unless the sampling says otherwise.
+    """
+
+    stored_as = "latents"
+    backbone: MARBackbone  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: MARConfig, tokenizer: KLTokenizer, steps: int = 64) -> None:
+        if tokenizer.config.z_channels != config.code_dim:
+            raise InputError(
+                f"the tokenizer's tokens have {tokenizer.config.z_channels} channels, the transformer reads {config.code_dim}: "
+                "they were not trained together; give the tokenizer of this teacher"
+            )
+        positions = config.rows * config.columns
+        super().__init__(MARBackbone(config, min(steps, positions)), tokenizer, ClassLabels(config.num_classes))
+
+    @property
+    def mar(self) -> MAR:
+        """The network."""
+        return self.backbone.mar
+
+    def null_condition(self, cond: Tensor) -> Tensor:
+        """Labels (B,) of no class."""
+        return self.backbone.null_condition(cond)
+
+    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling, known: Tensor | None = None) -> DiffusionScore:
+        """The conditional score of the positions that are not known.
+
+        Args:
+            tokens: (B, n, C) clean tokens.
+            cond: (B,) labels.
+            sampling: guidance.
+            known: (B, n) which of them are known; at least one position must not be.
+        """
+        if known is None or bool(known.all()):
+            raise ValueError("a masked teacher needs to be told which tokens are known, and not all may be")
+        factor, after = self._guidance(sampling), self._known_after(sampling)
+        scale = torch.tensor([factor(after(count) / self.order.n) for count in known.sum(1).tolist()], device=tokens.device)
+        features = self.mar.features(tokens, known, cond)
+        null = None if _unguided(sampling) else self.mar.features(tokens, known, self.null_condition(cond))
+        return DiffusionScore(self.mar, features, null, scale.unsqueeze(1), ~known)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        prefix: Tensor | None = None,
+        first_step: int = 0,
+    ) -> Tensor:
+        """Whole images, one seed each, whose order and noise depend on it alone.
+
+        Args:
+            cond: (B,) labels.
+            sampling: steps, guidance, temperature.
+            seeds: B seeds.
+            prefix: (B, n, C) tokens, of which those that the first steps would have drawn are kept.
+            first_step: the step to begin with.
+
+        Returns:
+            (B, n, C) tokens.
+        """
+        one_each(cond, seeds)
+        n, channels = self.backbone.token_shape
+        orders = torch.stack([torch.randperm(n, generator=stream("image", "order", int(seed))) for seed in seeds])
+        steps = fill_steps(orders.to(self.device), sampling.ar_steps or self.order.num_steps, self._guidance(sampling))
+        sources = _Sources(seeds, channels, self.device)
+        tokens = torch.zeros(len(seeds), n, channels, device=self.device) if prefix is None else prefix.clone()
+        return fill(self, tokens, cond, steps[first_step:], sampling, sources.noise, first_step)
+
+    def snap(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def stored(self, tokens: Tensor) -> Tensor:
+        """(B, n, C) float32."""
+        return tokens.float().cpu()
+
+    def restored(self, kept: Tensor) -> Tensor:
+        return kept.to(self.device)
+
+    def standardise(self, kept: Tensor) -> None:
+        """Nothing: the tokenizer's scale has done it."""
+
+    def fingerprint(self) -> str:
+        return weights_digest(self.mar)
+
+    def check(self, sampling: Sampling) -> str:
+        masked_after(self.order.n, sampling.ar_steps or self.order.num_steps)
+        COSINE.respaced(sampling.diffusion_steps)
+        unused = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)) if getattr(sampling, name) != off]
+        return f"{', '.join(unused)} have no effect: a MAR teacher draws no codes" if unused else ""
+
+    def _known_after(self, sampling: Sampling) -> Callable[[int], int]:
+        """How many tokens the sampler counts as known after the step that begins with so many, which decides its guidance."""
+        n = self.order.n
+        after = [n - left for left in masked_after(n, sampling.ar_steps or self.order.num_steps)]
+        return lambda known: next((count for count in after if count > known), after[-1])
+
+    def _guidance(self, sampling: Sampling) -> Callable[[float], float]:
+        scale = 1.0 if sampling.cfg_scale is None else sampling.cfg_scale
+        if _unguided(sampling):
+            return lambda share: 1.0
+        return (lambda share: scale) if sampling.cfg_schedule == "constant" else (lambda share: 1 + (scale - 1) * share)
+
+
+def _unguided(sampling: Sampling) -> bool:
+    return sampling.cfg_scale in (None, 1.0)
+
+
+class _Sources:
+    """Noise of each image's own, whatever the batch that it is drawn in."""
+
+    def __init__(self, seeds: Sequence[int], channels: int, device: torch.device) -> None:
+        self.seeds, self.channels, self.device = seeds, channels, device
+
+    def noise(self, step: int, draw: int, drawn: Tensor) -> Tensor:
+        counts = drawn.sum(1).tolist()
+        parts = [
+            torch.randn(count, self.channels, generator=stream("image", "mar", int(seed), step, draw))
+            for seed, count in zip(self.seeds, counts, strict=True)
+        ]
+        return torch.cat(parts).to(self.device)
+
+
+@torch.no_grad()
+def fill(
+    teacher: MARTeacher,
+    tokens: Tensor,
+    labels: Tensor,
+    steps: Sequence[FillStep],
+    sampling: Sampling,
+    noise: Noise,
+    first_step: int = 0,
+) -> Tensor:
+    """Draw the tokens of each step, given those known before it, as the official sampler does.
+
+    Args:
+        teacher: whose network.
+        tokens: (B, n, C) what is known so far.
+        labels: (B,) classes.
+        steps: see `fill_steps`.
+        sampling: diffusion steps, temperature; guidance is in the steps.
+        noise: where randomness comes from.
+        first_step: number of the first of `steps`.
+
+    Returns:
+        (B, n, C) all tokens.
+    """
+    chain, guided = COSINE.respaced(sampling.diffusion_steps), not _unguided(sampling)
+    for number, step in enumerate(steps, first_step):
+        known = step.known
+        features = teacher.mar.features(tokens, known, labels)[step.drawn]
+        null = teacher.mar.features(tokens, known, teacher.null_condition(labels))[step.drawn] if guided else None
+        x = noise(number, 0, step.drawn)
+        for draw, k in enumerate(reversed(range(len(chain.indices))), 1):
+            level = torch.full((len(x),), k, device=x.device)
+            index = torch.full_like(level, int(chain.indices[k]))
+            eps, fraction = (found.float() for found in teacher.mar.head(x, index, features))
+            if null is not None:
+                without = teacher.mar.head(x, index, null)[0].float()
+                eps = without + step.guidance * (eps - without)
+            with full_precision(x.device):
+                x = chain.step_back(x, level, eps, fraction, sampling.temperature * noise(number, draw, step.drawn))
+        tokens = tokens.clone()
+        tokens[step.drawn] = x.to(tokens.dtype)
+    return tokens

@@ -13,7 +13,7 @@ from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import train_teacher
 from dd2.commands.train_tokenizer import train_tokenizer
-from dd2.config import flat, with_fields
+from dd2.config import defaults, flat, with_fields
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
 from dd2.files import atomic_folder, write_atomic
@@ -117,7 +117,7 @@ class Workshop:
             trust=(self._teacher(),),  # named by the user, if it is code
             **fields,
         )
-        file = folder / "evaluations" / f"{_digest(flat(config), ('run', 'cache', 'device', 'trust'))}.json"
+        file = folder / "evaluations" / f"{_digest(config, ('run', 'cache', 'device', 'trust'))}.json"
         if not file.is_file():
             numbers = evaluate(config)
             file.parent.mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ class Workshop:
         return replace(config, stage1=str(self.folder(cell.stage1)))
 
     def _folder(self, kind: str, config: Any) -> Path:
-        return self.root / f"{kind}-{_digest(flat(config), ('out', 'device', 'sample_batch'))}"
+        return self.root / f"{kind}-{_digest(config, ('out', 'device', 'sample_batch'))}"
 
     def _tokenizer_run(self) -> Path:
         return self._folder("tokenizer", self.bench.tokenizer)
@@ -162,11 +162,15 @@ class Workshop:
                 shutil.copy(before / "metrics.jsonl", partial / "metrics.jsonl")
 
 
-def _digest(fields: dict[str, Any], without: tuple[str, ...]) -> str:
-    """Hash of what decides a run; of other runs, the names of their folders, which are hashes themselves."""
+def _digest(config: Any, without: tuple[str, ...]) -> str:
+    """Hash of what decides a run; of other runs, the names of their folders, which are hashes themselves.
+
+    Fields that have their defaults are no part of it, so that a field which dd2 gets later changes no name.
+    """
+    usual = defaults(type(config))
     kept = {
         name: Path(value).name if name in ("stage1", "tokenizer", "run") and value else value
-        for name, value in fields.items()
-        if name not in without and not name.startswith("loop.")
+        for name, value in flat(config).items()
+        if name not in without and not name.startswith("loop.") and (name not in usual or usual[name] != value)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -22,6 +22,7 @@ SHORT = {
     "evaluate": shlex.split("--count 100 --metrics.kid-subsets 2 --metrics.halves 2 --no-speed"),
     "sample": shlex.split("--count 20"),
     "bench": shlex.split("--repeats 1"),
+    "align-decoder": shlex.split("--decoder.iterations 2 --decoder.batch 8 --decoder.prime 64 --loop.preview-every 0"),
 }
 """What makes the README's commands short; flags win."""
 REGRESS = shlex.split("--regress.iterations 2 --regress.guidance-iterations 2 --regress.pairs 64")

@@ -1,5 +1,6 @@
 """MAR and its KL autoencoder against the official code's outputs and key tables."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from dd2.teachers.diffusion import DiffusionSchedule
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.mar import COSINE, MARTeacher, fill, index_of, level_of
 from dd2.teachers.mar_network import MARConfig
+from dd2.teachers.mar_train import diffusion_loss, random_known
 from dd2.teachers.masked import fill_steps, masked_after
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from golden_weights import GOLDEN, golden_model, golden_sizes, golden_values
@@ -340,3 +342,28 @@ def test_converted_it_is_the_same_and_inspected(tmp_path, capsys):
     assert main(run) == 2
     assert "not distilled yet" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_training_loss(trained_teacher, trained):
+    with torch.no_grad():
+        arguments = (trained[f"loss/{name}"] for name in ("target", "c", "t", "noise"))
+        found = diffusion_loss(trained_teacher.mar, *arguments)
+    mask = trained["loss/mask"]
+    close((found * mask).sum() / mask.sum(), trained["loss/value"])
+
+
+def test_known_sets_of_training():
+    random = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(2000):
+        known = random_known(2, 256, random)
+        counts = known.sum(1)
+        assert counts[0] == counts[1]
+        shares.append(1 - float(counts[0]) / 256)
+    shares = torch.tensor(shares)
+    assert 0.7 <= float(shares.min()) < 0.71
+    assert float(shares.max()) == 1.0
+    # A normal about 1 with deviation 0.25, cut off to [0.7, 1]: mean 1 - 0.25 (phi(0) - phi(1.2)) / (Phi(1.2) - 1/2).
+    density = lambda z: math.exp(-z * z / 2) / math.sqrt(2 * math.pi)  # noqa: E731
+    mean = 1 - 0.25 * (density(0) - density(1.2)) / (math.erf(1.2 / math.sqrt(2)) / 2)
+    assert float(shares.mean()) == pytest.approx(mean, abs=0.01)  # ceil adds half of 1/256

@@ -29,7 +29,7 @@ from dd2.teachers.code import require_codes
 from dd2.teachers.families import FAMILIES
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
-from dd2.tokenizers.base import CodeTokenizer, DecoderAlignment, Tokenizer
+from dd2.tokenizers.base import DecoderAlignment, Tokenizer
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
@@ -144,18 +144,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (aligned := config.get("aligned")) is not None:
         tokenizer.aligned = construct(DecoderAlignment, aligned, folder / "config.json")
     return tokenizer.eval().requires_grad_(False)
-
-
-def load_code_tokenizer(folder: Path) -> CodeTokenizer:
-    """As `load_tokenizer`.
-
-    Raises:
-        InputError: also where its tokens are no codes.
-    """
-    tokenizer = load_tokenizer(folder)
-    if not isinstance(tokenizer, CodeTokenizer):
-        raise InputError(f"{folder} holds a {type(tokenizer).__name__}, whose tokens are continuous; give one with a codebook")
-    return tokenizer
 
 
 def load_teacher(folder: Path) -> Teacher:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dd2.checkpoints.native import load_code_tokenizer, save_teacher
+from dd2.checkpoints.native import load_tokenizer, save_teacher
 from dd2.commands.run_folder import start_run
 from dd2.data.source import open_data
 from dd2.data.tokenise import tokenise
@@ -15,9 +15,12 @@ from dd2.errors import InputError
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.losses import Losses
 from dd2.processes import say
+from dd2.seeding import stream
+from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.families import TeacherSizes
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.train import ar_loss
+from dd2.teachers.train import teacher_loss
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.preview import previewed
@@ -25,7 +28,7 @@ from dd2.training.schedule import OptimConfig
 from dd2.training.stage import Stage, Update
 
 HELD_OUT = 4096
-"""Images that the likelihood is measured on at the end, held out and of the training set: a teacher whose two numbers are far
+"""Images that likelihood or loss is measured on at the end, held out and of the training set: a teacher whose two numbers are far
 apart has memorised."""
 
 
@@ -44,7 +47,7 @@ class TrainTeacherConfig(TeacherSizes):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     token_images: int = 100_000
-    """Augmented images turned into ids before training."""
+    """Augmented images turned into tokens before training."""
     iterations: int = 300_000
     """Optimiser steps."""
     batch: int = 256
@@ -69,23 +72,23 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
         The teacher's folder.
     """
     device = pick_device(config.device)
-    tokenizer = load_code_tokenizer(config.tokenizer).to(device)
+    tokenizer = load_tokenizer(config.tokenizer).to(device)
     channels, size, _ = tokenizer.image_shape
     data = open_data(config.data, size, channels)
     sizes = config.resolved(tokenizer, data.num_classes)
-    config = replace(config, teacher=sizes.teacher, var=sizes.var)
+    config = replace(config, teacher=sizes.teacher, var=sizes.var, mar=sizes.mar)
     hint = start_run(config.out, config, "train-teacher")
     torch.manual_seed(config.seed)
     teacher = config.build(tokenizer).to(device)
     class_dropout = config.used(tokenizer).class_dropout
     teacher.tokenizer.requires_grad_(False)
-    trained = [*teacher.backbone.parameters(), *teacher.output.parameters()]
-    ids, labels = tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
-    test_ids, test_labels = tokenise(tokenizer, data, "test", HELD_OUT, config.seed, device)
+    trained = [parameter for part in teacher.stored_parts.values() for parameter in part.parameters()]
+    encoded, labels = tokenise(tokenizer, data, "train", config.token_images, config.seed, device)
+    held_out, held_out_labels = tokenise(tokenizer, data, "test", HELD_OUT, config.seed, device)
 
     def loss(random: torch.Generator) -> Losses:
-        rows = torch.randint(len(ids), (config.batch,), generator=random, device=random.device)
-        return ar_loss(teacher, ids[rows], labels[rows], class_dropout, random)
+        rows = torch.randint(len(encoded), (config.batch,), generator=random, device=random.device)
+        return teacher_loss(teacher, encoded[rows], labels[rows], class_dropout, random)
 
     shown = previewed(teacher, lambda cond, seeds: teacher.sample(cond, Sampling(), seeds))
 
@@ -98,18 +101,38 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
 
     teacher.train()
     update = Update("teacher", trained, config.optim, loss, accumulate=config.accumulate)
-    modules = {"backbone": teacher.backbone, "output": teacher.output}
-    stage = Stage("teacher", config.iterations, [update], modules, preview=preview)
+    stage = Stage("teacher", config.iterations, [update], teacher.stored_parts, preview=preview)
     Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
     teacher.eval()
-    nats, known = (
-        float(teacher_nll(teacher, some[:HELD_OUT], of[:HELD_OUT], config.batch).mean())
-        for some, of in ((test_ids, test_labels), (ids, labels))
+    measured, known = (
+        measure(teacher, some[:HELD_OUT], of[:HELD_OUT], config.batch)
+        for some, of in ((held_out, held_out_labels), (encoded, labels))
     )
+    unit = "nats_per_image" if isinstance(teacher, CodeTeacher) else "loss_per_token"
     log = MetricsLog(config.out / "metrics.jsonl")
     log.rewind("held_out", -1)
-    log.append({"stage": "held_out", "step": config.iterations, "nats_per_image": nats, "training_nats_per_image": known})
-    say(f"negative log-likelihood: {nats:.2f} nats per held-out image, {known:.2f} per image of its training")
+    log.append({"stage": "held_out", "step": config.iterations, unit: measured, f"training_{unit}": known})
+    what, each = unit.split("_per_")
+    say(f"{measured:.2f} {what} per {each} of held-out images, {known:.2f} of those of its training")
     folder = config.out / "teacher"
     save_teacher(folder, teacher)
     return folder
+
+
+@torch.no_grad()
+def measure(teacher: Teacher, encoded: Tensor, labels: Tensor, batch: int) -> float:
+    """How well a teacher knows images: nats an image of codes; of continuous tokens the mean training loss, at fixed noise.
+
+    Args:
+        teacher: in evaluation mode.
+        encoded, labels: of N images, as `tokenise` gives them.
+        batch: images at a time.
+    """
+    if isinstance(teacher, CodeTeacher):
+        return float(teacher_nll(teacher, encoded, labels, batch).mean())
+    sums = 0.0
+    for start in range(0, len(labels), batch):
+        part = slice(start, start + batch)
+        random = stream("measure", start, device=teacher.device)
+        sums += float(teacher_loss(teacher, encoded[part], labels[part], 0.0, random)[0]) * len(labels[part])
+    return sums / len(labels)

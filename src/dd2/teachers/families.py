@@ -6,7 +6,6 @@ from typing import Any
 
 from dd2.errors import InputError
 from dd2.teachers.base import Backbone, Teacher
-from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
 from dd2.teachers.mar import MARBackbone, MARTeacher
 from dd2.teachers.mar_network import MARConfig
@@ -50,35 +49,49 @@ class TeacherSizes:
     var: VARConfig = field(default_factory=VARConfig)
     """Sizes of a VAR teacher, for a multi-scale tokenizer; num_classes comes from the data."""
 
-    def used(self, tokenizer: CodeTokenizer) -> LlamaGenConfig | VARConfig:
-        """Those that go with a tokenizer."""
-        return self.var if isinstance(tokenizer, MultiScaleTokenizer) else self.teacher
+    mar: MARConfig = field(default_factory=MARConfig)
+    """Sizes of a MAR teacher, for a KL tokenizer; rows, columns, code_dim and num_classes come from it and the data."""
 
-    def resolved(self, tokenizer: CodeTokenizer, num_classes: int) -> "TeacherSizes":
+    def used(self, tokenizer: Tokenizer) -> LlamaGenConfig | VARConfig | MARConfig:
+        """Those that go with a tokenizer."""
+        return getattr(self, _section(tokenizer))
+
+    def resolved(self, tokenizer: Tokenizer, num_classes: int) -> "TeacherSizes":
         """The same with what tokenizer and data decide.
 
         Raises:
-            InputError: sizes are given for the kind of teacher that does not go with the tokenizer.
+            InputError: sizes are given for a kind of teacher that does not go with the tokenizer.
         """
         if self.teacher.caption_dim or self.teacher.input_layer != "mlp":
             raise InputError(
                 "train-teacher trains class-conditional, continuous models: leave teacher.caption_dim and input_layer out"
             )
-        next_scale = isinstance(tokenizer, MultiScaleTokenizer)
-        unused, used = ("teacher", "var") if next_scale else ("var", "teacher")
-        if getattr(self, unused) != getattr(TeacherSizes(), unused):
-            kind = "multi-scale" if next_scale else "raster"
-            raise InputError(f"this is a {kind} tokenizer: its teacher's sizes are {used}.*, not {unused}.*")
-        if next_scale:
-            return replace(self, var=replace(self.var, num_classes=num_classes))
-        side = round(tokenizer.num_positions**0.5)
-        return replace(self, teacher=replace(self.teacher, rows=side, columns=side, num_classes=num_classes))
+        used = _section(tokenizer)
+        for unused in SECTIONS.keys() - {used}:
+            if getattr(self, unused) != getattr(TeacherSizes(), unused):
+                raise InputError(f"this is a {SECTIONS[used]} tokenizer: its teacher's sizes are {used}.*, not {unused}.*")
+        decided: dict[str, int] = {"num_classes": num_classes}
+        if used != "var":
+            side = round(tokenizer.num_positions**0.5)
+            decided |= {"rows": side, "columns": side}
+        if isinstance(tokenizer, KLTokenizer):
+            decided["code_dim"] = tokenizer.config.z_channels
+        return replace(self, **{used: replace(getattr(self, used), **decided)})
 
-    def build(self, tokenizer: CodeTokenizer) -> CodeTeacher:
+    def build(self, tokenizer: Tokenizer) -> Teacher:
         """A teacher with fresh weights."""
-        if isinstance(tokenizer, MultiScaleTokenizer):
-            return var_teacher(self.var, tokenizer)
-        return llamagen_teacher(self.teacher, tokenizer)
+        sizes = self.used(tokenizer)
+        return next(family for family in FAMILIES.values() if family.config is type(sizes)).build(sizes, tokenizer)
+
+
+SECTIONS = {"teacher": "raster", "var": "multi-scale", "mar": "KL"}
+"""Section of `TeacherSizes` -> the kind of tokenizer that it is for."""
+
+
+def _section(tokenizer: Tokenizer) -> str:
+    if isinstance(tokenizer, KLTokenizer):
+        return "mar"
+    return "var" if isinstance(tokenizer, MultiScaleTokenizer) else "teacher"
 
 
 def sizes_of(depth: int, width: int, heads: int, next_scale: bool) -> TeacherSizes:

@@ -1,11 +1,25 @@
-"""Training an AR teacher: cross-entropy of the next token, with class dropout for classifier-free guidance."""
+"""Training a teacher of any kind; of one over codes by cross-entropy of the next token, with class dropout for guidance."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dd2.losses import Losses
-from dd2.teachers.code import CodeTeacher
+from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.mar import MARTeacher
+from dd2.teachers.mar_train import mar_loss
+
+
+def teacher_loss(teacher: Teacher, encoded: Tensor, cond: Tensor, class_dropout: float, random: torch.Generator) -> Losses:
+    """One micro-batch of what the teacher's tokenizer made of images (`dd2.data.tokenise`): `ar_loss`, or MAR's.
+
+    Raises:
+        InputError: it is none that can be trained.
+    """
+    if isinstance(teacher, MARTeacher):
+        return mar_loss(teacher, encoded, cond, class_dropout, random)
+    return ar_loss(require_codes(teacher, "training"), encoded, cond, class_dropout, random)
 
 
 def with_dropout(teacher: CodeTeacher, cond: Tensor, class_dropout: float, random: torch.Generator) -> Tensor:

@@ -78,6 +78,10 @@ class Tokenizer(nn.Module, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Images to what `decode` reads: ids (B, n), or continuous tokens (B, n, C)."""
 
+    def encode_for_training(self, images: Tensor, random: torch.Generator) -> Tensor:
+        """The same for a teacher to learn from; where a tokenizer has a distribution over tokens, a draw from it."""
+        return self.encode(images)
+
     @abstractmethod
     def decode(self, encoded: Tensor) -> Tensor:
         """What `encode` gives to images (B, channels, H, W)."""

@@ -103,6 +103,9 @@ class KLTokenizer(Tokenizer):
         """The posterior's mean as tokens (B, n, C)."""
         return self.tokens(self.posterior(images).mean)
 
+    def encode_for_training(self, images: Tensor, random: torch.Generator) -> Tensor:
+        return self.tokens(self.posterior(images).sample(random))
+
     def decode(self, encoded: Tensor) -> Tensor:
         return self.decode_tiled(encoded)
 

@@ -1,4 +1,4 @@
-"""Training a VQ tokenizer: reconstruction, codebook and commitment losses, and revival of dead codes."""
+"""Training tokenizers: with codes by reconstruction, codebook and commitment losses and revival of dead codes; KL ones."""
 
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from dd2.errors import InputError
 from dd2.losses import Losses
 from dd2.processes import rank, sum_over_processes, world_size
 from dd2.tokenizers.base import TrainableTokenizer
+from dd2.tokenizers.kl import KLTokenizer
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,33 @@ def vq_loss(tokenizer: TrainableTokenizer, usage: CodeUsage, images: Tensor, con
         "usage": 1 - usage.dead(config).float().mean(),
         "perplexity": usage.perplexity,
     }
+
+
+def kl_loss(tokenizer: KLTokenizer, images: Tensor, weight: float, random: torch.Generator) -> Losses:
+    """Loss of one batch of images (B, channels, H, W) in [-1, 1]: squared error of decoded draws, and the posteriors' divergence.
+
+    Args:
+        tokenizer: what is trained.
+        images: the batch.
+        weight: of the divergence, in nats a number of the image.
+        random: random stream of this step.
+
+    Returns:
+        The loss, and the reconstruction error and the divergence in nats an image.
+    """
+    posterior = tokenizer.posterior(images)
+    reconstruction = F.mse_loss(tokenizer.decode_codes(tokenizer.tokens(posterior.sample(random))), images)
+    divergence = posterior.kl.mean()
+    loss = reconstruction + weight * divergence / images[0].numel()
+    return loss, {"reconstruction": reconstruction.detach(), "kl": divergence.detach()}
+
+
+@torch.no_grad()
+def measured_deviation(tokenizer: KLTokenizer, images: Tensor) -> float:
+    """Of all numbers of the latents of images, drawn from nothing: of the posteriors' means and variances together."""
+    mean, variance = [], []
+    for part in images.split(32):
+        posterior = tokenizer.posterior(part)
+        mean.append(posterior.mean.flatten())
+        variance.append(posterior.log_variance.exp().flatten())
+    return float((torch.cat(mean).var() + torch.cat(variance).mean()).sqrt())

@@ -118,6 +118,29 @@ def test_runs_that_share_a_stage_make_it_once(tiny_bench, tmp_path):
     assert len(folders) == 4
 
 
+def test_the_curve_ends_where_the_generator_is(tiny_bench, tmp_path, capsys):
+    workshop = Workshop(tiny_bench, tmp_path / "shop", 60, "cpu")
+    for cell, stages in ((Cell("dd2", 0), {"csd"}), (Cell("best", 0), {"regress", "csd"}), (Cell("dd1", 0), {"dd1"})):
+        run = workshop.run(cell)
+        numbers = workshop.evaluated(cell, curve=True, speed=False)
+        last = numbers["curve"][-1]
+        assert {point["stage"] for point in numbers["curve"]} == stages
+        assert last["frechet"] == pytest.approx(numbers["frechet"]["generator"], rel=1e-9)
+        assert last["gap_closed"] == pytest.approx(numbers["gap_closed"], rel=1e-9)
+        assert last["teacher_nll"] == pytest.approx(numbers["teacher_nll"]["generator"], rel=1e-9)
+        seconds = [point["seconds"] for point in numbers["curve"]]
+        assert seconds == sorted(seconds)
+        assert seconds[-1] == pytest.approx(sum(json.loads((run / "seconds.json").read_text()).values()), rel=0.5)
+    points = workshop.evaluated(Cell("dd2", 0), curve=True, speed=False)["curve"]
+    assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
+    assert len({point["frechet"] for point in points}) > 1
+    assert "Distance against training" in (run / "report.html").read_text()
+    shutil.rmtree(run / "checkpoints")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--count", "60", "--curve", "--no-speed"]) == 2
+    assert "keeps no checkpoints" in capsys.readouterr().err
+
+
 def test_table_four_starts_the_networks_where_it_says(tiny_bench, tmp_path):
     workshop = Workshop(with_iterations(tiny_bench, 0), tmp_path / "shop", 60, "cpu")
     tuned = workshop.run(Cell("dd2", 0)) / "generator" / "model.safetensors"

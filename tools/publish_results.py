@@ -39,7 +39,7 @@ def main() -> None:
         run = Path(folder)
         numbers = json.loads((run / "metrics.json").read_text())
         versions = json.loads((run / "versions.json").read_text())
-        numbers["versions"] = {key: versions[key] for key in ("dd2", "python", "torch", "numpy", "threads")}
+        numbers["versions"] = {key: value for key, value in versions.items() if key != "command"}
         (results / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
         shutil.copy(run / "samples.png", results / f"{name}_samples.png")
         shutil.copy(run / "curves.png", results / f"{name}_curves.png")
@@ -89,6 +89,7 @@ def table(numbers: dict[str, Any]) -> str:
     threads = numbers["versions"]["threads"]
     text = (
         f"Gap closed: **{numbers['gap_closed']:.3f}**. {faster}Time on {threads} CPU thread{'s' if threads > 1 else ''}: {spent}."
+        + (f" Commit {commit}." if (commit := numbers["versions"].get("commit")) else "")
     )
     return "\n".join([*lines, "", *textwrap.wrap(text, 124), ""])
 

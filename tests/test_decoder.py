@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,13 +122,14 @@ ALIGN = {
 def test_the_command_resumes_and_evaluation_names_the_decoder(run, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["align-decoder", str(run), "--out", str(whole), *arguments(ALIGN)]) == 0
-    short = arguments({**ALIGN, "loop.save_every": 1})
+    short = arguments({**ALIGN, "loop.save_every": 1, "loop.keep": 9})
     assert main(["align-decoder", str(run), "--out", str(parts), *short]) == 0
     for kept in ("00000003", "00000004"):  # as if it had been killed after the second iteration
         for path in (parts / "checkpoints" / "decoder").glob(kept):
             path.rename(tmp_path / kept)
-    (parts / "generator" / "config.json").unlink()
-    assert main(["align-decoder", str(run), "--out", str(parts), *short, "--loop.keep", "9"]) == 0
+    shutil.rmtree(parts / "generator")
+    assert [path.name for path in sorted((parts / "checkpoints" / "decoder").iterdir())] == ["00000001", "00000002"]
+    assert main(["align-decoder", str(run), "--out", str(parts), *short]) == 0
     weights = [load_generator(folder / "generator").tokenizer.state_dict() for folder in (whole, parts)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     own = load_generator(run / "generator")
@@ -188,6 +191,31 @@ def test_every_field_arrives(run, tmp_path):
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
     return images.flatten(1)[:, ::32]
+
+
+@pytest.mark.e2e
+def test_a_named_reference_and_what_it_refuses(run, tmp_path, capsys):
+    images = tmp_path / "images.npz"
+    random = torch.Generator().manual_seed(0)
+    np.savez(images, arr_0=torch.randint(256, (120, 16, 16, 1), generator=random, dtype=torch.uint8).numpy())
+    statistics = tmp_path / "statistics.npz"
+    assert main(["reference", str(images), str(statistics), "--features", "digits"]) == 0
+    made = {}
+    for reference in (images, statistics):
+        out = tmp_path / reference.stem
+        assert main(["align-decoder", str(run), "--out", str(out), "--reference", str(reference), *arguments(ALIGN)]) == 0
+        made[reference.stem] = load_generator(out / "generator").tokenizer
+        assert made[reference.stem].aligned is not None
+        assert f"{reference} (SHA-256 " in str(made[reference.stem].aligned)
+    weights = [made[name].state_dict() for name in ("images", "statistics")]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+    capsys.readouterr()
+    other = ["--reference", str(statistics), "--features", "test_decoder:pixels"]
+    assert main(["align-decoder", str(run), "--out", str(tmp_path / "other"), *other, *arguments(ALIGN)]) == 2
+    assert "made with" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main(["align-decoder", str(tmp_path / "images"), "--out", str(tmp_path / "twice"), *arguments(ALIGN)]) == 2
+    assert "give the run that it was made from" in capsys.readouterr().err
 
 
 def no_gradient(images: torch.Tensor) -> torch.Tensor:

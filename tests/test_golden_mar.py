@@ -1,5 +1,6 @@
 """MAR and its KL autoencoder against the official code's outputs and key tables."""
 
+import argparse
 import math
 from dataclasses import replace
 
@@ -187,6 +188,16 @@ def test_one_seed_an_image(trained_teacher):
     assert trained_teacher.check(Sampling(top_k=3)) == "top_k have no effect: a MAR teacher draws no codes"
 
 
+def test_the_head_stays_float32_in_half_precision(trained_teacher, trained):
+    """At the last levels its rounding would be multiplied by thousands."""
+    lowered = trained_teacher.in_precision(torch.bfloat16)
+    assert lowered.mar.diffloss.net.input_proj.weight.dtype == torch.float32
+    assert lowered.mar.encoder_blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = lowered.mar.head(trained["head/in/x"], trained["head/in/t"], trained["head/in/c"])
+    close(torch.cat(found, -1), trained["head/out"])
+
+
 def test_rect_flow_and_the_heads_levels():
     t = level_of(torch.arange(1000))
     assert torch.equal(index_of(t), torch.arange(1000))
@@ -321,7 +332,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_converted_it_is_the_same_and_inspected(tmp_path, capsys):
     state = golden_model("mar_tiny", "mar_shapes")
-    torch.save({"model_ema": state, "model": {}}, tmp_path / "checkpoint-last.pth")
+    arguments = argparse.Namespace(diffloss_d=2)  # as in checkpoints of training
+    torch.save({"model_ema": state, "model": {}, "args": arguments}, tmp_path / "checkpoint-last.pth")
     torch.save({"model": golden_model("kl_tiny", "vae_shapes")}, tmp_path / "kl.ckpt")
     files = ["--mar", str(tmp_path / "checkpoint-last.pth"), "--vae", str(tmp_path / "kl.ckpt")]
     assert main(["convert", "mar", *files, "--out", str(tmp_path / "out"), "--num-heads", "4"]) == 0

@@ -135,6 +135,10 @@ def test_the_curve_ends_where_the_generator_is(tiny_bench, tmp_path, capsys):
     assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert len({point["frechet"] for point in points}) > 1
     assert "Distance against training" in (run / "report.html").read_text()
+    assert main(["evaluate", str(run), "--count", "60", "--curve", "--no-speed", "--precision", "bfloat16"]) == 0
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert numbers["curve"][-1]["frechet"] == numbers["frechet"]["generator"]
+    assert len({point["frechet"] for point in numbers["curve"]}) == len(numbers["curve"])
     shutil.rmtree(run / "checkpoints")
     capsys.readouterr()
     assert main(["evaluate", str(run), "--count", "60", "--curve", "--no-speed"]) == 2

@@ -462,7 +462,14 @@ def test_what_starts_from_stage_one(initialised):
 
 def test_random_weights_have_nothing_of_the_teacher():
     tuned, fresh, _ = networks_and_teacher()
-    networks = starting_networks(CSDConfig(initialised="random"), tuned, fresh)
+    torch.manual_seed(5)
+    networks = starting_networks(CSDConfig(initialised="random"), tuned, fresh, seed=3)
+    torch.manual_seed(6)  # whatever has been drawn before, and on any process
+    again = starting_networks(CSDConfig(initialised="random"), tuned, fresh, seed=3)
+    assert equal(networks.generator.state_dict(), again.generator.state_dict())
+    assert equal(networks.generator.state_dict(), networks.guidance.state_dict())
+    other = starting_networks(CSDConfig(initialised="random"), tuned, fresh, seed=4)
+    assert not equal(networks.generator.state_dict(), other.generator.state_dict())
     for network in (networks.generator, networks.guidance):
         before = dict(fresh.backbone.named_parameters())
         for name, parameter in network.backbone.named_parameters():

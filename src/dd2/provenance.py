@@ -42,10 +42,16 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Of the repository that dd2 runs from, "-dirty" where files of it differ; empty where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Of the repository that dd2's files belong to, "-dirty" where files of it differ; empty where they belong to none."""
+    here = Path(__file__)
+    if not _git(here, "ls-files", here.name):  # installed, perhaps inside of somebody's repository
+        return ""
+    return _git(here, "describe", "--always", "--dirty")
+
+
+def _git(file: Path, *words: str) -> str:
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=False)
     except OSError:  # no git
         return ""
-    return found.stdout.strip()
+    return found.stdout.strip() if found.returncode == 0 else ""

@@ -89,9 +89,10 @@ class ConvertMarConfig:
 def convert_mar(config: ConvertMarConfig) -> Path:
     """Write the teacher folder."""
     _refuse_existing(config.out)
+    taken = weights_of(config.mar)
     teacher = load_mar(config.mar, config.vae, num_heads=config.num_heads)
     save_teacher(config.out, teacher)
-    say(f"wrote teacher folder {config.out} of {weights_of(config.mar)}; look at it with dd2 inspect {config.out}")
+    say(f"wrote teacher folder {config.out} of {taken}; look at it with dd2 inspect {config.out}")
     return config.out
 
 

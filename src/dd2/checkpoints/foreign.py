@@ -31,7 +31,12 @@ class Origin:
 
 
 def read_state(source: Source, nests: Iterable[tuple[str, ...]], device: str = "cpu") -> dict[str, Tensor]:
-    """The state dict of a file or of a checkpoint dictionary.
+    """The state dict of a file or of a checkpoint dictionary. Arguments and errors as `read_nested`."""
+    return read_nested(source, nests, device)[0]
+
+
+def read_nested(source: Source, nests: Iterable[tuple[str, ...]], device: str = "cpu") -> tuple[dict[str, Tensor], str]:
+    """The state dict of a file or of a checkpoint dictionary, and where it lay: the keys with dots between, or nothing.
 
     Args:
         source: what to read.
@@ -48,7 +53,7 @@ def read_state(source: Source, nests: Iterable[tuple[str, ...]], device: str = "
         for key in nest:
             found = found.get(key) if isinstance(found, Mapping) else None
         if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
-            return {_plain_key(str(key)): value for key, value in found.items()}
+            return {_plain_key(str(key)): value for key, value in found.items()}, ".".join(nest)
     places = ", ".join(".".join(nest) for nest in nests)
     raise InputError(f"{name} holds no state dict (looked at its top level and under {places}); its keys are {_some(content)}")
 

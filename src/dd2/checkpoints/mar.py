@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
+from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_nested, read_state
 from dd2.checkpoints.var import latent_diffusion_name
 from dd2.errors import InputError
 from dd2.teachers.mar import MARTeacher
@@ -60,13 +57,7 @@ def load_mar(mar: Source, vae: Source | None = None, *, num_heads: int | None = 
 
 def weights_of(source: Source) -> str:
     """Which weights `load_mar` takes of a file that may hold several: model_ema, model, state_dict or "its only weights"."""
-    if isinstance(source, Mapping):
-        content: Mapping[str, Any] = source
-        return next((nest[0] for nest in MAR_NESTS if nest[0] in content), "its only weights")
-    if Path(source).suffix == ".safetensors":
-        return "its only weights"
-    found = torch.load(source, map_location="meta", weights_only=True, mmap=True)
-    return weights_of(found) if isinstance(found, Mapping) else "its only weights"
+    return read_nested(source, MAR_NESTS, device="meta")[1] or "its only weights"
 
 
 def mar_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> MARConfig:

@@ -18,7 +18,8 @@ from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
-from dd2.evaluation.reference import open_reference
+from dd2.evaluation.metrics import check_channels
+from dd2.evaluation.reference import Reference, open_reference
 from dd2.files import atomic_folder
 from dd2.frechet import FeatureStatistics, GaussianFit
 from dd2.method.decoder import DecoderConfig, DecoderMatch, decoder_stage, trainable_decoder
@@ -45,7 +46,7 @@ class AlignDecoderConfig:
     features: tuple[str, ...] = ("digits",)
     """Networks to match in, as in dd2 evaluate; their gradients are needed."""
     reference: str = "teacher"
-    """"teacher": its samples by the present decoder; or as in dd2 evaluate: statistics of the one network, or images."""
+    """"teacher": its samples by the tokenizer's own decoder; or as in dd2 evaluate: statistics of the one network, or images."""
     count: int = 50_000
     """Teacher samples of the reference, as far as the run has them."""
     batch: int = 250
@@ -81,25 +82,33 @@ def align_decoder(config: AlignDecoderConfig) -> Path:
         raise InputError(
             f"{config.run}: the teacher is code of yours, which decodes in its own way; there is no decoder to train"
         )
+    if (before := run.generator.tokenizer.aligned) is not None:
+        raise InputError(f"the decoder of {config.run} is {before} already; give the run that it was made from")
     tokenizer = trainable_decoder(run.generator.tokenizer)
     networks = {spec: open_features(spec, device) for spec in config.features}
     reads = {spec: _differentiable(network) for spec, network in networks.items()}
-    _check_gradients(run, networks)
+    channels = _check_gradients(run, networks)
     if config.out.resolve() == config.run.resolve():
         raise InputError(f"out {config.out} is the run itself; choose another folder")
     if not (config.run / "seconds.json").is_file():
         raise InputError(f"{config.run} lacks seconds.json; run its command again, which writes it")
+    references = {spec: _opened_reference(config, network, channels[spec], device) for spec, network in networks.items()}
     record = dataclasses.replace(run.record, command="align-decoder", teacher=str(_teacher_of(config.run, run.record)))
     trainer = Trainer(config.out, config.seed, config.loop, device, start_run(config.out, config, "align-decoder", record))
     _copy(config.run, config.out)
     samples = TeacherSamples.load(config.out / "teacher_samples", run.teacher)
     start = time.perf_counter()
-    fits = {spec: _reference(config, run, samples, network) for spec, network in networks.items()}
+    fits = {
+        spec: _of_teacher(config, run, samples, networks[spec]) if reference is None else reference.fits["pool"]
+        for spec, reference in references.items()
+    }
     match = DecoderMatch(reads, fits, config.decoder, device)
     seconds = {**read_seconds(config.run), "reference": time.perf_counter() - start}
     seconds["decoder"] = trainer.run(decoder_stage(run.generator, tokenizer, samples, match, config.decoder))
     write_seconds(config.out, seconds)
-    matched = "the teacher's images" if config.reference == "teacher" else config.reference
+    matched = "the teacher's images"
+    if (reference := references[config.features[0]]) is not None:
+        matched = f"{config.reference} (SHA-256 {reference.described['sha256'][:12]})"
     names, digests = zip(*((network.name, network.digest) for network in networks.values()), strict=True)
     tokenizer.aligned = DecoderAlignment(matched, names, digests, config.decoder.iterations)
     folder = config.out / "generator"
@@ -118,19 +127,30 @@ def _differentiable(network: FeatureNetwork) -> Callable[[Tensor], Tensor]:
     return lambda images: network.read(images)["pool"]
 
 
-def _check_gradients(run: FinishedRun, networks: dict[str, FeatureNetwork]) -> None:
-    shape = run.teacher.tokenizer.image_shape
+def _check_gradients(run: FinishedRun, networks: dict[str, FeatureNetwork]) -> dict[str, int]:
+    """The channels of each network, whose features must have a gradient."""
+    shape, channels = run.teacher.tokenizer.image_shape, {}
     for spec, network in networks.items():
         images = torch.zeros(2, *shape, device=run.generator.device, requires_grad=True)
-        read_features(network, images)  # refuses other sizes, and what is no features
+        channels[spec] = read_features(network, images)["pool"].shape[1]  # refuses other sizes, and what is no features
         if not network.read(images)["pool"].requires_grad:
             raise InputError(f"features {spec} give no gradient; a function that is matched must not switch gradients off")
+    return channels
 
 
-def _reference(config: AlignDecoderConfig, run: FinishedRun, samples: TeacherSamples, network: FeatureNetwork) -> GaussianFit:
-    if config.reference != "teacher":
-        path = Path(config.reference)
-        return open_reference(path, network, run.generator.device, config.out / "features", config.batch).fits["pool"]
+def _opened_reference(
+    config: AlignDecoderConfig, network: FeatureNetwork, channels: int, device: torch.device
+) -> Reference | None:
+    """A reference that is no teacher, checked against the network."""
+    if config.reference == "teacher":
+        return None
+    path, cache = Path(config.reference), config.run / "features"
+    found = open_reference(path, network, device, cache, config.batch)
+    check_channels(channels, found)
+    return found
+
+
+def _of_teacher(config: AlignDecoderConfig, run: FinishedRun, samples: TeacherSamples, network: FeatureNetwork) -> GaussianFit:
     statistics = FeatureStatistics()
     rows = torch.arange(min(config.count, len(samples)))
     with torch.no_grad(), progress(f"reference, {network.name}", len(rows), "img") as bar:
@@ -147,6 +167,7 @@ def _reference(config: AlignDecoderConfig, run: FinishedRun, samples: TeacherSam
 @first_process_only
 def _copy(run: Path, out: Path) -> None:
     """What the new folder needs to be a run by itself."""
-    if not (out / "teacher_samples").is_dir():
-        with atomic_folder(out / "teacher_samples") as partial:
-            shutil.copytree(run / "teacher_samples", partial, dirs_exist_ok=True)
+    for name in ("teacher_samples", "ar_diffusion"):
+        if (run / name).is_dir() and not (out / name).is_dir():
+            with atomic_folder(out / name) as partial:
+                shutil.copytree(run / name, partial, dirs_exist_ok=True)

@@ -152,7 +152,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     if fresh is not None and tuned is None:
         tuned, spent = _stage1(config, trainer, fresh, teacher, samples)
         seconds["tune"] += spent
-    whole = starting_networks(config.csd, tuned, fresh, over_codes)
+    whole = starting_networks(config.csd, tuned, fresh, over_codes, config.seed)
     shipped = copy.deepcopy(whole.ema).cpu()
     networks = whole.placed(lambda network: _placed(network, config, device))
     del tuned, fresh, over_codes, whole  # whole networks, which need not lie beside their shards
@@ -174,8 +174,8 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
     """Refuse what the teacher cannot use, and say what has no effect on it."""
     if isinstance(teacher.order, MaskedOrder):
         raise InputError(
-            f"teacher {config.teacher} draws its tokens in any order (MAR): it can be converted, inspected and sampled, and not "
-            "distilled yet; give a teacher over codes, or an AR-diffusion model"
+            f"teacher {config.teacher} draws its tokens in any order (MAR): it can be trained, converted and, in "
+            "Python, sampled, and not distilled yet; give a teacher over codes, or an AR-diffusion model"
         )
     teacher.conditions.digest()  # refuses missing captions
     said = {teacher.check(sampling) for sampling in (config.tune.sampling, config.csd.sampling)} - {""}

@@ -16,7 +16,7 @@ from dd2.config import flat
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
-from dd2.evaluation.curve import curve_numbers, curve_plot, draw_checkpoints
+from dd2.evaluation.curve import Point, curve_numbers, curve_plot, draw_checkpoints
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
 from dd2.evaluation.methods import Method, absent, methods, one_step_method
 from dd2.evaluation.metrics import check_channels, check_extrapolation, warnings
@@ -28,8 +28,10 @@ from dd2.evaluation.summary import summary
 from dd2.files import writable_folder, write_atomic
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
+from dd2.provenance import provenance
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.training.samples import TeacherSamples, samples_identity
+from dd2.training.store import Store
 from dd2.writers import NpzWriter
 
 
@@ -70,7 +72,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         check_extrapolation(config.count, channels)
     found = read_features(network, torch.zeros(2, *run.teacher.tokenizer.image_shape, device=device))["pool"].shape[1]
     check_channels(found, reference)  # before the methods are drawn
-    points = draw_checkpoints(config.run, run, spent, scorer, lambda: one_step_method(ways, run.teacher)) if config.curve else []
+    points = _drawn_curve(config, run, spent, scorer) if config.curve else []
     banks = scorer.drawn(compared)  # all processes have waited for each other; what follows is done once
     if rank() != 0:
         return {}
@@ -82,7 +84,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     pictures = []
     if points:
         floor, worst = numbers["frechet"]["floor"], numbers["frechet"]["onestep_marginal"]
-        numbers["curve"] = curve_numbers(points, reference, floor, worst)
+        numbers["curve"] = curve_numbers(points, reference, floor, worst, network.knows_labels)
         plot = curve_plot({"generator": [numbers["curve"]]}, floor, worst)
         pictures.append(("Distance against training", "Every checkpoint that the run keeps, scored as its generator is.", plot))
     seconds = {**spent, "evaluate": time.perf_counter() - start}
@@ -96,6 +98,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "evaluation": {
             **decides,
             "precision": scorer.precision,
+            "made": provenance("evaluate", device),
             "reference": reference.described,
             "images_per_label": config.count / labels,
             "seeds": f"one per image, derived from {config.seed}",
@@ -114,6 +117,11 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if config.export is not None:
         _export(config.export, config, scorer, compared["generator"])
     return numbers
+
+
+def _drawn_curve(config: EvaluateConfig, run: FinishedRun, spent: dict[str, float], scorer: Scorer) -> list[tuple[Point, Store]]:
+    """Samples of every checkpoint. The ways are made anew for each: in half precision they hold copies of the weights."""
+    return draw_checkpoints(config.run, run, spent, scorer, lambda: one_step_method(ways_of(run, config), run.teacher))
 
 
 def _trained_on(run: FinishedRun, network: FeatureNetwork) -> list[str]:

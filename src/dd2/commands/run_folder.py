@@ -84,7 +84,21 @@ def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> No
     write_atomic(file, to_yaml(with_fields(config, {"loop.resume": "auto"})))
     if record is not None:
         record.write(out)
-    write_atomic(out / "versions.json", json.dumps(provenance(command, pick_device(config.device)), indent=2) + "\n")
+    write_atomic(out / "versions.json", json.dumps(_versions(out / "versions.json", command, config), indent=2) + "\n")
+
+
+def _versions(file: Path, command: str, config: Any) -> dict[str, Any]:
+    """What made a run: its first session, and under "resumed" those after it that differ from the one before."""
+    now = provenance(command, pick_device(config.device))
+    try:
+        first = json.loads(file.read_text())
+        later = first.setdefault("resumed", [])
+        last = later[-1] if later else {name: value for name, value in first.items() if name != "resumed"}
+    except (OSError, ValueError, AttributeError):
+        return now
+    if last != now:
+        later.append(now)
+    return first if later else {name: value for name, value in first.items() if name != "resumed"}
 
 
 def read_seconds(run: Path) -> dict[str, float]:

@@ -62,12 +62,6 @@ class SampleConfig:
     """The teacher's top-k; None: as distilled."""
     top_p: float | None = None
     """The teacher's top-p; None: as distilled."""
-    cfg_schedule: Literal["linear", "constant"] | None = None
-    """MAR: how its guidance grows with the known tokens; None: as distilled."""
-    ar_steps: int | None = None
-    """MAR: the teacher's steps; None: as distilled."""
-    diffusion_steps: int | None = None
-    """MAR: steps of its head per token; None: as distilled."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     precision: Precision = "auto"
@@ -150,6 +144,8 @@ def _opened(config: SampleConfig, device: torch.device) -> Ways:
     sampling = _sampling(config, run.sampling)
     if sampling != run.sampling and (note := run.teacher.check(sampling)):
         say(f"note: {note}", sys.stderr)
+    if config.method == "teacher" and (aligned := run.generator.tokenizer.aligned) is not None:
+        say(f"note: the teacher's tokens are decoded by the run's decoder, {aligned}", sys.stderr)
     return Ways(run.generator, run.teacher, sampling, run.ar_diffusion, config.prefix)
 
 
@@ -160,7 +156,7 @@ def _draw(config: SampleConfig, ways: Ways) -> Draw:
 
 
 def _sampling(config: SampleConfig, distilled: Sampling) -> Sampling:
-    named = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    named = {field.name: getattr(config, field.name, None) for field in fields(Sampling)}
     return replace(distilled, **{name: value for name, value in named.items() if value is not None})
 
 

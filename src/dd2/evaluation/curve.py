@@ -20,11 +20,18 @@ from dd2.training.checkpoint import STATE_FILE, steps
 from dd2.training.metrics import MetricsLog
 from dd2.training.store import Store
 
-AVERAGES = {"regress": "generator_ema", "csd": "generator_ema", "dd1": "student_ema"}
+AVERAGES = {
+    "regress": "generator_ema",
+    "csd": "generator_ema",
+    "csd_aligned": "generator_ema",
+    "match": "generator_ema",
+    "dd1": "student_ema",
+}
 """Stages that train what is shipped, in their order, and the checkpoint file of what is shipped."""
 
-EARLIER = {"regress": ("samples", "tune", "pairs"), "csd": ("samples", "tune", "pairs", "regress"), "dd1": ("samples", "pairs")}
-"""Parts of seconds.json that a stage comes after."""
+STAGES = ("regress", "guidance", "csd", "align", "csd_aligned", "match", "dd1")
+"""Stages whose seconds add up; what comes before them is in seconds.json."""
+BEFORE = ("adapt", "samples", "tune", "pairs")
 
 
 @dataclass(frozen=True)
@@ -71,24 +78,28 @@ def draw_checkpoints(
 def _checkpoints(folder: Path, spent: dict[str, float]) -> list[tuple[Point, Path]]:
     rows = MetricsLog(folder / "metrics.jsonl").rows()
     found = []
-    for stage, average in AVERAGES.items():
+    before = sum(spent.get(part, 0.0) for part in BEFORE)
+    for stage in STAGES:
         taken = {row["step"]: row["seconds"] for row in rows if row["stage"] == stage and "seconds" in row}
-        before = sum(spent.get(part, 0.0) for part in EARLIER[stage])
-        for step in steps(folder / "checkpoints" / stage):
+        for step in steps(folder / "checkpoints" / stage) if stage in AVERAGES else []:
             checkpoint = folder / "checkpoints" / stage / f"{step:08d}"
             state = json.loads((checkpoint / STATE_FILE).read_text())
             point = Point(stage, step, before + taken.get(step, state["seconds"]), state.get("validation"))
-            found.append((point, checkpoint / f"{average}.safetensors"))
+            found.append((point, checkpoint / f"{AVERAGES[stage]}.safetensors"))
+        before += max(taken.values(), default=0.0)
     return found
 
 
-def curve_numbers(drawn: list[tuple[Point, Store]], reference: Reference, floor: float, worst: float) -> list[dict[str, Any]]:
+def curve_numbers(
+    drawn: list[tuple[Point, Store]], reference: Reference, floor: float, worst: float, knows_labels: bool
+) -> list[dict[str, Any]]:
     """Numbers of every checkpoint.
 
     Args:
         drawn: from `draw_checkpoints`.
         reference: what distances are to.
         floor, worst: distances of the teacher and of independent tokens, between which `gap_closed` counts.
+        knows_labels: of the feature network.
     """
     rows = []
     for point, bank in drawn:
@@ -97,7 +108,7 @@ def curve_numbers(drawn: list[tuple[Point, Store]], reference: Reference, floor:
         row |= {"frechet": distance, "gap_closed": (worst - distance) / (worst - floor) if worst != floor else float("nan")}
         if "nll" in bank.names():
             row["teacher_nll"] = float(bank.load("nll").double().mean())
-        if "probabilities" in bank.names():
+        if knows_labels and "probabilities" in bank.names():
             right = bank.load("probabilities").argmax(1) == bank.load("labels")
             row["accuracy"] = float(right.double().mean())
         rows.append(row)

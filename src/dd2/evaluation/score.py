@@ -137,7 +137,7 @@ class Scorer:
                 cond = self.teacher.conditions(labels)
                 tokens = generator.student.as_generator(noise, cond)
                 tokens = self.teacher.snap(tokens) if snap else tokens
-                images = self.teacher.decode(tokens, cond).float().clamp(-1, 1)
+                images = generator.decode(tokens, cond).float().clamp(-1, 1)
                 return self.network.read(images)["pool"]  # not rounded to bytes: ε is small
 
             mean, error = path_length(

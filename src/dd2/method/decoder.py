@@ -78,14 +78,18 @@ class DecoderMatch(nn.Module):
     ) -> None:
         super().__init__()
         self.networks, self.epsilon = dict(networks), config.epsilon
-        self.references = {name: GaussianFit(fit.mean.to(device), fit.covariance.to(device)) for name, fit in references.items()}
-        sizes = [len(self.references[name].mean) for name in self.networks]
+        self.means = {name: references[name].mean.to(device) for name in self.networks}
+        self.centred = {
+            name: GaussianFit(torch.zeros_like(mean), references[name].covariance.to(device)) for name, mean in self.means.items()
+        }
+        sizes = [len(mean) for mean in self.means.values()]
         self.moments = nn.ModuleList(RememberedMoments(size, config.beta, device) for size in sizes)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Of each network, about the reference's mean, where a covariance of float64 moments loses nothing."""
-        inside = images.clamp(-1, 1)
-        return [read(inside).double() - self.references[name].mean for name, read in self.networks.items()]
+        with full_precision(images.device):
+            inside = images.float().clamp(-1, 1)
+            return [read(inside).double() - self.means[name] for name, read in self.networks.items()]
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the distances, each over its own value plus epsilon, and the distances themselves."""
@@ -93,8 +97,7 @@ class DecoderMatch(nn.Module):
         with full_precision(images.device):
             for name, moments, values in zip(self.networks, self.moments, self.features(images), strict=True):
                 assert isinstance(moments, RememberedMoments)
-                reference = self.references[name]
-                found[name] = moments.distance(values, GaussianFit(torch.zeros_like(reference.mean), reference.covariance))
+                found[name] = moments.distance(values, self.centred[name])
         loss = sum(distance / (distance.detach().clamp_min(0) + self.epsilon) for distance in found.values())
         return torch.as_tensor(loss).float(), {name: distance.detach() for name, distance in found.items()}
 

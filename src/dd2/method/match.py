@@ -196,7 +196,15 @@ class FrechetMatch(SequenceMatch):
     def __init__(self, features: SequenceFeatures, samples: TeacherSamples, config: MatchConfig, batch: int) -> None:
         super().__init__(features, samples, config, batch)
         size = sum(feature_sizes(features.teacher, config).values())
-        self.moments = RememberedMoments(size, config.beta, features.teacher.device)
+        moments = RememberedMoments(size, config.beta, features.teacher.device)
+        for name, buffer in moments.named_buffers():  # in checkpoints under their own names, as ever
+            self.register_buffer(name, buffer)
+        self._unregistered = (moments,)
+
+    @property
+    def moments(self) -> RememberedMoments:
+        """The memory, whose buffers are also this module's."""
+        return self._unregistered[0]
 
     def set_reference(self, reference: Tensor) -> None:
         found = fit_gaussian([reference])

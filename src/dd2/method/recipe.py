@@ -19,6 +19,7 @@ from dd2.method.tune import tune_loss
 from dd2.method.validation import TeacherDistance
 from dd2.processes import world_size
 from dd2.sampling import ar_diffusion, one_step
+from dd2.seeding import stream
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
@@ -94,6 +95,7 @@ def starting_networks(
     tuned: Student | None,
     fresh: Student | None,
     over_codes: tuple[CodeStudent | None, CodeGuidance | None] = (None, None),
+    seed: int = 0,
 ) -> Networks:
     """Both networks as they start: over codes, or from stage 1, or without it, as `config.initialised` says (Table 4).
 
@@ -102,12 +104,13 @@ def starting_networks(
         tuned: the stage-1 model.
         fresh: what stage 1 started from.
         over_codes: generator and guidance network, where they are of that kind.
+        seed: of random weights, which are the same for both networks.
     """
 
     def started(role: str) -> Student:
         student = tuned if config.initialised in ("both", role) else fresh
         assert student is not None
-        return _random_weights(student) if config.initialised == "random" else student
+        return _random_weights(student, seed) if config.initialised == "random" else student
 
     generator, guidance = over_codes
     return Networks.starting_from(
@@ -118,12 +121,13 @@ def starting_networks(
 
 
 @torch.no_grad()
-def _random_weights(student: Student) -> Student:
+def _random_weights(student: Student, seed: int) -> Student:
     """The same network with nothing of the teacher's in its layers: N(0, 0.02²), as AR transformers usually start; gains at 1."""
     student = copy.deepcopy(student)
     for name, parameter in student.backbone.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0.0, 0.02)
+            random = stream(seed, "random weights", name)  # on every process, and after every interruption, the same
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=random))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return student

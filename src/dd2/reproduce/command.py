@@ -79,7 +79,9 @@ def reproduce(config: ReproduceConfig) -> None:
             for row in table.rows
         }
         file = f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
-        made = _made(config, name, bench, budget) | provenances([workshop.folder(cell) for cell in used])
+        made = _made(config, name, bench, budget) | provenances([*workshop.prepared_runs(), *map(workshop.folder, used)])
+        machines = {numbers["evaluation"]["made"]["machine"] for runs in evaluations.values() for numbers in runs}
+        made["measured on"] = ", ".join(sorted(machines))
         write(config.results, file, table, collect(table, evaluations), made, curves_of(table, evaluations))
         say(f"wrote {config.results / file}.md")
     say(f"wrote {write_index(config.results, config.bench)}")

@@ -78,8 +78,9 @@ def curves_of(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> dic
 
 
 def provenances(runs: list[Path]) -> dict[str, str]:
-    """Machines, threads, torch and commits of the runs of a table, each once."""
-    found = [json.loads((run / "versions.json").read_text()) for run in runs]
+    """Machines, threads, torch and commits of the runs of a table, later sessions included, each once."""
+    first = [json.loads((run / "versions.json").read_text()) for run in runs]
+    found = [session for one in first for session in (one, *one.get("resumed", []))]
     return {key: ", ".join(sorted({str(one.get(key, "")) for one in found})) for key in ("machine", "threads", "torch", "commit")}
 
 
@@ -151,6 +152,8 @@ def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str,
     lines += ["", *([_wrapped(table.note), ""] if table.note else []), "What the paper claims, and what is found here:", ""]
     lines += [_said(entry) for entry in verdicts]
     lines += ["", f"![{table.title}]({name}.png)", ""]
+    if "milliseconds" in columns:
+        lines += [f"Milliseconds were measured on {made['measured on']}.", ""]
     if table.curves:
         lines += [
             "The generator's average at every checkpoint of stage 2, a line per seed:",

@@ -13,7 +13,8 @@ from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import train_teacher
 from dd2.commands.train_tokenizer import train_tokenizer
-from dd2.config import defaults, flat, with_fields
+from dd2.config import defaults, flat, read_yaml, with_fields
+from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
 from dd2.files import atomic_folder, write_atomic
@@ -89,10 +90,18 @@ class Workshop:
         parts = [] if self.bench.teacher is None else [Path(self._teacher())]
         return all(path.is_dir() for path in [*parts, *([Path(self._features())] if self.bench.classifier else [])])
 
+    def prepared_runs(self) -> list[Path]:
+        """The runs that `prepare` makes, as far as they are there."""
+        runs = [self._tokenizer_run()] if self.bench.tokenizer is not None else []
+        runs += [self._teacher_run()] if self.bench.teacher is not None else []
+        runs += [Path(self._features()).parent] if self.bench.classifier is not None else []
+        return [run for run in runs if (run / "versions.json").is_file()]
+
     def run(self, cell: Cell) -> Path:
         """A run, made now unless it is there; an interrupted one goes on."""
         folder, config = self.folder(cell), self._config(cell)
         if self.made(cell):
+            _check_defaults(folder, config)
             return folder
         if cell.kind == "dd2":
             self.run(cell.stage1)
@@ -118,7 +127,7 @@ class Workshop:
             **fields,
         )
         file = folder / "evaluations" / f"{_digest(config, ('run', 'cache', 'device', 'trust'))}.json"
-        if not file.is_file():
+        if not file.is_file() or not _evaluated_alike(file, config):
             numbers = evaluate(config)
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, json.dumps(numbers, indent=2) + "\n")
@@ -160,6 +169,23 @@ class Workshop:
             with atomic_folder(folder) as partial:
                 shutil.copytree(before / "checkpoints", partial / "checkpoints", dirs_exist_ok=True)
                 shutil.copy(before / "metrics.jsonl", partial / "metrics.jsonl")
+
+
+def _evaluated_alike(file: Path, config: EvaluateConfig) -> bool:
+    """Whether stored numbers are of the same fields, defaults included, as far as both know them."""
+    kept = json.loads(file.read_text())["evaluation"]
+    now = {name: value for name, value in flat(config).items() if name not in ("run", "device", "trust", "cache", "features")}
+    return "made" in kept and all(kept[name] == value for name, value in now.items() if name in kept)
+
+
+def _check_defaults(folder: Path, config: Any) -> None:
+    """Refuse a finished run that is known by the same name, but was made when a field had another default."""
+    kept, now = read_yaml(folder / "config.yaml"), flat(config)
+    for name, value in now.items():
+        if name in ("out", "device", "sample_batch", "stage1", "teacher") or name.startswith("loop."):
+            continue
+        if name in kept and kept[name] != value:
+            raise InputError(f"{folder} was made with {name} {kept[name]}, which is {value} now; remove it, and it is made again")
 
 
 def _digest(config: Any, without: tuple[str, ...]) -> str:

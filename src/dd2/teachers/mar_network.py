@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.teachers.diffusion import DiffusionHead
 from dd2.teachers.layers import LayerStack
@@ -205,6 +206,12 @@ class MAR(nn.Module):
         x = self.decoder_norm(self.decoder_blocks.run(x, None))
         return x[:, config.buffer :] + self.diffusion_pos_embed_learned
 
+    @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """The head: at the last levels what it predicts is multiplied by thousands."""
+        return (self.diffloss,)
+
     def head(self, x: Tensor, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """As `DiffusionHead.forward`."""
-        return self.diffloss.net(x, index, features)
+        """As `DiffusionHead.forward`, in float32 whatever the autocast."""
+        with full_precision(x.device):
+            return self.diffloss.net(x.float(), index, features.float())

@@ -206,7 +206,7 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     RunRecord("distill", "digits", "", Sampling(), TINY_HEAD).write(other)
     assert "not the one that was distilled" in refused(capsys, "sample", other, *out, "--method", "teacher")
     (other / "teacher_samples" / "samples.json").unlink()
-    assert "another codebook" in refused(capsys, "sample", other, *out, "--method", "teacher")
+    assert "another tokenizer" in refused(capsys, "sample", other, *out, "--method", "teacher")
     (tmp_path / "d.png").mkdir()
     assert "is a folder" in refused(capsys, "sample", run, "--out", tmp_path / "d.png")
     assert "is not empty" in refused(capsys, "sample", run, "--out", other)

@@ -135,7 +135,7 @@ def test_what_a_small_mar_reaches_on_digits(tmp_path):
     found = load_teacher(tmp_path / "mar" / "teacher")
     labels = torch.arange(500) % 10
     network = classifier_features(embedded("classifier"), CPU)
-    drawn = found.sample(labels, Sampling(ar_steps=16, diffusion_steps=25), range(500))
+    drawn = found.sample(labels, Sampling(cfg_scale=2.0, ar_steps=16, diffusion_steps=25), range(500))
     with torch.no_grad():
         features = read_features(network, found.decode(drawn, labels))
     accuracy = float((features["probabilities"].argmax(1) == labels).float().mean())

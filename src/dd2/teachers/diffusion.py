@@ -42,15 +42,14 @@ class DiffusionSchedule:
         betas = (1 - level(u[1:]) / level(u[:-1])).clamp_max(LARGEST_BETA)
         return cls(torch.arange(STEPS), (1 - betas).cumprod(0))
 
-    def respaced(self, steps: int) -> "DiffusionSchedule":
-        """The chain that visits `steps` of these levels, evenly, the first and the last among them.
+    def respaced(self, steps: int, last: int = STEPS - 1) -> "DiffusionSchedule":
+        """The chain that visits `steps` of the levels up to `last`, evenly, the first and the last among them.
 
         Raises:
             InputError: there are no such levels.
         """
-        if not 2 <= steps <= len(self.indices):
-            raise InputError(f"diffusion_steps must be in 2 to {len(self.indices)}, got {steps}")
-        last = len(self.indices) - 1
+        if not 2 <= steps <= last + 1 <= len(self.indices):
+            raise InputError(f"diffusion_steps must be in 2 to {last + 1}, got {steps}")
         kept = torch.tensor([round(k * last / (steps - 1)) for k in range(steps)])
         return DiffusionSchedule(self.indices[kept], self.alphas_cumprod[kept])
 

@@ -177,11 +177,11 @@ class MARTeacher(Teacher):
         """Nothing: the tokenizer's scale has done it."""
 
     def fingerprint(self) -> str:
-        return weights_digest(self.mar)
+        return f"{weights_digest(self.mar)} from level {self.mar.config.start}"
 
     def check(self, sampling: Sampling) -> str:
         masked_after(self.order.n, sampling.ar_steps or self.order.num_steps)
-        COSINE.respaced(sampling.diffusion_steps)
+        COSINE.respaced(sampling.diffusion_steps, self.mar.config.start)
         unused = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)) if getattr(sampling, name) != off]
         return f"{', '.join(unused)} have no effect: a MAR teacher draws no codes" if unused else ""
 
@@ -241,7 +241,7 @@ def fill(
     Returns:
         (B, n, C) all tokens.
     """
-    chain, guided = COSINE.respaced(sampling.diffusion_steps), not _unguided(sampling)
+    chain, guided = COSINE.respaced(sampling.diffusion_steps, teacher.mar.config.start), not _unguided(sampling)
     for number, step in enumerate(steps, first_step):
         known = step.known
         features = teacher.mar.features(tokens, known, labels)[step.drawn]

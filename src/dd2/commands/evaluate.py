@@ -28,7 +28,7 @@ from dd2.evaluation.summary import summary
 from dd2.files import writable_folder, write_atomic
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
-from dd2.provenance import provenance
+from dd2.provenance import commit, machine
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.training.samples import TeacherSamples, samples_identity
 from dd2.training.store import Store
@@ -98,7 +98,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "evaluation": {
             **decides,
             "precision": scorer.precision,
-            "made": provenance("evaluate", device),
+            "made": {"machine": machine(device), "torch": str(torch.__version__), "commit": commit()},
             "reference": reference.described,
             "images_per_label": config.count / labels,
             "seeds": f"one per image, derived from {config.seed}",

@@ -80,7 +80,11 @@ def reproduce(config: ReproduceConfig) -> None:
         }
         file = f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
         made = _made(config, name, bench, budget) | provenances([*workshop.prepared_runs(), *map(workshop.folder, used)])
-        machines = {numbers["evaluation"]["made"]["machine"] for runs in evaluations.values() for numbers in runs}
+        machines = {
+            numbers["evaluation"].get("made", {}).get("machine", "a machine not recorded")
+            for runs in evaluations.values()
+            for numbers in runs
+        }
         made["measured on"] = ", ".join(sorted(machines))
         write(config.results, file, table, collect(table, evaluations), made, curves_of(table, evaluations))
         say(f"wrote {config.results / file}.md")

@@ -175,7 +175,7 @@ def _evaluated_alike(file: Path, config: EvaluateConfig) -> bool:
     """Whether stored numbers are of the same fields, defaults included, as far as both know them."""
     kept = json.loads(file.read_text())["evaluation"]
     now = {name: value for name, value in flat(config).items() if name not in ("run", "device", "trust", "cache", "features")}
-    return "made" in kept and all(kept[name] == value for name, value in now.items() if name in kept)
+    return all(kept[name] == value for name, value in now.items() if name in kept)
 
 
 def _check_defaults(folder: Path, config: Any) -> None:

@@ -131,7 +131,10 @@ def test_the_curve_ends_where_the_generator_is(tiny_bench, tmp_path, capsys):
         seconds = [point["seconds"] for point in numbers["curve"]]
         assert seconds == sorted(seconds)
         assert seconds[-1] == pytest.approx(sum(json.loads((run / "seconds.json").read_text()).values()), rel=0.5)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "shop").glob("*/evaluations/*.json")}
     points = workshop.evaluated(Cell("dd2", 0), curve=True, speed=False)["curve"]
+    assert all(file.stat().st_mtime_ns == before for file, before in files.items())  # found again
+    assert len(files) == 3
     assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert len({point["frechet"] for point in points}) > 1
     assert "Distance against training" in (run / "report.html").read_text()

@@ -171,10 +171,14 @@ class Workshop:
                 shutil.copy(before / "metrics.jsonl", partial / "metrics.jsonl")
 
 
+ELSEWHERE = ("run", "device", "trust", "cache", "features", "reference")
+"""Fields of an evaluation that its numbers do not hold as they were given."""
+
+
 def _evaluated_alike(file: Path, config: EvaluateConfig) -> bool:
     """Whether stored numbers are of the same fields, defaults included, as far as both know them."""
     kept = json.loads(file.read_text())["evaluation"]
-    now = {name: value for name, value in flat(config).items() if name not in ("run", "device", "trust", "cache", "features")}
+    now = {name: value for name, value in flat(config).items() if name not in ELSEWHERE}
     return all(kept[name] == value for name, value in now.items() if name in kept)
 
 

@@ -17,7 +17,7 @@ from dd2.checkpoints.released import RELEASED, sketch
 from dd2.cli import main
 from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
-from dd2.method.config import CSDConfig
+from dd2.method.config import CSDConfig, MatchConfig
 from dd2.method.recipe import Networks, csd_stage
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
@@ -40,23 +40,34 @@ def test_parameters_of_released_models():
     assert set(RELEASED) >= {"var_d20", "var_d24", "var_d30", "llamagen_t2i_xl"}
 
 
+@pytest.mark.parametrize("matched", [0.0, 1.0])
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
-def test_operations_are_those_of_a_real_iteration(build):
+def test_operations_are_those_of_a_real_iteration(build, matched):
     """Counted on real tensors, forward and backward, K guidance updates and one generator update."""
     teacher = build()
-    csd = CSDConfig(k=2, batch=4, accumulate=1, guidance_draws=3, generator_draws=2, sampling=Sampling(), iterations=1)
+    match = MatchConfig(weight=matched, projections=4, features=("projected", "tokens"), prime=16)
+    csd = CSDConfig(
+        k=2, batch=4, accumulate=1, guidance_draws=3, generator_draws=2, sampling=Sampling(), iterations=1, match=match
+    )
     config = replace(PlanConfig(), head=TINY_HEAD, csd=csd)
     planned = needs(config, copy.deepcopy(teacher).to("meta"))
-    teacher.standardise()
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(12, (64, teacher.order.n), generator=random)
+    teacher.standardise(ids)
     student = Student.from_teacher(teacher, TINY_HEAD)
-    samples = TeacherSamples(teacher, torch.zeros(8, teacher.order.n, dtype=torch.long), torch.arange(8) % 3)
-    stage = csd_stage(Networks.from_tuned(student), teacher, samples, csd)
+    samples = TeacherSamples(teacher, ids, torch.arange(64) % 3)
+    stage = csd_stage(Networks.from_tuned(student), teacher.requires_grad_(False), samples, csd)
+    stage.updates[1].loss(random)  # the distance begins by looking at its reference
     counter = FlopCounterMode(display=False)
     with counter:
         for update in stage.updates:
             for _ in range(update.repeats):
                 update.loss(torch.Generator().manual_seed(0))[0].backward(inputs=update.parameters)
     assert planned.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    without = needs(replace(config, csd=replace(csd, match=MatchConfig())), copy.deepcopy(teacher).to("meta"))
+    assert (
+        (planned.flops > 1.05 * without.flops) == (planned.memory["activations"] > without.memory["activations"]) == bool(matched)
+    )
     assert planned.parameters["head"] == sum(p.numel() for p in student.head.parameters())
 
 

@@ -1,5 +1,6 @@
 """dd2 plan: does a distillation fit, and how long does it take, before any GPU is asked for."""
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,10 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     generator_update = generated + redone + drawn["backbone"].backward + drawn["one_head"].backward
     generator_update += backbone.flops + passes["teacher"].flops
     generator_update += heads.flops + (heads.backward / 2 if csd.d != "dmd" else 0.0)
+    matched = passes["matched"]
+    if csd.match.weight:
+        generator_update += matched.flops + matched.backward
+        memory["activations"] += half * matched.saved
     flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
     rate, described = _rate(config)
     return Needs(sizes, memory, flops, flops / (config.gpus * rate), described)
@@ -203,6 +208,7 @@ def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: 
         classifier = network.output
         return footprint(lambda: classifier(given), network)  # once, whatever the draws
 
+    frozen = copy.deepcopy(teacher).requires_grad_(False)
     twice = tokens.repeat(guided, 1, 1), teacher.conditions.empty(guided * csd.batch, "meta")
     return {
         "backbone": footprint(features, network),
@@ -210,6 +216,7 @@ def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: 
         "guidance_head": head(csd.guidance_draws),
         "generator_head": head(csd.generator_draws),
         "teacher": footprint(lambda: teacher.logits(*twice), teacher),
+        "matched": footprint(lambda: frozen.features(tokens.detach().requires_grad_(), cond), frozen),
     }
 
 

@@ -35,6 +35,7 @@ MAR = {
     "buffer": 4,
     "head-depth": 2,
     "head-width": 48,
+    "start": 985,
 }
 
 

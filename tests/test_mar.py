@@ -11,6 +11,7 @@ from dd2.checkpoints.runs import embedded
 from dd2.cli import main
 from dd2.data import digits
 from dd2.evaluation.features import classifier_features, read_features
+from dd2.teachers.diffusion import DiffusionHead
 from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.train import measured_deviation
@@ -57,6 +58,18 @@ def test_the_divergence_is_that_of_gaussians_and_draws_have_the_posteriors_momen
     draws = torch.stack([posterior.sample(random) for _ in range(4000)])
     torch.testing.assert_close(draws.mean(0), posterior.mean, atol=0.08, rtol=0)
     torch.testing.assert_close(draws.std(0), (posterior.log_variance / 2).exp(), atol=0.08, rtol=0)
+
+
+def test_the_heads_time_embedding_starts_small():
+    """As the official one: N(0, 0.02²), where other linear maps have Xavier's weights; the output starts at 0."""
+    torch.manual_seed(0)
+    head = DiffusionHead(4, 32, 64, 2)
+    for index in (0, 2):
+        assert float(head.time_embed.mlp[index].get_parameter("weight").std()) == pytest.approx(0.02, rel=0.1)
+    assert float(head.cond_embed.weight.std()) == pytest.approx((2 / (32 + 64)) ** 0.5, rel=0.1)
+    eps, fraction = head(torch.randn(5, 4), torch.arange(5), torch.randn(5, 32))
+    assert not eps.any()
+    assert not fraction.any()
 
 
 @pytest.mark.e2e

@@ -17,6 +17,7 @@ from dd2.scores import HeadScore
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.head import HeadTeacher
+from dd2.teachers.layers import xavier_linears
 from dd2.tokenizers.base import Tokenizer
 
 
@@ -81,10 +82,7 @@ class VelocityHead(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linears(self)
         for layer in (self.time1, self.time2):
             nn.init.normal_(layer.weight, std=0.02)
         gates = [block.modulation for block in self.blocks if isinstance(block, HeadBlock)]

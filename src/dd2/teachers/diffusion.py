@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
+from dd2.teachers.layers import xavier_linears
 
 STEPS = 1000
 """Of training; the head knows noise levels by these indices, 0 … 999."""
@@ -177,13 +178,9 @@ class DiffusionHead(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            if isinstance(module, TimeEmbedding):
-                for layer in (module.mlp[0], module.mlp[2]):
-                    nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+        xavier_linears(self)
+        for index in (0, 2):
+            nn.init.normal_(self.time_embed.mlp[index].get_parameter("weight"), std=0.02)
         modulations = [block.adaLN_modulation for block in self.res_blocks if isinstance(block, ResBlock)]
         for modulation in (*modulations, self.final_layer.adaLN_modulation):
             nn.init.zeros_(modulation[1].get_parameter("weight"))

@@ -64,6 +64,14 @@ class LayerStack(nn.ModuleList):
         return self.call(layer, x, *arguments, None, index)
 
 
+def xavier_linears(network: nn.Module) -> None:
+    """Give every linear map in a network Xavier's uniform weights, and zero biases."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 def append_identities(stack: LayerStack, count: int) -> None:
     """Lengthen a stack by copies of its last layer that change nothing to begin with: their residual branches end in zeros.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.teachers.diffusion import STEPS, DiffusionHead
-from dd2.teachers.layers import LayerStack
+from dd2.teachers.layers import LayerStack, xavier_linears
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,7 @@ class MAR(nn.Module):
         self.diffloss = DiffusionLoss(DiffusionHead(config.code_dim, inner, config.head_width, config.head_depth))
 
     def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linears(self)
         embeddings = (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned)
         for parameter in (self.class_emb.weight, self.fake_latent, self.mask_token, *embeddings):
             nn.init.normal_(parameter, std=0.02)

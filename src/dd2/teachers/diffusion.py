@@ -22,7 +22,7 @@ LARGEST_BETA = 0.999
 
 @dataclass(frozen=True)
 class DiffusionSchedule:
-    """A chain of noise levels, all of them or some, as float64 on the CPU.
+    """A chain of noise levels, all of them or some, in float64.
 
     Attributes:
         indices: (S,) which of the `STEPS` levels the chain visits, ascending: what the head is told.
@@ -54,6 +54,10 @@ class DiffusionSchedule:
         kept = torch.tensor([round(k * last / (steps - 1)) for k in range(steps)])
         return DiffusionSchedule(self.indices[kept], self.alphas_cumprod[kept])
 
+    def to(self, device: torch.device) -> "DiffusionSchedule":
+        """The same chain with its tables on a device, for loops that read them often."""
+        return DiffusionSchedule(self.indices.to(device), self.alphas_cumprod.to(device))
+
     @cached_property
     def betas(self) -> Tensor:
         """(S,) of the chain's own steps."""
@@ -83,18 +87,23 @@ class DiffusionSchedule:
 
     def noised(self, x_0: Tensor, k: Tensor, noise: Tensor) -> Tensor:
         """X at steps k (...) of the chain, of clean tokens and noise (..., C)."""
-        abar = self._at(self.alphas_cumprod, k, x_0)
+        abar = self.at(self.alphas_cumprod, k, x_0)
         return abar.sqrt() * x_0 + (1 - abar).sqrt() * noise
 
     def clean(self, x: Tensor, k: Tensor, eps: Tensor) -> Tensor:
         """The x_0 that x (..., C) at steps k (...) and predicted noise belong to; not clipped."""
         inverse = 1 / self.alphas_cumprod
-        return self._at(inverse.sqrt(), k, x) * x - self._at((inverse - 1).sqrt(), k, x) * eps
+        return self.at(inverse.sqrt(), k, x) * x - self.at((inverse - 1).sqrt(), k, x) * eps
+
+    def posterior_mean(self, clean: Tensor, x: Tensor, k: Tensor) -> Tensor:
+        """Of q(x_{k-1} | x_k, x_0) at steps k (...), of clean tokens and x (..., C)."""
+        of_clean, of_x = self.posterior_mean_coefficients
+        return self.at(of_clean, k, x) * clean + self.at(of_x, k, x) * x
 
     def log_variance(self, k: Tensor, fraction: Tensor) -> Tensor:
         """The learned log-variance: between the posterior's (fraction -1) and beta (1), (..., C)."""
         share = (fraction + 1) / 2
-        low, high = (self._at(table, k, fraction) for table in (self.posterior_log_variance, self.betas.log()))
+        low, high = (self.at(table, k, fraction) for table in (self.posterior_log_variance, self.betas.log()))
         return share * high + (1 - share) * low
 
     def step_back(self, x: Tensor, k: Tensor, eps: Tensor, fraction: Tensor, noise: Tensor) -> Tensor:
@@ -106,13 +115,13 @@ class DiffusionSchedule:
             eps, fraction: the head's two outputs.
             noise: standard normal, times the temperature.
         """
-        of_clean, of_x = self.posterior_mean_coefficients
-        mean = self._at(of_clean, k, x) * self.clean(x, k, eps) + self._at(of_x, k, x) * x
+        mean = self.posterior_mean(self.clean(x, k, eps), x, k)
         moves = (k > 0).unsqueeze(-1).to(x.dtype)
         return mean + moves * (self.log_variance(k, fraction) / 2).exp() * noise
 
     @staticmethod
-    def _at(table: Tensor, k: Tensor, like: Tensor) -> Tensor:
+    def at(table: Tensor, k: Tensor, like: Tensor) -> Tensor:
+        """A table's numbers at steps k (...), with an axis for the channels, as `like` is."""
         return table.to(device=k.device, dtype=like.dtype)[k].unsqueeze(-1)
 
 

@@ -14,7 +14,7 @@ from dd2.seeding import one_each, stream
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.diffusion import STEPS, DiffusionSchedule
-from dd2.teachers.filtering import Sampling
+from dd2.teachers.filtering import Sampling, guided
 from dd2.teachers.mar_network import MAR, MARConfig
 from dd2.teachers.masked import FillStep, MaskedOrder, fill_steps, masked_after
 from dd2.tokenizers.kl import KLTokenizer
@@ -65,9 +65,9 @@ class DiffusionScore(ConditionalScore):
         """Guided noise prediction of variance-preserving tokens (..., B, n, C) at levels (..., B, n) of 0 … 999."""
         found, _ = self.mar.head(x, index, self.features)
         if self.null_features is None:
-            return found.float()
+            return found
         null, _ = self.mar.head(x, index, self.null_features)
-        return null.float() + self.guidance.unsqueeze(-1) * (found.float() - null.float())
+        return guided(found, null, self.guidance.unsqueeze(-1))
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         size = ((1 - t).square() + t.square()).sqrt().unsqueeze(-1)
@@ -158,10 +158,9 @@ class MARTeacher(Teacher):
         one_each(cond, seeds)
         n, channels = self.backbone.token_shape
         orders = torch.stack([torch.randperm(n, generator=stream("image", "order", int(seed))) for seed in seeds])
-        steps = fill_steps(orders.to(self.device), sampling.ar_steps or self.order.num_steps, self._guidance(sampling))
-        sources = _Sources(seeds, channels, self.device)
+        steps = fill_steps(orders.to(self.device), self._steps(sampling), self._guidance(sampling))
         tokens = torch.zeros(len(seeds), n, channels, device=self.device) if prefix is None else prefix.clone()
-        return fill(self, tokens, cond, steps[first_step:], sampling, sources.noise, first_step)
+        return fill(self, tokens, cond, steps[first_step:], sampling, _noise_of(seeds, channels), first_step)
 
     def snap(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -180,15 +179,18 @@ class MARTeacher(Teacher):
         return f"{weights_digest(self.mar)} from level {self.mar.config.start}"
 
     def check(self, sampling: Sampling) -> str:
-        masked_after(self.order.n, sampling.ar_steps or self.order.num_steps)
+        masked_after(self.order.n, self._steps(sampling))
         COSINE.respaced(sampling.diffusion_steps, self.mar.config.start)
         unused = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)) if getattr(sampling, name) != off]
         return f"{', '.join(unused)} have no effect: a MAR teacher draws no codes" if unused else ""
 
+    def _steps(self, sampling: Sampling) -> int:
+        return sampling.ar_steps or self.order.num_steps
+
     def _known_after(self, sampling: Sampling) -> Callable[[int], int]:
         """How many tokens the sampler counts as known after the step that begins with so many, which decides its guidance."""
         n = self.order.n
-        after = [n - left for left in masked_after(n, sampling.ar_steps or self.order.num_steps)]
+        after = [n - left for left in masked_after(n, self._steps(sampling))]
         return lambda known: next((count for count in after if count > known), after[-1])
 
     def _guidance(self, sampling: Sampling) -> Callable[[float], float]:
@@ -202,19 +204,17 @@ def _unguided(sampling: Sampling) -> bool:
     return sampling.cfg_scale in (None, 1.0)
 
 
-class _Sources:
+def _noise_of(seeds: Sequence[int], channels: int) -> Noise:
     """Noise of each image's own, whatever the batch that it is drawn in."""
 
-    def __init__(self, seeds: Sequence[int], channels: int, device: torch.device) -> None:
-        self.seeds, self.channels, self.device = seeds, channels, device
-
-    def noise(self, step: int, draw: int, drawn: Tensor) -> Tensor:
-        counts = drawn.sum(1).tolist()
+    def noise(step: int, draw: int, drawn: Tensor) -> Tensor:
         parts = [
-            torch.randn(count, self.channels, generator=stream("image", "mar", int(seed), step, draw))
-            for seed, count in zip(self.seeds, counts, strict=True)
+            torch.randn(count, channels, generator=stream("image", "mar", int(seed), step, draw))
+            for seed, count in zip(seeds, drawn.sum(1).tolist(), strict=True)
         ]
-        return torch.cat(parts).to(self.device)
+        return torch.cat(parts).to(drawn.device)
+
+    return noise
 
 
 @torch.no_grad()
@@ -241,19 +241,20 @@ def fill(
     Returns:
         (B, n, C) all tokens.
     """
-    chain, guided = COSINE.respaced(sampling.diffusion_steps, teacher.mar.config.start), not _unguided(sampling)
+    chain = COSINE.respaced(sampling.diffusion_steps, teacher.mar.config.start).to(tokens.device)
+    indices = chain.indices.tolist()
     for number, step in enumerate(steps, first_step):
-        known = step.known
-        features = teacher.mar.features(tokens, known, labels)[step.drawn]
-        null = teacher.mar.features(tokens, known, teacher.null_condition(labels))[step.drawn] if guided else None
+        features = teacher.mar.features(tokens, step.known, labels)[step.drawn]
+        null = None
+        if not _unguided(sampling):
+            null = teacher.mar.features(tokens, step.known, teacher.null_condition(labels))[step.drawn]
         x = noise(number, 0, step.drawn)
-        for draw, k in enumerate(reversed(range(len(chain.indices))), 1):
+        for draw, k in enumerate(reversed(range(len(indices))), 1):
             level = torch.full((len(x),), k, device=x.device)
-            index = torch.full_like(level, int(chain.indices[k]))
-            eps, fraction = (found.float() for found in teacher.mar.head(x, index, features))
+            index = torch.full_like(level, indices[k])
+            eps, fraction = teacher.mar.head(x, index, features)
             if null is not None:
-                without = teacher.mar.head(x, index, null)[0].float()
-                eps = without + step.guidance * (eps - without)
+                eps = guided(eps, teacher.mar.head(x, index, null)[0], step.guidance)
             with full_precision(x.device):
                 x = chain.step_back(x, level, eps, fraction, sampling.temperature * noise(number, draw, step.drawn))
         tokens = tokens.clone()

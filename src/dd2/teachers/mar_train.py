@@ -36,14 +36,11 @@ def diffusion_loss(mar: MAR, tokens: Tensor, features: Tensor, index: Tensor, no
         noise: (..., C) standard normal.
     """
     x = COSINE.noised(tokens, index, noise)
-    eps, fraction = (found.float() for found in mar.head(x, index, features))
+    eps, fraction = mar.head(x, index, features)
     squared = (noise - eps).square().mean(-1)
-    of_clean, of_x = (
-        table.to(device=x.device, dtype=x.dtype)[index].unsqueeze(-1) for table in COSINE.posterior_mean_coefficients
-    )
-    true_mean = of_clean * tokens + of_x * x
-    mean = of_clean * COSINE.clean(x, index, eps.detach()) + of_x * x
-    true_log = COSINE.posterior_log_variance.to(device=x.device, dtype=x.dtype)[index].unsqueeze(-1)
+    true_mean = COSINE.posterior_mean(tokens, x, index)
+    mean = COSINE.posterior_mean(COSINE.clean(x, index, eps.detach()), x, index)
+    true_log = COSINE.at(COSINE.posterior_log_variance, index, x)
     log = COSINE.log_variance(index, fraction)
     kl = (log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp() - 1) / 2
     bits = torch.where(index.unsqueeze(-1) > 0, kl, -_log_probability(tokens, mean, log / 2)).mean(-1) / math.log(2)

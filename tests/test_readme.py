@@ -99,7 +99,10 @@ def test_what_is_said_of_the_code_is_there():
     assert named == {word for word in named if (ROOT / "src" / "dd2" / word).exists()}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str)
+PAGES = [*ROOT.glob("*.md"), *(page for folder in ("docs", "tests") for page in ROOT.glob(f"{folder}/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES), ids=str)
 def test_lines_of_markdown_wrap(page):
     code = False
     for number, line in enumerate(page.read_text().splitlines(), 1):

@@ -1,7 +1,6 @@
 """dd2 align-decoder: the tokenizer's decoder trained so that a generator's images match a reference in given features."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,17 +12,16 @@ from torch import Tensor
 from dd2.checkpoints.native import save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import FinishedRun, open_run
-from dd2.commands.run_folder import read_seconds, start_run, write_seconds
+from dd2.commands.run_folder import copy_parts, read_seconds, start_run, write_seconds
 from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
 from dd2.evaluation.metrics import check_channels
 from dd2.evaluation.reference import Reference, open_reference
-from dd2.files import atomic_folder
 from dd2.frechet import FeatureStatistics, GaussianFit
 from dd2.method.decoder import DecoderConfig, DecoderMatch, decoder_stage, trainable_decoder
-from dd2.processes import first_process_only, say
+from dd2.processes import say
 from dd2.progress import progress
 from dd2.tokenizers.base import DecoderAlignment
 from dd2.training.loop import LoopConfig, Trainer
@@ -95,7 +93,7 @@ def align_decoder(config: AlignDecoderConfig) -> Path:
     references = {spec: _opened_reference(config, network, channels[spec], device) for spec, network in networks.items()}
     record = dataclasses.replace(run.record, command="align-decoder", teacher=str(_teacher_of(config.run, run.record)))
     trainer = Trainer(config.out, config.seed, config.loop, device, start_run(config.out, config, "align-decoder", record))
-    _copy(config.run, config.out)
+    copy_parts(config.run, config.out, "teacher_samples", "ar_diffusion")
     samples = TeacherSamples.load(config.out / "teacher_samples", run.teacher)
     start = time.perf_counter()
     fits = {
@@ -158,16 +156,7 @@ def _of_teacher(config: AlignDecoderConfig, run: FinishedRun, samples: TeacherSa
             tokens, labels = samples.take(part)
             statistics.add(read_features(network, run.teacher.decode(tokens, run.teacher.conditions(labels)))["pool"])
             bar.update(len(part))
-    channels = len(statistics.fit().mean)
-    if len(rows) <= channels:
-        say(f"note: {len(rows)} teacher samples for {channels} features of {network.name}: their covariance is singular")
-    return statistics.fit()
-
-
-@first_process_only
-def _copy(run: Path, out: Path) -> None:
-    """What the new folder needs to be a run by itself."""
-    for name in ("teacher_samples", "ar_diffusion"):
-        if (run / name).is_dir() and not (out / name).is_dir():
-            with atomic_folder(out / name) as partial:
-                shutil.copytree(run / name, partial, dirs_exist_ok=True)
+    fit = statistics.fit()
+    if len(rows) <= len(fit.mean):
+        say(f"note: {len(rows)} teacher samples for {len(fit.mean)} features of {network.name}: their covariance is singular")
+    return fit

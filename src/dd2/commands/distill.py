@@ -1,7 +1,6 @@
 """dd2 distill: from a teacher to a one-step generator (Alg. 3)."""
 
 import copy
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -15,11 +14,10 @@ from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
 from dd2.code_student import CodeStudent, has_own_classifier
 from dd2.commands.adapt import adapt, check_adaptation
-from dd2.commands.run_folder import read_seconds, start_run, write_seconds
+from dd2.commands.run_folder import copy_parts, read_seconds, start_run, write_seconds
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
-from dd2.files import atomic_folder
 from dd2.generator import Generator
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.match import check_reference
@@ -33,7 +31,7 @@ from dd2.method.recipe import (
     starting_networks,
     tune_stages,
 )
-from dd2.processes import first_process_only, say
+from dd2.processes import say
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
@@ -262,17 +260,9 @@ def _copied(stage1: Path, out: Path, teacher: Teacher) -> tuple[TeacherSamples, 
         raise InputError(f"stage1 {stage1} has no ar_diffusion/ folder; give a run of dd2 distill whose stage 1 has ended")
     if samples_identity(stage1 / "teacher_samples").get("teacher") != teacher.fingerprint():
         raise InputError(f"stage1 {stage1} was made from another teacher; give a run of the same one")
-    _copy(stage1, out)
+    copy_parts(stage1, out, "teacher_samples", "ar_diffusion")
     spent = read_seconds(stage1)
     return TeacherSamples.load(out / "teacher_samples", teacher), {name: spent.get(name, 0.0) for name in ("samples", "tune")}
-
-
-@first_process_only
-def _copy(stage1: Path, out: Path) -> None:
-    for name in ("teacher_samples", "ar_diffusion"):
-        if not (out / name).is_dir():
-            with atomic_folder(out / name) as partial:
-                shutil.copytree(stage1 / name, partial, dirs_exist_ok=True)
 
 
 def _stage1_model(config: DistillConfig, like: Student, device: torch.device) -> Student:

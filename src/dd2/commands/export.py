@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dd2.checkpoints.native import code_student, save_generator
-from dd2.checkpoints.record import FILE, RunRecord
+from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_record_teacher
 from dd2.config import OutPath, RunFolder
 from dd2.errors import InputError
@@ -17,7 +15,7 @@ from dd2.generator import Generator
 from dd2.method.recipe import average_name
 from dd2.processes import say
 from dd2.student import Student
-from dd2.training.checkpoint import best_step, steps
+from dd2.training.checkpoint import best_step, load_network, steps
 
 STAGES = ("match", "csd_aligned", "csd")
 """Stages that train a generator, the later one first."""
@@ -65,10 +63,7 @@ def export(config: ExportConfig) -> Path:
         raise InputError(f"{config.run} is a run of dd2 {record.command}; its generator/ folder is all there is to ship")
     teacher = open_record_teacher(record, config.run, torch.device("cpu"), trust=config.trust)
     student = Student(teacher.student_backbone(), record.head) if record.codes is None else code_student(teacher, record.codes)
-    try:
-        student.load_state_dict(load_file(file))
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{file} does not fit the run's {FILE} ({' '.join(str(error).split())[:200]})") from error
+    load_network(file, student)
     save_generator(config.out, Generator.of(student, teacher), getattr(torch, config.dtype))
     say(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")
     return config.out

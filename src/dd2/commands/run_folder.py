@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ from dd2.config import RENAMED, defaults, flat, read_yaml, to_yaml, with_fields
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
-from dd2.files import writable_folder, write_atomic
+from dd2.files import atomic_folder, writable_folder, write_atomic
 from dd2.processes import first_process_only
 from dd2.provenance import provenance
 from dd2.training.loop import LoopConfig
@@ -91,14 +92,22 @@ def _versions(file: Path, command: str, config: Any) -> dict[str, Any]:
     """What made a run: its first session, and under "resumed" those after it that differ from the one before."""
     now = provenance(command, pick_device(config.device))
     try:
-        first = json.loads(file.read_text())
-        later = first.setdefault("resumed", [])
-        last = later[-1] if later else {name: value for name, value in first.items() if name != "resumed"}
+        first: dict[str, Any] = json.loads(file.read_text())
+        later: list[Any] = first.pop("resumed", [])
     except (OSError, ValueError, AttributeError):
         return now
-    if last != now:
+    if [first, *later][-1] != now:
         later.append(now)
-    return first if later else {name: value for name, value in first.items() if name != "resumed"}
+    return first | ({"resumed": later} if later else {})
+
+
+@first_process_only
+def copy_parts(run: Path, out: Path, *names: str) -> None:
+    """Copy folders of one run into another, so that it is whole by itself; those that are there already stay."""
+    for name in names:
+        if (run / name).is_dir() and not (out / name).is_dir():
+            with atomic_folder(out / name) as partial:
+                shutil.copytree(run / name, partial, dirs_exist_ok=True)
 
 
 def read_seconds(run: Path) -> dict[str, float]:

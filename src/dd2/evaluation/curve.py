@@ -1,22 +1,19 @@
 """Quality against training: every checkpoint that a run keeps, scored as its generator is."""
 
-import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dd2.checkpoints.runs import FinishedRun
 from dd2.errors import InputError
 from dd2.evaluation.methods import Method
+from dd2.evaluation.plots import figure_png
 from dd2.evaluation.reference import Reference
-from dd2.evaluation.score import Scorer
+from dd2.evaluation.score import Scorer, gap_closed, likelihood_and_accuracy
 from dd2.frechet import fit_gaussian, frechet_distance
-from dd2.training.checkpoint import STATE_FILE, steps
+from dd2.training.checkpoint import STATE_FILE, load_network, steps
 from dd2.training.metrics import MetricsLog
 from dd2.training.store import Store
 
@@ -63,10 +60,7 @@ def draw_checkpoints(
     shipped = {name: value.clone() for name, value in student.state_dict().items()}
     found: list[tuple[Point, Store]] = []
     for point, file in _checkpoints(folder, spent):
-        try:
-            student.load_state_dict(load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise InputError(f"{file} is damaged or of another network ({' '.join(str(error).split())[:200]})") from error
+        load_network(file, student)
         title = f"{point.stage} {point.step}"
         found.append((point, scorer.bank(title, "generator", generator(), "methods")))
     student.load_state_dict(shipped)
@@ -104,13 +98,8 @@ def curve_numbers(
     rows = []
     for point, bank in drawn:
         distance = frechet_distance(fit_gaussian(bank.stream("pool")), reference.fits["pool"])
-        row = {"stage": point.stage, "step": point.step, "seconds": point.seconds, "validation": point.validation}
-        row |= {"frechet": distance, "gap_closed": (worst - distance) / (worst - floor) if worst != floor else float("nan")}
-        if "nll" in bank.names():
-            row["teacher_nll"] = float(bank.load("nll").double().mean())
-        if knows_labels and "probabilities" in bank.names():
-            right = bank.load("probabilities").argmax(1) == bank.load("labels")
-            row["accuracy"] = float(right.double().mean())
+        row = {**asdict(point), "frechet": distance, "gap_closed": gap_closed(distance, floor, worst)}
+        row |= likelihood_and_accuracy(bank, knows_labels)
         rows.append(row)
     return rows
 
@@ -123,7 +112,6 @@ def curve_plot(curves: dict[str, list[list[dict[str, Any]]]], floor: float, wors
         floor, worst: drawn as lines.
         by: "seconds" or "step".
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -138,6 +126,4 @@ def curve_plot(curves: dict[str, list[list[dict[str, Any]]]], floor: float, wors
     axes.set(xlabel={"seconds": "seconds of training", "step": "generator steps"}[by], ylabel="Fréchet distance", yscale="log")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -1,7 +1,10 @@
 """Training curves as a picture."""
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = (
     ("tune", "student/loss", "Stage 1: velocity regression (GTS)"),
@@ -64,7 +67,6 @@ def explained(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def curves(rows: list[dict[str, Any]]) -> bytes:
     """PNG of the panels that have data; grey is what was logged, blue its moving average."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [(title, _series(rows, stage, number)) for stage, number, title in PANELS]
@@ -79,6 +81,13 @@ def curves(rows: list[dict[str, Any]]) -> bytes:
         axes.set_xlabel("iteration", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+    return figure_png(figure)
+
+
+def figure_png(figure: "Figure") -> bytes:
+    """A matplotlib figure as the bytes of a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

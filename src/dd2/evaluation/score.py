@@ -79,16 +79,11 @@ class Scorer:
         distinct: dict[str, int] = {}
         for name, bank in banks.items():
             found[name] = scores(bank, reference, self.metrics, self.seed)
-            labels = bank.load("labels")
-            if "nll" in bank.names():
-                nll = bank.load("nll").double()
-                found[name] |= {"teacher_nll": float(nll.mean()), "teacher_nll_95": interval_of_mean(nll)}
+            found[name] |= likelihood_and_accuracy(bank, self.network.knows_labels)
+            if "ids" in bank.names():
                 distinct[name] = len(torch.unique(bank.load("ids"), dim=0))
-            if self.network.knows_labels:
-                right = (bank.load("probabilities").argmax(1) == labels).double()
-                found[name] |= {"accuracy": float(right.mean()), "accuracy_95": interval_of_mean(right)}
             pool = bank.load("pool")
-            found[name]["within_class_spread"] = within_class_spread(pool, labels)
+            found[name]["within_class_spread"] = within_class_spread(pool, bank.load("labels"))
             if reference.pool is not None and reference.described.get("reference") != "teacher":
                 found[name]["nearest_reference_image"] = float(nearest_distance(pool, reference.pool).mean())
         return _by_metric(found) | {
@@ -178,6 +173,25 @@ class Scorer:
         }
 
 
+def likelihood_and_accuracy(bank: Store, knows_labels: bool) -> dict[str, float]:
+    """Means over the images of a bank, with their intervals: of the teacher's likelihood and, where the feature network knows the
+    labels, of the accuracy.
+    """
+    found: dict[str, float] = {}
+    if "nll" in bank.names():
+        nll = bank.load("nll").double()
+        found |= {"teacher_nll": float(nll.mean()), "teacher_nll_95": interval_of_mean(nll)}
+    if knows_labels:
+        right = (bank.load("probabilities").argmax(1) == bank.load("labels")).double()
+        found |= {"accuracy": float(right.mean()), "accuracy_95": interval_of_mean(right)}
+    return found
+
+
+def gap_closed(distance: float, floor: float, worst: float) -> float:
+    """How far a distance is on the way from independent tokens' (0) to the teacher's own (1)."""
+    return (worst - distance) / (worst - floor) if worst != floor else float("nan")
+
+
 def _seeds_of(method: Method) -> str:
     return "floor" if method.floor else "methods"
 
@@ -185,10 +199,9 @@ def _seeds_of(method: Method) -> str:
 def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The headline numbers by metric, the teacher's distance as "floor", and how far the generator got towards it."""
     frechet = {("floor" if name == "teacher" else name): values["frechet"] for name, values in found.items()}
-    span = frechet["onestep_marginal"] - frechet["floor"]
     return {
         "frechet": frechet,
-        "gap_closed": (frechet["onestep_marginal"] - frechet["generator"]) / span if span else float("nan"),
+        "gap_closed": gap_closed(frechet["generator"], frechet["floor"], frechet["onestep_marginal"]),
         **{
             key: {name: values[key] for name, values in found.items() if key in values}
             for key in ("teacher_nll", "teacher_nll_95", "accuracy")

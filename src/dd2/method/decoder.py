@@ -83,7 +83,9 @@ class DecoderMatch(nn.Module):
             name: GaussianFit(torch.zeros_like(mean), references[name].covariance.to(device)) for name, mean in self.means.items()
         }
         sizes = [len(mean) for mean in self.means.values()]
-        self.moments = nn.ModuleList(RememberedMoments(size, config.beta, device) for size in sizes)
+        self.memories = [RememberedMoments(size, config.beta, device) for size in sizes]
+        self.moments = nn.ModuleList(self.memories)  # part of the checkpoint
+        self._begun = False
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Of each network, about the reference's mean, where a covariance of float64 moments loses nothing."""
@@ -95,30 +97,32 @@ class DecoderMatch(nn.Module):
         """Sum of the distances, each over its own value plus epsilon, and the distances themselves."""
         found = {}
         with full_precision(images.device):
-            for name, moments, values in zip(self.networks, self.moments, self.features(images), strict=True):
-                assert isinstance(moments, RememberedMoments)
+            for name, moments, values in zip(self.networks, self.memories, self.features(images), strict=True):
                 found[name] = moments.distance(values, self.centred[name])
         loss = sum(distance / (distance.detach().clamp_min(0) + self.epsilon) for distance in found.values())
         return torch.as_tensor(loss).float(), {name: distance.detach() for name, distance in found.items()}
 
     def remember(self) -> None:
         """The iteration is over. All processes must call it."""
-        for moments in self.moments:
-            assert isinstance(moments, RememberedMoments)
+        for moments in self.memories:
             moments.remember()
 
     @torch.no_grad()
     def prime(self, images: Callable[[Tensor], Tensor], count: int, batch: int) -> None:
-        """Begin with `count` images, of which `images` draws those of an index (B,), unless the memories are filled."""
-        if all(bool(moments.primed) for moments in self.moments):
+        """At the first call, begin with `count` images, of which `images` draws those of an index (B,), unless the checkpoint's
+        memories are filled.
+        """
+        if self._begun:  # and a GPU is asked nothing
+            return
+        self._begun = True
+        if all(bool(moments.primed) for moments in self.memories):
             return
         count = -(-count // world_size()) * world_size()
-        kept: list[list[Tensor]] = [[] for _ in self.moments]
+        kept: list[list[Tensor]] = [[] for _ in self.memories]
         for rows in torch.arange(count).tensor_split(world_size())[rank()].split(batch):
             for values, own in zip(self.features(images(rows)), kept, strict=True):
                 own.append(values.float())
-        for moments, own in zip(self.moments, kept, strict=True):
-            assert isinstance(moments, RememberedMoments)
+        for moments, own in zip(self.memories, kept, strict=True):
             moments.prime(own, count)
 
 

@@ -1,6 +1,5 @@
 """A reproduced table as Markdown, JSON and a picture."""
 
-import io
 import json
 import statistics
 import textwrap
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dd2.evaluation.curve import curve_plot
+from dd2.evaluation.plots import figure_png
 from dd2.files import write_atomic
 from dd2.reproduce.rows import COLUMNS, Claim, Row, Table, value
 
@@ -181,7 +181,6 @@ def _described(made: dict[str, Any]) -> str:
 
 def _plot(table: Table, results: Results) -> bytes:
     """The main column, a bar per row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     column = table.claims[0].column
@@ -199,6 +198,4 @@ def _plot(table: Table, results: Results) -> bytes:
     axes.set_xlabel(COLUMNS[column][0])
     axes.set_title(table.title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -6,6 +6,7 @@ from typing import Any
 
 from dd2.evaluation.columns import COLUMNS as MEASURED
 from dd2.evaluation.columns import Column
+from dd2.evaluation.score import gap_closed
 from dd2.reproduce.workshop import Cell, Changes
 
 
@@ -90,8 +91,7 @@ def value(numbers: dict[str, Any], method: str, column: str) -> float | None:
     if column in ("floor", "worst"):
         return numbers["frechet"][{"floor": "floor", "worst": "onestep_marginal"}[column]]
     if column == "gap":
-        worst, floor = numbers["frechet"]["onestep_marginal"], numbers["frechet"]["floor"]
-        return (worst - found["frechet"]) / (worst - floor)
+        return gap_closed(found["frechet"], numbers["frechet"]["floor"], numbers["frechet"]["onestep_marginal"])
     if column == "seconds":
         learned = method.startswith(("generator", "ar_diffusion"))
         parts = ("samples", "tune", "pairs", "regress", "csd", "dd1")

@@ -146,7 +146,7 @@ class Workshop:
         return replace(config, stage1=str(self.folder(cell.stage1)))
 
     def _folder(self, kind: str, config: Any) -> Path:
-        return self.root / f"{kind}-{_digest(config, ('out', 'device', 'sample_batch'))}"
+        return self.root / f"{kind}-{_digest(config, FREE)}"
 
     def _tokenizer_run(self) -> Path:
         return self._folder("tokenizer", self.bench.tokenizer)
@@ -182,11 +182,15 @@ def _evaluated_alike(file: Path, config: EvaluateConfig) -> bool:
     return all(kept[name] == value for name, value in now.items() if name in kept)
 
 
+FREE = ("out", "device", "sample_batch")
+"""Fields of a run that do not decide its content."""
+
+
 def _check_defaults(folder: Path, config: Any) -> None:
     """Refuse a finished run that is known by the same name, but was made when a field had another default."""
     kept, now = read_yaml(folder / "config.yaml"), flat(config)
     for name, value in now.items():
-        if name in ("out", "device", "sample_batch", "stage1", "teacher") or name.startswith("loop."):
+        if name in (*FREE, "stage1", "teacher") or name.startswith("loop."):
             continue
         if name in kept and kept[name] != value:
             raise InputError(f"{folder} was made with {name} {kept[name]}, which is {value} now; remove it, and it is made again")

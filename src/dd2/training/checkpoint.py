@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dd2.errors import InputError
 from dd2.files import atomic_folder, save_tensors
@@ -147,6 +147,18 @@ def best_step(folder: Path) -> int | None:
         if value is not None:
             found.append((value, step))
     return min(found)[1] if found else None
+
+
+def load_network(file: Path, network: nn.Module) -> None:
+    """Load one network of a checkpoint in place, whole.
+
+    Raises:
+        InputError: the file is damaged, or is of another network than the run describes.
+    """
+    try:
+        network.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"{file} does not fit the run's description ({' '.join(str(error).split())[:200]})") from error
 
 
 def load(checkpoint: Path, stage: Stage) -> dict[str, Any]:

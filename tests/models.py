@@ -11,8 +11,11 @@ from dd2.teachers.captions import Captions
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.mar import MARTeacher
+from dd2.teachers.mar_network import MARConfig
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.autoencoder import VQConfig
+from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer
 
@@ -33,6 +36,11 @@ TINY_VQ = VQConfig(
 )
 TINY_MULTISCALE = MultiScaleConfig(**TINY_VQ.__dict__, patch_nums=(1, 2, 4), phi=2)
 TINY_LLAMAGEN = LlamaGenConfig(depth=2, width=32, heads=2, ffn_multiple=16, rows=4, columns=4, num_classes=3)
+
+TINY_MAR: dict[str, Any] = {
+    **{"width": 24, "depth": 1, "heads": 2, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2, "head_depth": 1},
+    **{"head_width": 24, "rows": 4, "columns": 4, "code_dim": 4, "num_classes": 3, "buffer": 2, "start": 928, "dropout": 0.0},
+}
 
 TINY_VAR = VARConfig(depth=2, width=32, heads=2, mlp_ratio=2.0, num_classes=3)
 
@@ -67,4 +75,15 @@ def _peaked(teacher: CodeTeacher) -> CodeTeacher:
     for name, parameter in teacher.backbone.named_parameters():
         if parameter.ndim > 1 and "scale_mul" not in name:
             nn.init.normal_(parameter, std=1.2 / math.sqrt(parameter.shape[-1]))
+    return teacher.eval().requires_grad_(False)
+
+
+def tiny_mar(seed: int = 0, **changes: Any) -> MARTeacher:
+    """A random masked teacher: 4 x 4 continuous tokens of 4 channels, 3 classes; its tokens depend on each other."""
+    torch.manual_seed(seed)
+    sizes = KLConfig(image_size=16, image_channels=1, channels=8, multipliers=(1, 1, 2), res_blocks=1, groups=4, z_channels=4)
+    teacher = MARTeacher(MARConfig(**{**TINY_MAR, **changes}), KLTokenizer(sizes), steps=16)
+    for name, parameter in teacher.mar.diffloss.named_parameters():
+        if "final_layer" in name or "adaLN" in name:
+            nn.init.normal_(parameter, std=0.1)  # else it predicts no noise, whatever is known
     return teacher.eval().requires_grad_(False)

@@ -16,8 +16,9 @@ from dd2.checkpoints.native import load_teacher
 from dd2.cli import main
 from dd2.errors import InputError
 from dd2.teachers.diffusion import DiffusionSchedule
+from dd2.teachers.diffusion_score import COSINE, index_of, level_of
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.mar import COSINE, MARTeacher, fill, index_of, level_of
+from dd2.teachers.mar import MARTeacher, fill
 from dd2.teachers.mar_network import MARConfig
 from dd2.teachers.mar_train import diffusion_loss, random_known
 from dd2.teachers.masked import fill_steps, masked_after
@@ -350,10 +351,12 @@ def test_converted_it_is_the_same_and_inspected(tmp_path, capsys):
     for path, said in (("out", "mar"), ("checkpoint-last.pth", "MAR transformer"), ("kl.ckpt", "KL autoencoder")):
         assert main(["inspect", str(tmp_path / path)]) == 0
         assert said in capsys.readouterr().out
-    run = ["distill", "digits", "--teacher", str(tmp_path / "out"), "--out", str(tmp_path / "run")]
-    assert main(run) == 2
-    assert "not distilled yet" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    run = ["distill", "--teacher", str(tmp_path / "out"), "--out", str(tmp_path / "run"), "--teacher-samples", "16"]
+    short = ["--iterations", "1", "--batch", "4", "--accumulate", "1", "--k", "1", "--validation", "8"]
+    csd = [text.replace("--", "--csd.") for text in short]
+    steps = ["--csd.sampling.diffusion-steps", "3", "--tune.sampling.diffusion-steps", "3", "--tune.sampling.ar-steps", "4"]
+    assert main([*run, *csd, *steps, "--csd.sampling.ar-steps", "4", "--loop.preview-every", "0"]) == 0
+    assert main(["sample", str(tmp_path / "run"), "--count", "2", "--out", str(tmp_path / "images.png")]) == 0
 
 
 def test_training_loss(trained_teacher, trained):
@@ -368,7 +371,7 @@ def test_known_sets_of_training():
     random = torch.Generator().manual_seed(0)
     shares = []
     for _ in range(2000):
-        known = random_known(2, 256, random)
+        known = random_known(2, MARConfig(), random)
         counts = known.sum(1)
         assert counts[0] == counts[1]
         shares.append(1 - float(counts[0]) / 256)

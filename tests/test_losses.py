@@ -110,9 +110,47 @@ def test_regression_losses_detach_their_targets():
     torch.testing.assert_close(prediction.grad, 2 * (prediction - target).detach() / 15)
     assert target.grad is None
     prediction.grad = None
-    fcs_loss(prediction, target, eps.detach()).backward()
+
+    class Predicted(ConditionalScore):
+        def x0_hat(self, x_t, t):
+            raise NotImplementedError
+
+        def velocity(self, x_t, t):
+            torch.testing.assert_close(x_t, 0.7 * target.detach() + 0.3 * eps.detach())
+            return prediction
+
+    fcs_loss(Predicted(), target, torch.full((5,), 0.3), eps.detach()).backward()
     torch.testing.assert_close(prediction.grad, 2 * (prediction - (eps - target)).detach() / 15)
     assert target.grad is None
+
+
+@pytest.mark.parametrize("d", ["sid", "dmd", "sim"])
+def test_positions_where_the_score_does_not_hold_count_for_nothing(d):
+    """The loss of a few valid positions is that of these alone, and q gets no gradient at the others, whatever stands there."""
+    g = torch.Generator().manual_seed(0)
+    q, eps = torch.randn(3, 4, 5, generator=g), torch.randn(2, 3, 4, 5, generator=g)
+    t = torch.rand(2, 3, 4, generator=g) * 0.8 + 0.1
+    valid = torch.rand(3, 4, generator=g) < 0.5
+    results = []
+    for chosen in (None, valid):
+        a, b = Known(lambda x: 0.6 * x), Known(lambda x: torch.tanh(x))
+        a.valid = b.valid = chosen
+        leaf = (q if chosen is not None else q[valid].unsqueeze(0)).clone().requires_grad_()
+        levels = t if chosen is not None else t[:, valid].unsqueeze(1)
+        noise = eps if chosen is not None else eps[:, valid].unsqueeze(1)
+        loss, difference = csd_loss(leaf.expand(noise.shape), levels, noise, a, b, d=d)
+        loss.backward()
+        results.append((loss.detach(), difference, leaf.grad))
+    (loss, difference, alone), (masked, masked_difference, grad) = results
+    torch.testing.assert_close(masked, loss)
+    torch.testing.assert_close(masked_difference, difference)
+    torch.testing.assert_close(grad[valid], alone[0])
+    assert not grad[~valid].any()
+    a.valid = valid
+    guidance = fcs_loss(a, q, t, eps)
+    torch.testing.assert_close(
+        guidance, fcs_loss(Known(lambda x: 0.6 * x), q[valid].unsqueeze(0), t[:, valid].unsqueeze(1), eps[:, valid].unsqueeze(1))
+    )
 
 
 def test_unknown_distance():

@@ -159,8 +159,8 @@ class CodeGuidance(nn.Module):
         """(B, n, V) of p(. | tokens of earlier steps, cond), tokens (B, n, C)."""
         return in_float32(self.output, self.backbone(tokens, cond))
 
-    def given(self, tokens: Tensor, cond: Tensor) -> CodeMixture:
-        """The conditional score at every position, given tokens (B, n, C) before it and cond (B, ...)."""
+    def given(self, tokens: Tensor, cond: Tensor, known: Tensor | None = None) -> CodeMixture:
+        """The conditional score at every position, given tokens (B, n, C) before it and cond (B, ...); codes have an order."""
         log_p = self.logits(tokens, cond).log_softmax(-1)
         return CodeMixture(CodeDistribution.over_all(log_p), self.backbone.to_tokens(self.codes))
 

@@ -1,7 +1,8 @@
 """The three losses of Distilled Decoding 2: Eq. 6 (GTS), Eq. 5 (FCS), Eq. 4 with Eq. 3 (CSD).
 
-All reduce by the mean over batch, positions and channels. The paper writes sums; under Adam the constant between
-them is absorbed, except in the gradient-clipping threshold, which refers to this mean.
+All reduce by the mean over batch, positions and channels; where a score holds at some positions alone (a masked model's,
+given a known set), over those. The paper writes sums; under Adam the constant between them is absorbed, except in the
+gradient-clipping threshold, which refers to this mean.
 """
 
 from typing import Literal
@@ -36,17 +37,31 @@ def gts_loss(v_student: Tensor, v_teacher: Tensor) -> Tensor:
     return (v_student.float() - v_teacher.detach().float()).square().mean()
 
 
-def fcs_loss(v_guidance: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
-    """Fake Conditional Score loss (Eq. 5): flow matching on the generator's own tokens.
+def fcs_loss(guidance: ConditionalScore, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Fake Conditional Score loss (Eq. 5): flow matching on the generator's own tokens, where the score holds.
 
     With teacher samples as `x_0` it is the plain diffusion loss that Table 7 compares with Eq. 6.
 
     Args:
-        v_guidance: (..., C) the guidance network's velocity, with gradient.
-        x_0: (..., C) clean tokens; detached here, so that nothing reaches the generator.
-        eps: (..., C) the noise that made x_t.
+        guidance: the guidance network's conditional score, with gradient.
+        x_0: (B, n, C) clean tokens; detached here, so that nothing reaches the generator.
+        t: (..., B, n) noise levels.
+        eps: (..., B, n, C) noise.
     """
-    return (v_guidance.float() - (eps - x_0.detach()).float()).square().mean()
+    x_0 = x_0.detach()
+    return mean_at(guidance.denoising_error(noised(x_0, t, eps), t, x_0, eps).square(), guidance.valid)
+
+
+def mean_at(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of values (..., B, n, C) over all but the positions where `valid` (B, n) is false."""
+    if valid is None:
+        return values.mean()
+    return values.masked_fill(~valid.unsqueeze(-1), 0.0).sum() / _numbers_at(values, valid)
+
+
+def _numbers_at(values: Tensor, valid: Tensor | None) -> Tensor | int:
+    """How many of the numbers (..., B, n, C) are at valid positions, at least 1."""
+    return values.numel() if valid is None else (valid.sum() * (values.numel() // valid.numel())).clamp_min(1)
 
 
 def csd_loss(
@@ -74,7 +89,8 @@ def csd_loss(
         q: (..., C) the generator's clean tokens, with gradient.
         t: (...) noise levels in (0, 1).
         eps: (..., C) noise.
-        teacher, guidance: the two conditional scores, each given tokens that the caller detached from `q` (Eq. 4's sg(q_<i)).
+        teacher, guidance: the two conditional scores, each given tokens that the caller detached from `q` (Eq. 4's sg(q_<i)),
+            the same ones: where the teacher's does not hold, q gets no gradient.
         d: the distance.
         alpha: SiD's alpha; the paper uses 1.0.
         weight_floor: lower bound of mean_C |q - a|.
@@ -90,17 +106,19 @@ def csd_loss(
     with torch.set_grad_enabled(d != "dmd"):
         q_t = noised(leaf, t, eps)
         a, b = teacher.x0_hat(q_t, t).float(), guidance.x0_hat(q_t, t).float()
-        weight = 1 / (leaf - a).detach().abs().mean(-1, keepdim=True).clamp_min(weight_floor)
+        weight, valid = 1 / (leaf - a).detach().abs().mean(-1, keepdim=True).clamp_min(weight_floor), teacher.valid
         if d == "sid":
-            value = (weight * (a - b) * ((a - leaf) - alpha * (a - b))).mean()
+            value = mean_at(weight * (a - b) * ((a - leaf) - alpha * (a - b)), valid)
             (grad,) = torch.autograd.grad(value, leaf)
         elif d == "sim":
             u = b - a
             length = (u.square().sum(-1, keepdim=True) + SIM_SOFTENING**2).sqrt()
-            value = ((u * (leaf - b)).sum(-1, keepdim=True) / length + length - SIM_SOFTENING).mean()
+            value = mean_at((u * (leaf - b)).sum(-1, keepdim=True) / length + length - SIM_SOFTENING, valid)
             (grad,) = torch.autograd.grad(value, leaf)
         else:
-            value = (weight * (a - b).square()).mean() / 2
-            grad = weight * (b - a) / q.numel()
+            value = mean_at(weight * (a - b).square(), valid) / 2
+            grad = weight * (b - a) / _numbers_at(q, valid)
+            if valid is not None:
+                grad = grad.masked_fill(~valid.unsqueeze(-1), 0.0)
     surrogate = (q.float() * grad).sum()
-    return value.detach() + (surrogate - surrogate.detach()), (a - b).detach().square().mean().sqrt()
+    return value.detach() + (surrogate - surrogate.detach()), mean_at((a - b).detach().square(), valid).sqrt()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.generator import Generator
-from dd2.order import Order
 from dd2.precision import autocast
 from dd2.seeding import one_each
 from dd2.student import OneStepNetwork, Student
@@ -63,26 +62,24 @@ def refine(
     Raises:
         InputError: steps is not in 1 … S + 1.
     """
-    order = teacher.order
-    first_step = first_redrawn_step(order, steps)
+    first_step = first_redrawn_step(teacher, sampling, steps)
     tokens = one_step(generator, cond, seeds)
-    if first_step == order.num_steps:
+    if first_step == teacher.num_steps(sampling):
         return tokens
-    kept = tokens[:, : order.steps[first_step].start]
-    read = teacher.snap(kept) if prefix == "snapped" else kept
-    redrawn = teacher.sample(cond, sampling, seeds, prefix=read, first_step=first_step)
-    return torch.cat([kept, redrawn[:, kept.shape[1] :]], 1)
+    read = teacher.snap(tokens) if prefix == "snapped" else tokens
+    return teacher.redrawn(tokens, read, cond, sampling, seeds, first_step)
 
 
-def first_redrawn_step(order: Order, steps: int) -> int:
+def first_redrawn_step(teacher: Teacher, sampling: Sampling, steps: int) -> int:
     """The AR step at which the teacher takes over when `steps` passes are allowed in all (Alg. 4).
 
     Raises:
         InputError: steps is not in 1 … S + 1.
     """
-    if not 1 <= steps <= order.num_steps + 1:
-        raise InputError(f"steps must be 1 (the generator alone) to {order.num_steps + 1} (every AR step redrawn), got {steps}")
-    return order.num_steps - (steps - 1)
+    most = teacher.num_steps(sampling)
+    if not 1 <= steps <= most + 1:
+        raise InputError(f"steps must be 1 (the generator alone) to {most + 1} (every AR step redrawn), got {steps}")
+    return most - (steps - 1)
 
 
 def ar_diffusion(student: Student, cond: Tensor, seeds: Sequence[int], euler_steps: int = EULER_STEPS) -> Tensor:
@@ -155,7 +152,7 @@ class Ways:
         if steps == 1:
             return self.one_step()
         teacher = self.known_teacher
-        first_redrawn_step(teacher.order, steps)
+        first_redrawn_step(teacher, self.sampling, steps)
         generator = self.generator.student
         return self._drawn(lambda cond, seeds: refine(generator, teacher, cond, self.sampling, seeds, steps, self.prefix))
 

@@ -5,10 +5,11 @@ Gaussians with means (1 - t) c_j and standard deviation t. Its posterior mean, v
 the codebook: attention with query x_t, keys and values c, and bias log p.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,33 @@ from torch.autograd.function import once_differentiable
 from dd2.device import full_precision, tile_rows
 from dd2.distribution import CodeDistribution
 
+Solver = Literal["euler", "heun"]
+
+ODE_START = 1 - 2**-20
+"""Highest noise level that the ODE asks at. Eq. 1 needs t < 1, and at t = 1 the velocity is its limit, x - E[c]."""
+
 
 class ConditionalScore(ABC):
     """p(q_i | q_<i, y) of every position i, noised by RectFlow: what a stage asks a teacher or a student for.
 
     Both sides of Eq. 4 are one. x_t is (..., B, n, C), any number of noise draws of the same B x n tokens in front, and
     t (..., B, n) lies in (0, 1).
+
+    Attributes:
+        valid: (B, n) the positions that it holds at, where they are not all: of a masked model, those that are not known.
     """
+
+    valid: Tensor | None = None
+
+    def levels(self, t: Tensor) -> Tensor:
+        """The noise levels nearest to t (..., B, n) that it can be asked at: all of them, unless it knows some alone."""
+        return t
+
+    def denoising_error(self, x_t: Tensor, t: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
+        """What its network predicts less the truth, (..., B, n, C) float32, of x_t made of x_0 and eps: here the velocity's error
+        (Eq. 5); its mean square trains the network.
+        """
+        return self.velocity(x_t, t).float() - (eps - x_0).float()
 
     @abstractmethod
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -40,6 +61,31 @@ class ConditionalScore(ABC):
         x0_hat = self.x0_hat(x_t, t)
         level = t.unsqueeze(-1).to(x0_hat.dtype)
         return ((1 - level) * x0_hat - x_t.to(x0_hat.dtype)) / level / level
+
+
+def follow_ode(score: ConditionalScore, noise: Tensor, levels: Sequence[float], solver: Solver) -> Tensor:
+    """Where the flow-matching ODE dx/dt = velocity leads from noise.
+
+    Args:
+        score: of the tokens.
+        noise: (..., C) standard normal.
+        levels: of the steps, falling from about 1 to 0.
+        solver: Euler, or Heun's second-order steps (two velocities each; the last one is Euler's, as the velocity ends at t = 0).
+
+    Returns:
+        (..., C) tokens.
+    """
+
+    def v(x: Tensor, level: float) -> Tensor:
+        return score.velocity(x, x.new_full(x.shape[:-1], min(level, ODE_START)))
+
+    x = levels[0] * noise.float()
+    for level, following in itertools.pairwise(levels):
+        slope = v(x, level)
+        if solver == "heun" and following > 0:
+            slope = (slope + v(x + (following - level) * slope, following)) / 2
+        x = x + (following - level) * slope
+    return x
 
 
 class CodeMixture(ConditionalScore):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dd2.errors import InputError
-from dd2.scores import HeadScore
+from dd2.scores import ConditionalScore, HeadScore
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.head import HeadTeacher
@@ -150,7 +150,23 @@ class OneStepNetwork(nn.Module, ABC):
         raise InputError(f"a {type(self).__name__} draws in one pass; --steps k lets the teacher draw the last steps again")
 
 
-class Student(OneStepNetwork):
+class ArDiffusion(OneStepNetwork):
+    """A network in both roles: in one pass it draws from noise, and given clean tokens it knows the conditional score of others,
+    which makes it an AR-diffusion model.
+    """
+
+    @abstractmethod
+    def given(self, tokens: Tensor, cond: Tensor, known: Tensor | None = None) -> ConditionalScore:
+        """The conditional score of each position.
+
+        Args:
+            tokens: (B, n, C) clean tokens.
+            cond: (B, ...) conditions.
+            known: (B, n) which of them are given, where the teacher has no order; else those before the position are.
+        """
+
+
+class Student(ArDiffusion):
     """Backbone and head; generator or guidance network, the same class in both roles.
 
     Args:
@@ -190,8 +206,7 @@ class Student(OneStepNetwork):
         """(B, n, C) clean tokens, or noise in the generator's role, -> (B, n, D)."""
         return self.backbone(tokens, cond)
 
-    def given(self, tokens: Tensor, cond: Tensor) -> HeadScore:
-        """The conditional score at every position, given clean tokens (B, n, C) before it and cond (B, ...)."""
+    def given(self, tokens: Tensor, cond: Tensor, known: Tensor | None = None) -> HeadScore:
         return HeadScore(self.head, self.features(tokens, cond))
 
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:

@@ -4,26 +4,20 @@ It is what DD1 regresses (arXiv 2412.17153, whose training code was never releas
 generator can start from (`dd2.method.regress`).
 """
 
-import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dd2.distribution import CodeDistribution
 from dd2.errors import InputError
-from dd2.scores import CodeMixture
+from dd2.scores import CodeMixture, Solver, follow_ode
+from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.head import token_noise
 from dd2.training.samples import TeacherSamples, sample_seed
-
-Solver = Literal["euler", "heun"]
-
-START = 1 - 2**-20
-"""Noise level where the ODE starts. Eq. 1 needs t < 1, and at t = 1 the velocity is its limit, x - E[c]."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class OdeConfig:
 
 
 class Pairs:
-    """Noise with its data, made by the ODE once and kept on disk as the data's ids: the noise is drawn again from its seed.
+    """Noise with its data, made by the ODE once and kept on disk in the teacher's form: the noise is drawn again from its seed.
 
     Args:
         folder: where they are kept.
@@ -61,7 +55,7 @@ class Pairs:
     def __init__(
         self,
         folder: Path,
-        teacher: CodeTeacher,
+        teacher: Teacher,
         sampling: Sampling,
         ode: OdeConfig,
         count: int,
@@ -74,16 +68,21 @@ class Pairs:
 
         def draw(cond: Tensor, seeds: list[int]) -> Tensor:
             noise = token_noise(teacher.backbone, seeds)
+            if not isinstance(teacher, CodeTeacher):
+                return teacher.follow_ode(noise, cond, sampling, ode.steps, ode.solver)
             return teacher.codebook[data_of_noise(teacher, noise, cond, sampling, steps=ode.steps, solver=ode.solver)]
 
         how = {"ode": list(asdict(ode).values()), "standardise_samples": standardised_by}
         self.samples = TeacherSamples.prepare(folder, teacher, sampling, count, seed, batch, draw=draw, title="pairs", how=how)
 
     def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Random pairs on the random stream's device: noise (size, n, C), its ids (size, n), labels (size,)."""
+        """Random pairs on the random stream's device: noise (size, n, C), its ids (size, n), or of a teacher without codes its
+        tokens (size, n, C), and labels (size,).
+        """
         rows = self.samples.random_rows(size, random)
-        ids, labels = self.samples.kept[rows].long().to(random.device), self.samples.labels[rows].to(random.device)
-        return token_noise(self.teacher.backbone, [sample_seed(self.seed, int(row)) for row in rows]), ids, labels
+        kept, labels = self.samples.kept[rows].to(random.device), self.samples.labels[rows].to(random.device)
+        data = kept.long() if isinstance(self.teacher, CodeTeacher) else self.teacher.restored(kept)
+        return token_noise(self.teacher.backbone, [sample_seed(self.seed, int(row)) for row in rows]), data, labels
 
 
 @torch.no_grad()
@@ -147,14 +146,5 @@ def flow_to_codes(noise: Tensor, prior: CodeDistribution, codebook: Tensor, *, s
     """
     if steps < 1 or solver not in ("euler", "heun"):
         raise InputError(f'the ODE needs at least 1 step and solver "euler" or "heun", got {steps} and {solver!r}')
-    x, given = noise.float(), CodeMixture(prior, codebook)
-
-    def v(x: Tensor, level: float) -> Tensor:
-        return given.velocity(x, x.new_full(x.shape[:-1], min(level, START)))
-
-    for level, following in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        slope = v(x, level)
-        if solver == "heun" and following > 0:
-            slope = (slope + v(x + (following - level) * slope, following)) / 2
-        x = x + (following - level) * slope
-    return prior.nearest(x, codebook)
+    levels = torch.linspace(1, 0, steps + 1).tolist()
+    return prior.nearest(follow_ode(CodeMixture(prior, codebook), noise, levels, solver), codebook)

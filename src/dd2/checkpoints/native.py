@@ -22,6 +22,7 @@ from dd2.errors import InputError
 from dd2.external import check_trust, load_function
 from dd2.files import atomic_folder
 from dd2.generator import Generator
+from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
@@ -73,6 +74,7 @@ def code_student(teacher: Teacher, config: CodeStudentConfig) -> CodeStudent:
 NETWORKS = {
     "dd2": NetworkKind(HeadConfig, lambda teacher, config: Student(teacher.student_backbone(), config), Student),
     "dd2_codes": NetworkKind(CodeStudentConfig, code_student, CodeStudent),
+    "dd2_masked": NetworkKind(MaskedStudentConfig, MaskedStudent.from_teacher, MaskedStudent),
 }
 """By method; baselines add their own (`dd2.baselines`)."""
 

@@ -10,6 +10,7 @@ from dd2.checkpoints.folder import construct
 from dd2.code_student import CodeStudentConfig
 from dd2.errors import InputError
 from dd2.files import write_atomic
+from dd2.masked_student import MaskedStudentConfig
 from dd2.student import HeadConfig
 from dd2.teachers.filtering import Sampling
 
@@ -27,6 +28,7 @@ class RunRecord:
         sampling: the teacher's distribution that is distilled.
         head: sizes of the students' heads, where the method has them.
         codes: of a generator over codes (`dd2.code_student`), what its teacher does not say; None where it has a head.
+        masked: the same of a masked teacher's copy (`dd2.masked_student`).
     """
 
     command: str
@@ -35,6 +37,7 @@ class RunRecord:
     sampling: Sampling
     head: HeadConfig | None = None
     codes: CodeStudentConfig | None = None
+    masked: MaskedStudentConfig | None = None
 
     def write(self, run: Path) -> None:
         """Put it into a run folder."""
@@ -59,7 +62,7 @@ class RunRecord:
             texts = {name: found[name] for name in ("command", "teacher", "captions")}
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError("command, teacher and captions must be texts")
-            head, codes = found.get("head"), found.get("codes")
+            head, codes, masked = found.get("head"), found.get("codes"), found.get("masked")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} does not describe a run ({error}); start its command again, which writes it") from error
         sampling = construct(Sampling, found.get("sampling"), file)
@@ -68,4 +71,5 @@ class RunRecord:
             sampling=sampling,
             head=None if head is None else construct(HeadConfig, head, file),
             codes=None if codes is None else construct(CodeStudentConfig, codes, file),
+            masked=None if masked is None else construct(MaskedStudentConfig, masked, file),
         )

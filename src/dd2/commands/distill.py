@@ -19,12 +19,15 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.generator import Generator
+from dd2.masked_student import MaskedStudent
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.match import check_reference
 from dd2.method.recipe import (
     Networks,
     catching_up_stage,
+    copied_student,
     csd_stage,
+    fresh_student,
     match_stage,
     networks_over_codes,
     regress_stage,
@@ -35,9 +38,8 @@ from dd2.processes import say
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
-from dd2.teachers.head import HeadTeacher
 from dd2.teachers.layers import layer_stacks
-from dd2.teachers.masked import MaskedOrder
+from dd2.teachers.masked import MaskedBackbone
 from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.checkpoint import steps
 from dd2.training.layers import prepare_layers
@@ -124,12 +126,13 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     device = pick_device(config.device)
     teacher = open_teacher(config.teacher, device, config.captions, config.trust)
     _check(config, teacher)  # before a run folder exists
-    tuned = Student.from_ar_diffusion(teacher) if isinstance(teacher, HeadTeacher) else None
-    head = tuned.config if tuned else config.head
+    tuned = copied_student(teacher, config.networks)
+    head = tuned.config if isinstance(tuned, Student) else config.head
+    masked = tuned.config if isinstance(tuned, MaskedStudent) else None
     if not config.networks.need_stage1:
         tuned = None
     codes = CodeStudent.sizes(teacher, config.networks.extra_layers) if config.networks.generator == "codes" else None
-    record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head, codes)
+    record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head, codes, masked)
     hint = start_run(config.out, config, "distill", record)
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
     seconds = read_seconds(config.out)
@@ -142,12 +145,12 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     teacher.standardise(samples.kept)
     pairs = _pairs(config, teacher, len(samples), seconds) if config.regress.iterations and config.regress.own_share < 1 else None
     torch.manual_seed(config.seed)
-    fresh = Student.from_teacher(teacher, head).to(device) if config.networks.need_stage1 else None
+    fresh = fresh_student(teacher, tuned, head).to(device) if config.networks.need_stage1 else None
     over_codes = networks_over_codes(config.networks, teacher)
     prepare_layers(teacher, recompute=False, compiled=config.loop.compile)
     if config.loop.parallel == "fsdp2":
         shard_backbone(teacher.backbone, device)  # after the samples, of which every process makes its own number
-    if fresh is not None and tuned is None:
+    if isinstance(fresh, Student) and tuned is None:
         tuned, spent = _stage1(config, trainer, fresh, teacher, samples)
         seconds["tune"] += spent
     whole = starting_networks(config.csd, tuned, fresh, over_codes, config.seed)
@@ -170,17 +173,12 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
 
 def _check(config: DistillConfig, teacher: Teacher) -> None:
     """Refuse what the teacher cannot use, and say what has no effect on it."""
-    if isinstance(teacher.order, MaskedOrder):
-        raise InputError(
-            f"teacher {config.teacher} draws its tokens in any order (MAR): it can be trained, converted and, in "
-            "Python, sampled, and not distilled yet; give a teacher over codes, or an AR-diffusion model"
-        )
     teacher.conditions.digest()  # refuses missing captions
     said = {teacher.check(sampling) for sampling in (config.tune.sampling, config.csd.sampling)} - {""}
     if not teacher.backbone.continuous:
         check_adaptation(teacher, config.adapt)
     needing = {
-        "regress.iterations": config.regress.iterations,
+        "regress.own_share": config.regress.iterations and config.regress.own_share,
         "csd.regression_weight": config.csd.regression_weight,
         "networks.generator codes": config.networks.generator == "codes",
         "networks.guidance codes": config.networks.guidance == "codes",
@@ -200,15 +198,17 @@ def _check(config: DistillConfig, teacher: Teacher) -> None:
         said.add("csd.snap_guidance has no effect: a guidance network over codes reads codes in any case")
     if "codes" in (config.networks.generator, config.networks.guidance) and config.csd.initialised != "both":
         said.add("csd.initialised has no effect on networks over codes, which start as the teacher")
-    if config.sample_in_loop and not config.networks.need_stage1:
+    if config.sample_in_loop and (teacher.is_ar_diffusion or not config.networks.need_stage1):
         said.add("sample_in_loop has no effect without stage 1")
+    if config.networks.level != NetworksConfig.level and not isinstance(teacher.backbone, MaskedBackbone):
+        said.add("networks.level has no effect: it is about masked teachers (MAR)")
     if config.regress.iterations and config.regress.own_share == 1:
         said.add("regress.pairs has no effect, as regress.own_share is 1")
     if config.csd.match.on:
         check_reference(teacher, config.csd.match, config.teacher_samples)
         if not layer_stacks(teacher.backbone):
             said.add("csd.validation looks at the features that csd.match trains on: the backbone has no LayerStack")
-    if isinstance(teacher, HeadTeacher):
+    if teacher.is_ar_diffusion:
         if config.stage1:
             raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")
         said.add("stage 1 is skipped, as the teacher is such a model: tune.* (but for its sampling) and head.* have no effect")
@@ -280,7 +280,7 @@ def _pairs(config: DistillConfig, teacher: Teacher, standardised_by: int, second
     start = time.perf_counter()
     pairs = Pairs(
         config.out / "pairs",
-        require_codes(teacher, "regress.iterations"),
+        teacher,
         config.csd.sampling,
         config.regress.ode,
         config.regress.pairs,
@@ -297,8 +297,7 @@ def _regress(
     config: DistillConfig, trainer: Trainer, networks: Networks, teacher: Teacher, samples: TeacherSamples, pairs: Pairs | None
 ) -> float:
     """The generator learns the ODE's map, then the guidance network that generator's score."""
-    codes = require_codes(teacher, "regress.iterations")
-    seconds = trainer.run(regress_stage(networks, codes, samples, pairs, config.regress, config.csd.sampling))
+    seconds = trainer.run(regress_stage(networks, teacher, samples, pairs, config.regress, config.csd.sampling))
     networks.restart_from_average()
     if config.regress.guidance_iterations:
         seconds += trainer.run(catching_up_stage(networks, teacher, samples, config.csd, config.regress))

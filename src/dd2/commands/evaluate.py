@@ -18,7 +18,7 @@ from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.curve import Point, curve_numbers, curve_plot, draw_checkpoints
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
-from dd2.evaluation.methods import Method, absent, methods, one_step_method
+from dd2.evaluation.methods import Method, absent, in_steps, methods, one_step_method
 from dd2.evaluation.metrics import check_channels, check_extrapolation, warnings
 from dd2.evaluation.reference import Reference, open_reference
 from dd2.evaluation.report import Section, write_run_report
@@ -55,9 +55,11 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     if not spent or not (config.run / "versions.json").is_file():
         raise InputError(f"{config.run} lacks seconds.json or versions.json; run dd2 distill on it again, which writes them")
     for k in config.steps:
-        first_redrawn_step(run.teacher.order, k)  # refuses before anything is drawn
+        first_redrawn_step(run.teacher, run.sampling, k)  # refuses before anything is drawn
     for m in config.skip:
         kept_steps(run.teacher.order, m)
+    for count in config.teacher_steps:
+        in_steps(run.teacher, run.sampling, count)
     labels = run.teacher.conditions.num_labels
     if config.count % labels and not config.allow_unbalanced:
         raise InputError(
@@ -136,7 +138,8 @@ def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) ->
     made = numbers["evaluation"]
     same = {name: made[name] for name in ("count", "features", "batch", "seed", "prefix", "marginal")}
     same["precision"] = made.get("precision", "float32")
-    return EvaluateConfig(run=run, steps=tuple(made["steps"]), skip=tuple(made["skip"]), trust=trust, **same)
+    same |= {name: tuple(made.get(name, ())) for name in ("steps", "skip", "teacher_steps")}
+    return EvaluateConfig(run=run, trust=trust, **same)
 
 
 def ways_of(run: FinishedRun, config: EvaluateConfig) -> Ways:
@@ -153,7 +156,7 @@ def comparison(config: EvaluateConfig, run: FinishedRun, ways: Ways, network: Fe
     precision = name_of(ways.precision)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, precision, config.metrics)
     marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"
-    return scorer, methods(ways, run.teacher, marginal, made_of, config.steps, config.skip)
+    return scorer, methods(ways, run.teacher, marginal, made_of, config.steps, config.skip, config.teacher_steps)
 
 
 def _reference(

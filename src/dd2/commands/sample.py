@@ -16,7 +16,7 @@ from dd2.files import writable_folder
 from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
-from dd2.sampling import Draw, Prefix, Ways, first_redrawn_step
+from dd2.sampling import Draw, Prefix, Ways
 from dd2.teachers.filtering import Sampling
 from dd2.writers import open_writer
 
@@ -62,6 +62,12 @@ class SampleConfig:
     """The teacher's top-k; None: as distilled."""
     top_p: float | None = None
     """The teacher's top-p; None: as distilled."""
+    cfg_schedule: Literal["linear", "constant"] | None = None
+    """MAR: guidance that grows with the share of known tokens, or not; None: as distilled."""
+    ar_steps: int | None = None
+    """MAR: AR steps of the teacher; None: as distilled."""
+    diffusion_steps: int | None = None
+    """MAR: steps of the head's diffusion per token; None: as distilled."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     precision: Precision = "auto"
@@ -97,10 +103,9 @@ def sample(config: SampleConfig) -> None:
     ways = _opened(config, device).in_precision(precision)
     if config.precision != "auto" and ways.precision != precision:
         say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
-    generator, backbone = ways.generator, ways.generator.student.backbone
+    generator = ways.generator
     conditions = generator.conditions if ways.teacher is None else ways.teacher.conditions
     labels = parse_labels(config.labels, conditions.num_labels, config.count, config.first)
-    first_redrawn_step(backbone.order, config.steps)  # refuses before anything is drawn
     draw = _draw(config, ways)
     seeds = list(range(config.seed + config.first, config.seed + config.first + config.count))
     if config.out.suffix and config.out.is_dir():

@@ -36,6 +36,8 @@ class EvaluateConfig:
     """What the teacher reads of the generator's tokens in those rows: their nearest codes, or the tokens as they are (Alg. 4)."""
     skip: tuple[int, ...] = ()
     """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
+    teacher_steps: tuple[int, ...] = ()
+    """Each adds a row: a masked teacher (MAR) in so many AR steps, from 1 to its tokens."""
     marginal: Over = "class"
     """Token frequencies of onestep*: of each class, or of the whole data set (App. E.5)."""
     features: str = "digits"
@@ -79,8 +81,9 @@ class EvaluateConfig:
             raise InputError(
                 f"path_length must be 0 or at least 3 and epsilon in (0, 1), got {self.path_length} and {self.epsilon}"
             )
-        if self.images is not None and (self.path_length or self.steps != (1,) or self.skip or self.curve):
-            raise InputError("path_length, steps, skip and curve need a run: images alone cannot be drawn again")
+        drawn = self.path_length or self.steps != (1,) or self.skip or self.teacher_steps or self.curve
+        if self.images is not None and drawn:
+            raise InputError("path_length, steps, skip, teacher_steps and curve need a run: images alone cannot be drawn again")
         if self.images is not None and self.reference == "teacher":
             raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
         if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):

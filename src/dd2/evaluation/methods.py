@@ -8,11 +8,13 @@ from torch import Tensor
 
 from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import skipped
+from dd2.errors import InputError
 from dd2.files import weights_digest
 from dd2.precision import autocast
 from dd2.sampling import Draw, Ways
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.filtering import Sampling
 
 Drawn = tuple[Tensor, Tensor | None]
 """Images (B, channels, H, W), and their tokens (B, n, C) where the sequences are whole."""
@@ -45,6 +47,11 @@ def skip(m: int) -> str:
     return f"teacher_skip_{m}"
 
 
+def teacher_in(steps: int) -> str:
+    """Name of the teacher in so many AR steps."""
+    return f"teacher_{steps}_steps"
+
+
 def methods(
     ways: Ways,
     teacher: Teacher,
@@ -52,6 +59,7 @@ def methods(
     marginal_of: object,
     steps: Sequence[int] = (),
     skips: Sequence[int] = (),
+    teacher_steps: Sequence[int] = (),
 ) -> dict[str, Method]:
     """What is compared, by name, in the order in which it is shown.
 
@@ -62,6 +70,7 @@ def methods(
         marginal_of: what its samples are.
         steps: also the generator with the teacher redrawing its last k - 1 AR steps, for each k > 1 (Alg. 4).
         skips: also the teacher without its last m AR steps, for each m.
+        teacher_steps: also the teacher in so many AR steps, where their number is free.
 
     Raises:
         InputError: a number of steps is not possible, or needs a teacher over codes.
@@ -70,7 +79,7 @@ def methods(
     generator = one_step.decides
     own = _with_own_decoder(ways)
     aligned = _decoder(ways)
-    all_steps = f"{teacher.order.num_steps} AR steps"
+    all_steps = f"{teacher.num_steps(ways.sampling)} AR steps"
 
     def whole(draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
         return _whole(ways, teacher, draw, snap)
@@ -93,16 +102,49 @@ def methods(
     for m in skips:
         found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, m))
 
-    def independent(labels: Tensor, seeds: list[int]) -> Drawn:
-        tokens = marginal.draw(labels, seeds)
-        return own.decode(tokens, teacher.conditions(labels)), tokens
-
-    decides = {"samples": marginal_of, "over": marginal.over}
-    found["onestep_marginal"] = Method(f"onestep*, independent tokens (per {marginal.over})", independent, decides)
+    for count in sorted(set(teacher_steps), reverse=True):
+        found[teacher_in(count)] = _teacher_in(own, teacher, count, f"Teacher, {count} AR step{'s' * (count > 1)}")
+    if teacher.in_steps(ways.sampling, 1) is None:
+        found["onestep_marginal"] = _independent(own, teacher, marginal, marginal_of)
+    else:
+        found["onestep_marginal"] = _teacher_in(own, teacher, 1, "onestep*, all tokens at once (teacher, 1 AR step)")
     if aligned:
-        own_decoder = ("teacher", "teacher_aligned", "onestep_marginal", *map(skip, skips))
+        own_decoder = ("teacher", "teacher_aligned", "onestep_marginal", *map(skip, skips), *map(teacher_in, teacher_steps))
         for name in found.keys() - set(own_decoder):
             found[name] = replace(found[name], title=f"{found[name].title}, aligned decoder")
+    return found
+
+
+def _independent(ways: Ways, teacher: Teacher, marginal: MarginalSampler, marginal_of: object) -> Method:
+    def drawn(labels: Tensor, seeds: list[int]) -> Drawn:
+        tokens = marginal.draw(labels, seeds)
+        return ways.decode(tokens, teacher.conditions(labels)), tokens
+
+    decides = {"samples": marginal_of, "over": marginal.over}
+    return Method(f"onestep*, independent tokens (per {marginal.over})", drawn, decides)
+
+
+def _teacher_in(ways: Ways, teacher: Teacher, steps: int, title: str) -> Method:
+    """The teacher in another number of AR steps.
+
+    Raises:
+        InputError: it has its own number of them.
+    """
+    sampling = in_steps(teacher, ways.sampling, steps)
+    draw = _whole(ways, teacher, replace(ways, sampling=sampling).by_teacher())
+    return Method(title, draw, {"ar_steps": steps})
+
+
+def in_steps(teacher: Teacher, sampling: Sampling, steps: int) -> Sampling:
+    """The sampling that draws an image in so many AR steps.
+
+    Raises:
+        InputError: the teacher has its own number of them, or cannot take that many.
+    """
+    found = teacher.in_steps(sampling, steps)
+    if found is None:
+        raise InputError(f"teacher_steps is about masked teachers (MAR): this one has {teacher.num_steps(sampling)} AR steps")
+    teacher.check(found)
     return found
 
 

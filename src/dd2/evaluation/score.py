@@ -89,7 +89,7 @@ class Scorer:
         return _by_metric(found) | {
             "methods": {name: method.title for name, method in methods.items()},
             "metrics": found,
-            "ar_steps": self.teacher.order.num_steps,
+            "ar_steps": self.teacher.num_steps(self.sampling),
             "distinct_sequences": distinct,
         }
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from dd2.errors import InputError
 from dd2.losses import Distance
+from dd2.teachers.diffusion import STEPS
 from dd2.teachers.filtering import Sampling
 from dd2.training.schedule import NoiseLevelConfig, OptimConfig
 from dd2.trajectory import OdeConfig
@@ -51,11 +52,14 @@ class NetworksConfig:
     """What the trained networks are: the paper's, or beyond it the teacher's own classifier (dd2.code_student)."""
 
     generator: Literal["velocity", "codes"] = "velocity"
-    """velocity: the paper's head, continuous tokens. codes: the teacher's classifier decides a code at every position, and the
-    gradient passes straight through."""
+    """velocity: the paper's head (a copy of a masked teacher's own, MAR), continuous tokens. codes: the teacher's classifier
+    decides a code at every position, and the gradient passes straight through."""
     guidance: Literal["velocity", "codes"] = "velocity"
     """velocity: the paper's head. codes: next-token probabilities of the generator's sequences, whose score is Eq. 1's. Where
     both are codes there is no stage 1."""
+    level: int = 928
+    """Of a masked teacher (MAR): the noise level, 0 to 999, at which the generator's copy of its head reads noise. Errors are
+    multiplied by t / (1 - t), 9 at 928."""
     extra_layers: int = 0
     """Layers of the generator beyond the teacher's, identities to begin with. Needs generator codes."""
 
@@ -65,6 +69,8 @@ class NetworksConfig:
             if getattr(self, name) not in ("velocity", "codes"):
                 raise InputError(f'networks.{name} must be "velocity" or "codes", got {getattr(self, name)!r}')
         _counts("networks", self, (), ("extra_layers",))
+        if not 0 <= self.level < STEPS:
+            raise InputError(f"networks.level must be in 0 to {STEPS - 1}, got {self.level}")
         if self.extra_layers and self.generator != "codes":
             raise InputError("networks.extra_layers needs networks.generator codes")
 

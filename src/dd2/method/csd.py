@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from dd2.code_student import CodeGuidance
-from dd2.losses import Losses, csd_loss, fcs_loss, noised
+from dd2.losses import Losses, csd_loss, fcs_loss
 from dd2.method.config import CSDConfig
 from dd2.method.match import SequenceMatch, self_normalised
 from dd2.method.regress import code_loss, code_mixture
-from dd2.student import Drawn, OneStepNetwork, Student
+from dd2.student import ArDiffusion, Drawn, OneStepNetwork
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
 from dd2.training.timing import Timed, part
 from dd2.trajectory import OdeConfig, data_given
 
-Guidance = Student | CodeGuidance
+Guidance = ArDiffusion | CodeGuidance
 """A guidance network of either kind."""
 
 
@@ -44,10 +44,11 @@ def guidance_loss(
             return guidance.nll(codes, ids, cond), {}
     with torch.no_grad():
         condition = teacher.snap(q) if config.snap_guidance else q
+    known = teacher.known_sets(len(q), config.sampling, random)
     t, eps = _noise(q, config.guidance_draws, config, random)
     with part("guidance"):
-        v = guidance.given(condition, cond).velocity(noised(q, t, eps), t)
-    return fcs_loss(v, q, eps), {}
+        found = guidance.given(condition, cond, known)
+        return fcs_loss(found, q, found.levels(t), eps), {}
 
 
 class SharedBatches:
@@ -106,17 +107,18 @@ def generator_loss(
     noise, drawn = _drawn(generator, cond, random)
     q = drawn.tokens.float()
     snap_guidance = config.snap_guidance or isinstance(guidance, CodeGuidance)
+    known = teacher.known_sets(len(q), config.sampling, random)
     with torch.no_grad():
         detached = q.detach()
         snapped = teacher.snap(detached) if config.snap_teacher or snap_guidance else detached
         with part("teacher"):
-            wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling)
+            wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling, known)
         with part("guidance"):
-            found = guidance.given(snapped if snap_guidance else detached, cond)
+            found = guidance.given(snapped if snap_guidance else detached, cond, known)
     t, eps = _noise(q, config.generator_draws, config, random)
     loss, difference = csd_loss(
         q.expand(eps.shape),
-        t,
+        found.levels(wanted.levels(t)),
         eps,
         Timed(wanted, "eq1"),
         Timed(found, "guidance"),

@@ -81,15 +81,15 @@ class SequenceFeatures:
         """Tokens (B, n, C), cond (B, ...) -> (B, F) float32."""
         found = self.teacher.features(tokens, cond).float()
         with full_precision(found.device):  # bfloat16 sums of many features would differ by more than the distances
-            return self._chosen(tokens.float(), found)
+            return self._chosen(tokens.float(), found, cond)
 
-    def _chosen(self, tokens: Tensor, found: Tensor) -> Tensor:
-        first = self.teacher.order.steps[0].start  # its features know the condition alone
+    def _chosen(self, tokens: Tensor, found: Tensor, cond: Tensor) -> Tensor:
+        of_condition = self.teacher.backbone.condition_features
         kinds = {
             "mean": lambda: found.mean(1),
             "projected": lambda: found.flatten(1) @ self._projections["projected"],
             "tokens": lambda: tokens.flatten(1) @ self._projections["tokens"],
-            "condition": lambda: found[:, first].detach() @ self._projections["condition"],
+            "condition": lambda: of_condition(found, cond).detach().float() @ self._projections["condition"],
         }
         return torch.cat([kinds[name]() for name in self.config.features], 1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dd2.code_student import CodeGuidance, CodeStudent
 from dd2.losses import Losses
+from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.align import load_average
 from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.csd import Guidance, SharedBatches, generated, generator_loss, guidance_loss, match_loss
@@ -20,10 +21,11 @@ from dd2.method.validation import TeacherDistance
 from dd2.processes import world_size
 from dd2.sampling import ar_diffusion, one_step
 from dd2.seeding import stream
-from dd2.student import OneStepNetwork, Student
+from dd2.student import ArDiffusion, HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher
-from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.head import HeadTeacher
 from dd2.training.ema import ema_copy, ema_lag, ema_update
 from dd2.training.preview import previewed
 from dd2.training.samples import LiveSamples, TeacherSamples
@@ -44,7 +46,7 @@ class Networks:
     """Further averages by the limit of their rates."""
 
     @classmethod
-    def from_tuned(cls, student: Student) -> "Networks":
+    def from_tuned(cls, student: ArDiffusion) -> "Networks":
         """Generator and guidance both start from the stage-1 model."""
         return cls.starting_from(student, student)
 
@@ -76,6 +78,23 @@ class Networks:
         return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema, **averages}
 
 
+def copied_student(teacher: Teacher, kinds: NetworksConfig) -> ArDiffusion | None:
+    """A network in both roles that starts as the AR-diffusion model that the teacher is; None of a teacher over codes, of which
+    stage 1 makes one.
+
+    Raises:
+        InputError: its head cannot be copied.
+    """
+    if isinstance(teacher, HeadTeacher):
+        return Student.from_ar_diffusion(teacher)
+    return MaskedStudent.from_teacher(teacher, MaskedStudentConfig(kinds.level)) if teacher.is_ar_diffusion else None
+
+
+def fresh_student(teacher: Teacher, copied: ArDiffusion | None, head: HeadConfig) -> ArDiffusion:
+    """The teacher's layers under a head that has learned nothing."""
+    return copied.with_fresh_head() if isinstance(copied, MaskedStudent) else Student.from_teacher(teacher, head)
+
+
 def networks_over_codes(kinds: NetworksConfig, teacher: Teacher) -> tuple[CodeStudent | None, CodeGuidance | None]:
     """Generator and guidance network as far as they are over codes: copies of a teacher that is not sharded yet.
 
@@ -92,8 +111,8 @@ def networks_over_codes(kinds: NetworksConfig, teacher: Teacher) -> tuple[CodeSt
 
 def starting_networks(
     config: CSDConfig,
-    tuned: Student | None,
-    fresh: Student | None,
+    tuned: ArDiffusion | None,
+    fresh: ArDiffusion | None,
     over_codes: tuple[CodeStudent | None, CodeGuidance | None] = (None, None),
     seed: int = 0,
 ) -> Networks:
@@ -107,7 +126,7 @@ def starting_networks(
         seed: of random weights, which are the same for both networks.
     """
 
-    def started(role: str) -> Student:
+    def started(role: str) -> ArDiffusion:
         student = tuned if config.initialised in ("both", role) else fresh
         assert student is not None
         return _random_weights(student, seed) if config.initialised == "random" else student
@@ -121,7 +140,7 @@ def starting_networks(
 
 
 @torch.no_grad()
-def _random_weights(student: Student, seed: int) -> Student:
+def _random_weights(student: ArDiffusion, seed: int) -> ArDiffusion:
     """The same network with nothing of the teacher's in its layers: N(0, 0.02²), as AR transformers usually start; gains at 1."""
     student = copy.deepcopy(student)
     for name, parameter in student.backbone.named_parameters():
@@ -160,7 +179,7 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples | Li
 
 def regress_stage(
     networks: Networks,
-    teacher: CodeTeacher,
+    teacher: Teacher,
     samples: TeacherSamples,
     pairs: Pairs | None,
     config: RegressConfig,
@@ -182,13 +201,14 @@ def regress_stage(
         with part("data"):
             known = None
             if pairs is not None:
-                noise, ids, labels = pairs.batch(config.batch - without, random)
-                known = noise, ids, teacher.conditions(labels)
+                noise, data, labels = pairs.batch(config.batch - without, random)
+                known = noise, data, teacher.conditions(labels)
         if known is not None and not without:
             return regress_loss(networks.generator, teacher, *known)
         cond = _conditions(teacher, samples, without, random)
         noise = torch.randn((without, *teacher.backbone.token_shape), generator=random, device=cond.device)
-        return regress_own_loss(networks.generator, teacher, known, noise, cond, sampling, config.ode)
+        codes = require_codes(teacher, "regress.own_share")
+        return regress_own_loss(networks.generator, codes, known, noise, cond, sampling, config.ode)
 
     def average(step: int) -> None:
         ema_update(networks.ema, networks.generator, ema_rate(step, config.ema))

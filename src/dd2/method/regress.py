@@ -18,28 +18,31 @@ from dd2.errors import InputError
 from dd2.losses import Losses
 from dd2.scores import CodeMixture, ConditionalScore
 from dd2.student import Drawn, OneStepNetwork
+from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.training.timing import part
 from dd2.trajectory import OdeConfig, data_given
 
 
-def regress_loss(generator: OneStepNetwork, teacher: CodeTeacher, noise: Tensor, ids: Tensor, cond: Tensor) -> Losses:
+def regress_loss(generator: OneStepNetwork, teacher: Teacher, noise: Tensor, data: Tensor, cond: Tensor) -> Losses:
     """The generator's tokens against the ODE's data of the same noise.
 
     Args:
         generator: what is trained.
-        teacher: whose codes the ids are.
+        teacher: whose ODE it is.
         noise: (B, n, C) standard normal.
-        ids: (B, n) the ODE's data (`dd2.trajectory`).
+        data: (B, n) ids, or of a teacher without codes (B, n, C) tokens (`dd2.trajectory`).
         cond: (B, ...) conditions.
 
     Returns:
-        As `code_loss`.
+        As `code_loss`, or the squared error alone.
     """
     with part("generator"):
         drawn = generator.draw(noise, cond)
-    return code_loss(drawn, teacher, ids)
+    if isinstance(teacher, CodeTeacher):
+        return code_loss(drawn, teacher, data)
+    return (drawn.tokens.float() - data).square().mean(), {}
 
 
 def regress_own_loss(

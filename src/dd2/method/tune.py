@@ -37,11 +37,13 @@ def tune_loss(
         features = student.features(tokens, cond)
     t = config.noise_level.draw((config.draws, *tokens.shape[:-1]), random)
     eps = torch.randn((config.draws, *tokens.shape), generator=random, device=tokens.device)
+    given = HeadScore(student.head, features)
+    if config.loss == "diffusion":
+        with part("student"):
+            return fcs_loss(given, tokens, t, eps), {}
     x_t = noised(tokens, t, eps)
     with part("student"):
-        v = HeadScore(student.head, features).velocity(x_t, t)
-    if config.loss == "diffusion":
-        return fcs_loss(v, tokens, eps), {}
+        v = given.velocity(x_t, t)
     with torch.no_grad():
         with part("teacher"):
             wanted = teacher.given(tokens, cond, config.sampling)

@@ -61,11 +61,14 @@ class TeacherDistance:
     def _fit(self, tokens_of: Callable[[Tensor, Tensor], Tensor]) -> GaussianFit:
         """Of the features of all rows' tokens, given (rows, labels)."""
         device = self.teacher.device
-        features = torch.zeros(self.count, self.teacher.backbone.width, device=device)
+        features = torch.zeros(self.count, 0, device=device)
         for rows in self.batches:
             labels = self.samples.labels[rows].to(device)
             tokens, cond = tokens_of(rows, labels), self.teacher.conditions(labels)
-            features[rows] = self._features(tokens, cond).float().mean(1)
+            found = self._features(tokens, cond).float().mean(1)
+            if not features.shape[1]:
+                features = features.new_zeros(self.count, found.shape[1])  # an inner layer may have another width
+            features[rows] = found
         sum_over_processes([features])
         return fit_gaussian([features])
 

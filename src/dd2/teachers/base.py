@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dd2.errors import InputError
 from dd2.order import Order
 from dd2.precision import in_precision
-from dd2.scores import ConditionalScore
+from dd2.scores import ConditionalScore, Solver
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling
 from dd2.tokenizers.base import Tokenizer
@@ -91,6 +91,10 @@ class Backbone(nn.Module, ABC):
         Position i sees the condition and the tokens of earlier steps only.
         """
 
+    def condition_features(self, features: Tensor, cond: Tensor) -> Tensor:
+        """(B, D) features that know the condition cond (B, ...) alone, from those of all positions (B, n, D): the first one's."""
+        return features[:, self.order.steps[0].start]
+
     @abstractmethod
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition of the unconditional model, shaped like `cond`."""
@@ -124,6 +128,7 @@ class Teacher(nn.Module, ABC):
     Attributes:
         code: the module:function that builds it, where it comes from one.
         stored_as: what `stored` gives is called on disk ("ids", "latents").
+        is_ar_diffusion: whether it draws continuous tokens by a head, which students copy: there is no stage 1 then.
 
     Raises:
         InputError: tokenizer and backbone have different numbers of tokens.
@@ -131,6 +136,7 @@ class Teacher(nn.Module, ABC):
 
     code: str = ""
     stored_as: str
+    is_ar_diffusion: bool = False
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, conditions: Conditions) -> None:
         super().__init__()
@@ -185,9 +191,42 @@ class Teacher(nn.Module, ABC):
         same._modules = lowered  # the copy's own; everything else is shared
         return same
 
+    def known_sets(self, batch: int, sampling: Sampling, random: torch.Generator) -> Tensor | None:
+        """Random sets (batch, n) of known positions, where it has no order of its own: what `given` needs then; else None."""
+        return None
+
+    def num_steps(self, sampling: Sampling) -> int:
+        """AR steps of an image."""
+        return self.order.num_steps
+
+    def in_steps(self, sampling: Sampling, steps: int) -> Sampling | None:
+        """The sampling that draws an image in so many AR steps, where their number is free; None where the model has its own."""
+        return None
+
+    def redrawn(
+        self, tokens: Tensor, read: Tensor, cond: Tensor, sampling: Sampling, seeds: Sequence[int], first_step: int
+    ) -> Tensor:
+        """Sequences (B, n, C) whose last AR steps it draws again (Alg. 4).
+
+        Args:
+            tokens: (B, n, C) the sequences; what the steps before hold is kept.
+            read: the same as it reads them.
+            cond, sampling, seeds, first_step: as `sample`.
+        """
+        start = self.order.steps[first_step].start
+        drawn = self.sample(cond, sampling, seeds, prefix=read[:, :start], first_step=first_step)
+        return torch.cat([tokens[:, :start], drawn[:, start:]], 1)
+
     @abstractmethod
-    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> ConditionalScore:
-        """The conditional score at every position, given clean tokens (B, n, C) before it and cond (B, ...) (Eq. 1)."""
+    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling, known: Tensor | None = None) -> ConditionalScore:
+        """The conditional score at every position (Eq. 1).
+
+        Args:
+            tokens: (B, n, C) clean tokens.
+            cond: (B, ...) conditions.
+            sampling: the distribution.
+            known: (B, n) which tokens are given, from `known_sets`; None where those of earlier steps are.
+        """
 
     @abstractmethod
     def sample(
@@ -214,6 +253,15 @@ class Teacher(nn.Module, ABC):
         Raises:
             ValueError: the seeds or the prefix do not fit.
         """
+
+    def follow_ode(self, noise: Tensor, cond: Tensor, sampling: Sampling, steps: int, solver: Solver) -> Tensor:
+        """Where the flow-matching ODE of its score leads from noise (B, n, C), token after token: (B, n, C), a deterministic
+        map whose images of normal noise follow the teacher. Of teachers over codes, `dd2.trajectory` knows it.
+
+        Raises:
+            InputError: it has no such map, which is the default.
+        """
+        raise InputError(f"regress.* needs a map from noise to data, which a {type(self).__name__} lacks (Teacher.follow_ode)")
 
     @abstractmethod
     def snap(self, tokens: Tensor) -> Tensor:

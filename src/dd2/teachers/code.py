@@ -57,7 +57,7 @@ class CodeTeacher(Teacher):
         """(V, C) standardised codes, the codebook of Eq. 1."""
         return self.backbone.to_tokens(self.tokenizer.codebook)
 
-    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> CodeMixture:
+    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling, known: Tensor | None = None) -> CodeMixture:
         return CodeMixture(self.distribution(tokens, cond, sampling), self.codebook)
 
     def sample(

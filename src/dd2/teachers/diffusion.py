@@ -184,9 +184,10 @@ class DiffusionHead(nn.Module):
         self.input_proj = nn.Linear(code_dim, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * code_dim)
-        self._init_weights()
+        self.init_weights()
 
-    def _init_weights(self) -> None:
+    def init_weights(self) -> None:
+        """As training starts: no noise is predicted."""
         xavier_linears(self)
         for index in (0, 2):
             nn.init.normal_(self.time_embed.mlp[index].get_parameter("weight"), std=0.02)

@@ -81,6 +81,7 @@ class HeadTeacher(Teacher):
     """
 
     stored_as = "latents"
+    is_ar_diffusion = True
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class HeadTeacher(Teacher):
         super().__init__(backbone, tokenizer, conditions)
         self.head, self.euler_steps = head, euler_steps
 
-    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling) -> HeadScore:
+    def given(self, tokens: Tensor, cond: Tensor, sampling: Sampling, known: Tensor | None = None) -> HeadScore:
         return HeadScore(self.head, self.features(tokens, cond))
 
     def sample(

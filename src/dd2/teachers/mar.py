@@ -1,7 +1,7 @@
 """MAR as a teacher: continuous tokens, known in any order, each drawn by a diffusion head."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,82 +9,42 @@ from torch import Tensor
 from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.files import weights_digest
-from dd2.scores import ConditionalScore
+from dd2.scores import Solver, follow_ode
 from dd2.seeding import one_each, stream
-from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.base import Teacher
 from dd2.teachers.conditions import ClassLabels
-from dd2.teachers.diffusion import STEPS, DiffusionSchedule
+from dd2.teachers.diffusion_score import COSINE, DiffusionScore
 from dd2.teachers.filtering import Sampling, guided
 from dd2.teachers.mar_network import MAR, MARConfig
-from dd2.teachers.masked import FillStep, MaskedOrder, fill_steps, masked_after
+from dd2.teachers.masked import FillStep, MaskedBackbone, fill_steps, known_before, masked_after
 from dd2.tokenizers.kl import KLTokenizer
-
-COSINE = DiffusionSchedule.cosine()
 
 Noise = Callable[[int, int, Tensor], Tensor]
 """(AR step, draw within it from 0, positions (B, n) that are drawn) -> standard normal (positions, C), batch by batch."""
 
 
-class MARBackbone(Backbone):
-    """The network as students copy it: without an order, a whole pass over tokens at all positions."""
+class MARBackbone(MaskedBackbone):
+    """The network as students copy it, head and all."""
 
     def __init__(self, config: MARConfig, steps: int) -> None:
-        super().__init__(MaskedOrder(config.rows * config.columns, steps), config.decoder_width, config.code_dim)
+        super().__init__(config.rows * config.columns, steps, config.decoder_width, config.code_dim)
         self.config, self.mar = config, MAR(config)
 
-    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """Features of all positions where every token is known."""
-        return self.mar.features(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), cond)
+    def features_given(self, tokens: Tensor, known: Tensor, cond: Tensor) -> Tensor:
+        return self.mar.features(tokens, known, cond)
+
+    def head(self, x: Tensor, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mar.head(x, index, features)
+
+    def forget_head(self) -> None:
+        self.mar.diffloss.net.init_weights()
+
+    def condition_features(self, features: Tensor, cond: Tensor) -> Tensor:
+        """The class's embedding, as wide as the decoder."""
+        return self.mar.decoder_embed(self.mar.class_embeddings(cond))
 
     def null_condition(self, cond: Tensor) -> Tensor:
         return torch.full_like(cond, self.config.num_classes)
-
-    def new_cache(self) -> NoReturn:
-        raise TypeError("a masked model has no key/value cache: every step reads everything again")
-
-    def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> NoReturn:
-        self.new_cache()
-
-
-class DiffusionScore(ConditionalScore):
-    """p(x_i | known tokens, y) of the positions that are not known: the head's noise prediction in RectFlow's terms.
-
-    Args:
-        mar: the network.
-        features: (B, n, D), under the condition.
-        null_features: the same without it, for guidance, or None.
-        guidance: (B, 1) factors.
-        valid: (B, n) positions where it holds, those not known.
-    """
-
-    def __init__(self, mar: MAR, features: Tensor, null_features: Tensor | None, guidance: Tensor, valid: Tensor) -> None:
-        self.mar, self.features, self.null_features = mar, features, null_features
-        self.guidance, self.valid = guidance, valid
-
-    def eps(self, x: Tensor, index: Tensor) -> Tensor:
-        """Guided noise prediction of variance-preserving tokens (..., B, n, C) at levels (..., B, n) of 0 … 999."""
-        found, _ = self.mar.head(x, index, self.features)
-        if self.null_features is None:
-            return found
-        null, _ = self.mar.head(x, index, self.null_features)
-        return guided(found, null, self.guidance.unsqueeze(-1))
-
-    def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
-        size = ((1 - t).square() + t.square()).sqrt().unsqueeze(-1)
-        x, a, s = x_t / size, (1 - t).unsqueeze(-1) / size, t.unsqueeze(-1) / size
-        return (x - s * self.eps(x, index_of(t))) / a
-
-
-def index_of(t: Tensor) -> Tensor:
-    """The head's level nearest to RectFlow levels t (...) in (0, 1)."""
-    levels = COSINE.rect_flow_levels.to(t)
-    above = torch.searchsorted(levels, t.contiguous()).clamp(1, STEPS - 1)
-    return above - (t - levels[above - 1] < levels[above] - t).long()
-
-
-def level_of(index: Tensor) -> Tensor:
-    """RectFlow levels t (...) of the head's levels 0 … 999, float32."""
-    return COSINE.rect_flow_levels.to(index.device)[index].float()
 
 
 class MARTeacher(Teacher):
@@ -97,6 +57,7 @@ class MARTeacher(Teacher):
     """
 
     stored_as = "latents"
+    is_ar_diffusion = True
     backbone: MARBackbone  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: MARConfig, tokenizer: KLTokenizer, steps: int = 64) -> None:
@@ -127,12 +88,32 @@ class MARTeacher(Teacher):
             known: (B, n) which of them are known; at least one position must not be.
         """
         if known is None or bool(known.all()):
-            raise ValueError("a masked teacher needs to be told which tokens are known, and not all may be")
+            raise ValueError("a masked teacher needs to be told which tokens are known (known_sets), and not all may be")
         factor, after = self._guidance(sampling), self._known_after(sampling)
         scale = torch.tensor([factor(after(count) / self.order.n) for count in known.sum(1).tolist()], device=tokens.device)
-        features = self.mar.features(tokens, known, cond)
-        null = None if _unguided(sampling) else self.mar.features(tokens, known, self.null_condition(cond))
-        return DiffusionScore(self.mar, features, null, scale.unsqueeze(1), ~known)
+        features = self.backbone.features_given(tokens, known, cond)
+        null = None if _unguided(sampling) else self.backbone.features_given(tokens, known, self.null_condition(cond))
+        return DiffusionScore(self.backbone, features, known, null, scale.unsqueeze(1))
+
+    def known_sets(self, batch: int, sampling: Sampling, random: torch.Generator) -> Tensor:
+        """What the sampler has drawn before one of its steps, each as likely, in a random order: so the steps that it takes
+        decide how large the sets are, which are never whole.
+        """
+        before = torch.tensor(known_before(self.order.n, self._steps(sampling)), device=random.device)
+        sizes = before[torch.randint(len(before), (batch, 1), generator=random, device=random.device)]
+        return torch.rand(batch, self.order.n, generator=random, device=random.device).argsort(1) < sizes
+
+    def num_steps(self, sampling: Sampling) -> int:
+        return self._steps(sampling)
+
+    def in_steps(self, sampling: Sampling, steps: int) -> Sampling:
+        return replace(sampling, ar_steps=steps)
+
+    def redrawn(
+        self, tokens: Tensor, read: Tensor, cond: Tensor, sampling: Sampling, seeds: Sequence[int], first_step: int
+    ) -> Tensor:
+        """The last groups of each image's order are drawn again."""
+        return self.sample(cond, sampling, seeds, prefix=tokens, first_step=first_step)
 
     @torch.no_grad()
     def sample(
@@ -161,6 +142,25 @@ class MARTeacher(Teacher):
         steps = fill_steps(orders.to(self.device), self._steps(sampling), self._guidance(sampling))
         tokens = torch.zeros(len(seeds), n, channels, device=self.device) if prefix is None else prefix.clone()
         return fill(self, tokens, cond, steps[first_step:], sampling, _noise_of(seeds, channels), first_step)
+
+    @torch.no_grad()
+    def follow_ode(self, noise: Tensor, cond: Tensor, sampling: Sampling, steps: int, solver: Solver) -> Tensor:
+        """As `Teacher.follow_ode`, along one order for all images: with another for each, noise alone would not decide them."""
+        n = self.order.n
+        order = torch.randperm(n, generator=stream("order of the ODE")).to(noise.device)
+        levels = [*COSINE.respaced(steps, self.mar.config.start).rect_flow_levels.flip(0).tolist(), 0.0]
+        tokens = torch.zeros_like(noise)
+        for step in fill_steps(order.expand(len(noise), -1), self._steps(sampling), self._guidance(sampling)):
+            rows = step.drawn
+            given = [self.backbone.features_given(tokens, step.known, cond)[rows]]
+            if not _unguided(sampling):
+                given.append(self.backbone.features_given(tokens, step.known, self.null_condition(cond))[rows])
+            factor = noise.new_full((len(given[0]),), step.guidance)
+            known = torch.zeros_like(factor, dtype=torch.bool)
+            score = DiffusionScore(self.backbone, given[0], known, given[1] if len(given) > 1 else None, factor)
+            tokens = tokens.clone()
+            tokens[rows] = follow_ode(score, noise[rows], levels, solver).to(tokens.dtype)
+        return tokens
 
     def snap(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -2,15 +2,17 @@
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.order import Order
+from dd2.teachers.base import Backbone
 
 
 def masked_after(n: int, steps: int) -> list[int]:
@@ -65,6 +67,11 @@ def fill_steps(orders: Tensor, steps: int, guidance: Callable[[float], float]) -
     return found
 
 
+def known_before(n: int, steps: int) -> list[int]:
+    """How many of n positions are known before each step. Errors as `masked_after`."""
+    return [0, *(n - left for left in masked_after(n, steps)[:-1])]
+
+
 class MaskedOrder(Order):
     """Positions that may be known in any order, a new one for every image: a step is a number of positions, not which ones.
 
@@ -74,11 +81,59 @@ class MaskedOrder(Order):
     """
 
     def __init__(self, n: int, steps: int) -> None:
-        left = [n, *masked_after(n, steps)[:-1], 0]
-        super().__init__([before - after for before, after in itertools.pairwise(left)])
+        known = [*known_before(n, steps), n]
+        super().__init__([after - before for before, after in itertools.pairwise(known)])
 
     def inputs(self, codes: Tensor) -> NoReturn:
         raise TypeError("a masked model reads tokens at their own positions, in no fixed order")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
         raise TypeError("a masked model's positions see all that are known, in no fixed order")
+
+
+class MaskedBackbone(Backbone):
+    """A transformer without an order: it reads any known set, and a diffusion head of its own draws what is not known.
+
+    Args:
+        n: positions.
+        steps: of its sampler.
+        width: D, the channels of the features.
+        code_dim: C, the channels of a token.
+    """
+
+    def __init__(self, n: int, steps: int, width: int, code_dim: int) -> None:
+        super().__init__(MaskedOrder(n, steps), width, code_dim)
+
+    @abstractmethod
+    def features_given(self, tokens: Tensor, known: Tensor, cond: Tensor) -> Tensor:
+        """Features (B, n, D) of the positions that are not known.
+
+        Args:
+            tokens: (B, n, C); what stands where nothing is known does not matter.
+            known: (B, n) booleans; as many in every row, or not.
+            cond: (B, ...) conditions.
+        """
+
+    @abstractmethod
+    def head(self, x: Tensor, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's noise prediction and variance, (..., C) each.
+
+        Args:
+            x: (..., C) noised tokens, variance-preserving.
+            index: (...) noise levels, 0 … 999.
+            features: (..., D), broadcast to x.
+        """
+
+    @abstractmethod
+    def forget_head(self) -> None:
+        """Give the head the weights that training starts with."""
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Features of all positions where every token is known, as the generator's noise is."""
+        return self.features_given(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), cond)
+
+    def new_cache(self) -> NoReturn:
+        raise TypeError("a masked model has no key/value cache: every step reads everything again")
+
+    def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> NoReturn:
+        self.new_cache()

@@ -78,7 +78,10 @@ class Timed(ConditionalScore):
     """
 
     def __init__(self, score: ConditionalScore, name: str) -> None:
-        self.inner, self.name = score, name
+        self.inner, self.name, self.valid = score, name, score.valid
+
+    def levels(self, t: Tensor) -> Tensor:
+        return self.inner.levels(t)
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         with part(self.name):

@@ -1,9 +1,10 @@
 """Full-size models with random weights on a CPU: does everything run, how long does it take, how much memory?
 
-    python benchmarks/full_size.py var_d16|llamagen_l [--batch 1]
+    python benchmarks/full_size.py var_d16|llamagen_l|mar_b [--batch 1]
 
-Runs what users run: teacher sampling (KV-cached, guided), one-step sampling with decoding, and one stage-2 iteration (one
-guidance and one generator update, AdamW included). Writes benchmarks/results/full_size_NAME.json. The pictures are noise.
+Runs what users run: teacher sampling (guided; KV-cached, or a MAR in 8 AR steps), one-step sampling with decoding, and one
+stage-2 iteration (one guidance and one generator update, AdamW included). Writes benchmarks/results/full_size_NAME.json. The
+pictures are noise.
 """
 
 import argparse
@@ -11,28 +12,23 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dd2.checkpoints.foreign import parameters
+from dd2.checkpoints.released import RELEASED
 from dd2.commands.distill import DistillConfig
 from dd2.config import load_config
-from dd2.method.recipe import Networks, csd_stage
+from dd2.method.recipe import Networks, copied_student, csd_stage
 from dd2.sampling import one_step
 from dd2.student import Student
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
-from dd2.teachers.var import VARConfig, var_teacher
-from dd2.tokenizers.autoencoder import VQConfig
-from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
-from dd2.tokenizers.vq import VQTokenizer
 from dd2.training.samples import TeacherSamples
 
-MODELS: dict[str, Callable[[], CodeTeacher]] = {
-    "var_d16": lambda: var_teacher(VARConfig(), MultiScaleTokenizer(MultiScaleConfig())),
-    "llamagen_l": lambda: llamagen_teacher(LlamaGenConfig(), VQTokenizer(VQConfig())),
-}
+MODELS = ("var_d16", "llamagen_l", "mar_b")
+MAR_STEPS = {"ar_steps": 8, "diffusion_steps": 25}
 
 
 def main() -> None:
@@ -53,13 +49,18 @@ def main() -> None:
         return result
 
     torch.manual_seed(0)
-    teacher = MODELS[arguments.model]().eval().requires_grad_(False)
-    teacher.standardise()
+    teacher = RELEASED[arguments.model]().eval().requires_grad_(False)
+    sampling = config.tune.sampling
+    if isinstance(teacher, CodeTeacher):
+        teacher.standardise()
+    else:
+        sampling = replace(sampling, **MAR_STEPS)
     labels = teacher.conditions.default_labels(torch.arange(batch))
     cond = teacher.conditions(labels)
-    tokens = timed("teacher sampling", lambda: teacher.sample(cond, config.tune.sampling, range(batch)))
+    tokens = timed("teacher sampling", lambda: teacher.sample(cond, sampling, range(batch)))
     assert isinstance(tokens, torch.Tensor)
-    networks = Networks.from_tuned(Student.from_teacher(teacher, config.head))
+    student = copied_student(teacher, config.networks) or Student.from_teacher(teacher, config.head)
+    networks = Networks.from_tuned(student)
     timed("one-step sampling and decoding", lambda: teacher.decode(one_step(networks.generator, cond, range(batch)), cond))
     samples = TeacherSamples(teacher, teacher.stored(tokens), labels)
     stage = csd_stage(networks, teacher, samples, config.csd)
@@ -75,7 +76,7 @@ def main() -> None:
         timed(f"{update.name} update", step)
     stage.after(0)
     sizes = {
-        "teacher": [*teacher.backbone.parameters(), *teacher.output.parameters()],
+        "teacher": [parameter for part in teacher.stored_parts.values() for parameter in part.parameters()],
         "student": list(networks.generator.parameters()),
         "tokenizer": list(teacher.tokenizer.parameters()),
     }

@@ -27,10 +27,11 @@ def draw(name: str) -> dict[str, float]:
     from dd2.checkpoints.released import RELEASED
     from dd2.sampling import one_step
     from dd2.student import HeadConfig, Student
+    from dd2.teachers.code import require_codes
     from dd2.teachers.filtering import Sampling
 
     torch.manual_seed(0)
-    teacher = RELEASED[name]().eval().requires_grad_(False)
+    teacher = require_codes(RELEASED[name](), "this benchmark").eval().requires_grad_(False)
     teacher.standardise()
     student = Student.from_teacher(teacher, HeadConfig()).eval().requires_grad_(False)
     cond, sampling = teacher.conditions(torch.tensor([3])), Sampling(cfg_scale=1.5, top_k=900)

@@ -160,7 +160,8 @@ class Gaussian(MaskedBackbone):
     def __init__(self) -> None:
         super().__init__(3, 3, 1, 1)
 
-    def features_given(self, tokens: Tensor, known: Tensor, cond: Tensor) -> Tensor:
+    def features_given(self, tokens: Tensor, known: Tensor | None, cond: Tensor) -> Tensor:
+        assert known is not None
         return (1 + 0.3 * (tokens * known.unsqueeze(-1)).sum(1, keepdim=True)).expand(-1, 3, -1)
 
     def head(self, x: Tensor, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,7 +392,9 @@ def test_other_teachers_have_no_free_number_of_steps(tmp_path, capsys):
 
 def test_a_score_holds_where_nothing_is_known():
     known = torch.tensor([[True, False, False]])
-    assert torch.equal(DiffusionScore(Gaussian(), torch.zeros(1, 3, 1), known).valid, ~known)
+    valid = DiffusionScore(Gaussian(), torch.zeros(1, 3, 1), known).valid
+    assert valid is not None
+    assert torch.equal(valid, ~known)
     x_t = noised(torch.full((1, 3, 1), 1.2), torch.full((1, 3), 0.5), torch.full((1, 3, 1), -0.4))
     score = DiffusionScore(Gaussian(), torch.ones(1, 3, 1), known)
     t = score.levels(torch.full((1, 3), 0.5))

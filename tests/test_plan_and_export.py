@@ -17,21 +17,23 @@ from dd2.checkpoints.released import RELEASED, sketch
 from dd2.cli import main
 from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
+from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.config import CSDConfig, MatchConfig
 from dd2.method.recipe import Networks, csd_stage
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.footprint import footprint
 from dd2.training.samples import TeacherSamples
-from models import TINY_HEAD, tiny_teacher, tiny_var
+from models import TINY_HEAD, tiny_mar, tiny_teacher, tiny_var
 from plan_memory import CASES
 
 
 def test_parameters_of_released_models():
     counts = {"var_d16": 310.3, "var_d36_512": 2353.9, "llamagen_b": 110.9, "llamagen_l": 342.9}
+    counts |= {"mar_b": 207.924768, "mar_l": 478.326304, "mar_h": 942.403104}
     for name, millions in counts.items():
         teacher = sketch(name)
-        found = sum(p.numel() for part in (teacher.backbone, teacher.output) for p in part.parameters()) / 1e6
+        found = sum(p.numel() for part in teacher.stored_parts.values() for p in part.parameters()) / 1e6
         if name.startswith("llamagen"):  # the embedding table is a small continuous layer here
             table = teacher.backbone.width * 16384 / 1e6
             layer = sum(p.numel() for key, p in teacher.backbone.named_parameters() if "tok_embeddings" in key) / 1e6
@@ -69,6 +71,29 @@ def test_operations_are_those_of_a_real_iteration(build, matched):
         (planned.flops > 1.05 * without.flops) == (planned.memory["activations"] > without.memory["activations"]) == bool(matched)
     )
     assert planned.parameters["head"] == sum(p.numel() for p in student.head.parameters())
+
+
+def test_operations_of_a_masked_teacher():
+    """The plan takes every token as known; so does this iteration, where the last AR step alone is imitated."""
+    teacher = tiny_mar()
+    csd = CSDConfig(
+        **{"k": 2, "batch": 4, "accumulate": 1, "guidance_draws": 3, "generator_draws": 2, "iterations": 1, "d": "dmd"},
+        sampling=Sampling(cfg_scale=2.0, ar_steps=16, diffusion_steps=3),
+    )
+    planned = needs(replace(PlanConfig(), csd=csd), copy.deepcopy(teacher).to("meta"))
+    kept = torch.randn(64, 16, 4)
+    samples = TeacherSamples(teacher, kept, torch.arange(64) % 3)
+    networks = Networks.from_tuned(MaskedStudent.from_teacher(teacher, MaskedStudentConfig()))
+    last = torch.ones(4, 16, dtype=torch.bool)
+    last[:, 0] = False
+    teacher.known_sets = lambda batch, sampling, random: last  # pyright: ignore[reportAttributeAccessIssue]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for update in csd_stage(networks, teacher, samples, csd).updates:
+            for _ in range(update.repeats):
+                update.loss(torch.Generator().manual_seed(0))[0].backward(inputs=update.parameters)
+    assert planned.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert "head" not in planned.parameters  # it is the backbone's
 
 
 def test_what_is_kept_for_backward():

@@ -53,11 +53,12 @@ def bench_teacher(name: str, device: torch.device, seed: int) -> CodeTeacher:
     """
     if name == "digits":
         return require_codes(open_teacher("digits", device), "dd2 bench")
-    if name not in RELEASED or "t2i" in name:
-        known = ", ".join(["digits", *(model for model in RELEASED if "t2i" not in model)])
+    measured = [model for model in RELEASED if "t2i" not in model and not model.startswith("mar")]
+    if name not in measured:
+        known = ", ".join(["digits", *measured])
         raise InputError(f"there is no model {name} to measure; known are {known}")
     torch.manual_seed(seed)
-    teacher = RELEASED[name]().eval().requires_grad_(False).to(device)
+    teacher = require_codes(RELEASED[name](), "dd2 bench").eval().requires_grad_(False).to(device)
     teacher.standardise()
     return teacher
 

@@ -16,12 +16,17 @@ from dd2.commands.distill import DistillConfig
 from dd2.device import tile_rows
 from dd2.errors import InputError
 from dd2.external import is_code
-from dd2.method.recipe import networks_over_codes
+from dd2.masked_student import MaskedStudent
+from dd2.method.csd import Guidance
+from dd2.method.recipe import copied_student, networks_over_codes
 from dd2.processes import say
 from dd2.scores import HeadScore
-from dd2.student import Student
+from dd2.student import OneStepNetwork, Student
+from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import layer_stacks
+from dd2.teachers.masked import MaskedBackbone
 from dd2.training.footprint import Footprint, footprint
 
 GB = 1e9
@@ -99,7 +104,7 @@ def plan(config: PlanConfig) -> Needs:
     return found
 
 
-def _teacher(config: PlanConfig) -> CodeTeacher:
+def _teacher(config: PlanConfig) -> Teacher:
     if config.model:
         return sketch(config.model)
     if not (is_code(config.teacher) or config.teacher == "digits" or Path(config.teacher).is_dir()):
@@ -107,32 +112,32 @@ def _teacher(config: PlanConfig) -> CodeTeacher:
             f"teacher {config.teacher} is not there, so its sizes are unknown; give --model, one of {', '.join(RELEASED)}"
         )
     teacher = open_teacher(config.teacher, torch.device("cpu"), trust=config.trust)
-    return require_codes(teacher, "dd2 plan").to("meta")
+    if not isinstance(teacher.backbone, MaskedBackbone):
+        require_codes(teacher, "dd2 plan")
+    return teacher.to("meta")
 
 
-def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
+def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     """Parameters, memory, operations and time of stage 2 on a teacher without weights; stage 1 needs less at the same batch."""
     csd, batch = config.csd, config.csd.batch
     generator_network, guidance_network = _networks(config, teacher)
-    guided = 2 if bool((teacher.cfg_weights(csd.sampling) != 1).any()) else 1
+    guided = 2 if _is_guided(teacher, csd.sampling) else 1
     passes, drawn = (_passes(config, teacher, network, guided) for network in (guidance_network, generator_network))
-    backbone_size = _count(generator_network.backbone)
-    sizes = {
-        "teacher": _count(teacher.backbone) + _count(teacher.output),
-        "tokenizer": _count(teacher.tokenizer),
-        "backbone": backbone_size,
-        "head": _count(generator_network) - backbone_size,
-    }
+    backbone_size, teacher_size = _count(generator_network.backbone), sum(map(_count, teacher.stored_parts.values()))
+    sizes = {"teacher": teacher_size, "tokenizer": _count(teacher.tokenizer), "backbone": backbone_size}
+    if head_size := _count(generator_network) - backbone_size:  # of a masked network it is part of the backbone
+        sizes["head"] = head_size
     network = 4.0 * _count(generator_network)
     both = network + 4.0 * _count(guidance_network)
     shards = config.gpus if config.loop.parallel == "fsdp2" else 1
-    frozen = 4.0 * (_count(teacher.backbone) / shards + _count(teacher.output) + sizes["tokenizer"])
+    whole = teacher_size - _count(teacher.backbone) + sizes["tokenizer"]
+    frozen = 4.0 * (_count(teacher.backbone) / shards + whole)
     averages = 1 + len(csd.further_emas)
     half = 0.5 if config.loop.precision == "bfloat16" else 1.0
-    codes, channels = len(teacher.codebook), teacher.codebook.shape[1]
+    codes, channels = teacher.num_codes if isinstance(teacher, CodeTeacher) else 0, teacher.backbone.token_shape[1]
     rows, allowed = batch * teacher.order.n, min(csd.sampling.top_k or codes, codes)
     prior = min(4.0 * codes, 8.0 * allowed) * rows  # log p of all codes, or log p and ids of the kept ones
-    tile = 4.0 * codes * tile_rows(codes, torch.device("cuda"))
+    tile = 4.0 * codes * tile_rows(codes, torch.device("cuda")) if codes else 0.0
     # The residual stream is float32 whatever the autocast: a layer keeps it twice, or once if the layer is computed again.
     backbone_of = generator_network.backbone
     layers, kept = sum(map(len, layer_stacks(backbone_of))), drawn["backbone"].saved
@@ -164,7 +169,8 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     redone = drawn["backbone"].flops if config.loop.recompute else 0.0
     generator_update = generated + redone + drawn["backbone"].backward + drawn["one_head"].backward
     generator_update += backbone.flops + passes["teacher"].flops
-    generator_update += heads.flops + (heads.backward / 2 if csd.d != "dmd" else 0.0)
+    through = 1 if codes else 1 + guided  # heads that are differentiated in their input: a masked teacher's too
+    generator_update += heads.flops + (through * heads.backward / 2 if csd.d != "dmd" else 0.0)
     matched = passes["matched"]
     if csd.match.weight:
         generator_update += matched.flops + matched.backward
@@ -174,24 +180,30 @@ def needs(config: PlanConfig, teacher: CodeTeacher) -> Needs:
     return Needs(sizes, memory, flops, flops / (config.gpus * rate), described)
 
 
-Network = Student | CodeStudent | CodeGuidance
+Network = OneStepNetwork | CodeGuidance
 
 
-def _networks(config: PlanConfig, teacher: CodeTeacher) -> tuple[Student | CodeStudent, Student | CodeGuidance]:
+def _is_guided(teacher: Teacher, sampling: Sampling) -> bool:
+    """Whether it needs a pass without the condition."""
+    if isinstance(teacher, CodeTeacher):
+        return bool((teacher.cfg_weights(sampling) != 1).any())
+    return sampling.cfg_scale not in (None, 1.0)
+
+
+def _networks(config: PlanConfig, teacher: Teacher) -> tuple[OneStepNetwork, Guidance]:
     """Generator and guidance network without weights."""
     generator, guidance = networks_over_codes(config.networks, teacher)
-    with_head = Student.from_teacher(teacher, config.head).to("meta")
+    with_head = (copied_student(teacher, config.networks) or Student.from_teacher(teacher, config.head)).to("meta")
     return (
         with_head if generator is None else generator.to("meta"),
         with_head if guidance is None else guidance.to("meta"),
     )
 
 
-def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: int) -> dict[str, Footprint]:
-    """Forward passes of one micro-batch."""
+def _passes(config: PlanConfig, teacher: Teacher, network: Network, guided: int) -> dict[str, Footprint]:
+    """Forward passes of one micro-batch; of masked networks as if all tokens were known, the most that a pass can cost."""
     csd, order = config.csd, teacher.order
-    channels = teacher.codebook.shape[1]
-    tokens = torch.empty(csd.batch, order.n, channels, device="meta")
+    tokens = torch.empty(csd.batch, *teacher.backbone.token_shape, device="meta")
     cond = teacher.conditions.empty(csd.batch, "meta")
 
     def features() -> Tensor:
@@ -202,20 +214,32 @@ def _passes(config: PlanConfig, teacher: CodeTeacher, network: Network, guided: 
     def head(draws: int) -> Footprint:
         given = torch.empty(csd.batch, order.n, network.backbone.width, device="meta", requires_grad=True)
         x = tokens.expand(draws, *tokens.shape)
+        if isinstance(network, MaskedStudent):
+            masked = network.masked
+            return footprint(lambda: masked.head(x, x[..., 0].long(), given)[0], network)
         if isinstance(network, Student):
             velocity_head = network.head
             return footprint(lambda: HeadScore(velocity_head, given).velocity(x, x[..., 0]), network)
+        assert isinstance(network, CodeStudent | CodeGuidance)
         classifier = network.output
         return footprint(lambda: classifier(given), network)  # once, whatever the draws
 
     frozen = copy.deepcopy(teacher).requires_grad_(False)
     twice = tokens.repeat(guided, 1, 1), teacher.conditions.empty(guided * csd.batch, "meta")
+
+    def asked() -> Tensor:
+        if isinstance(teacher, CodeTeacher):
+            return teacher.logits(*twice)
+        assert isinstance(teacher.backbone, MaskedBackbone)
+        x = twice[0].expand(csd.generator_draws, *twice[0].shape)
+        return teacher.backbone.head(x, x[..., 0].long(), teacher.features(*twice))[0]
+
     return {
         "backbone": footprint(features, network),
         "one_head": head(1),
         "guidance_head": head(csd.guidance_draws),
         "generator_head": head(csd.generator_draws),
-        "teacher": footprint(lambda: teacher.logits(*twice), teacher),
+        "teacher": footprint(asked, teacher),
         "matched": footprint(lambda: frozen.features(tokens.detach().requires_grad_(), cond), frozen),
     }
 

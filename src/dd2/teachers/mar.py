@@ -30,7 +30,7 @@ class MARBackbone(MaskedBackbone):
         super().__init__(config.rows * config.columns, steps, config.decoder_width, config.code_dim)
         self.config, self.mar = config, MAR(config)
 
-    def features_given(self, tokens: Tensor, known: Tensor, cond: Tensor) -> Tensor:
+    def features_given(self, tokens: Tensor, known: Tensor | None, cond: Tensor) -> Tensor:
         return self.mar.features(tokens, known, cond)
 
     def head(self, x: Tensor, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,8 @@ class MARConfig:
     least_masked: float = 0.7
     """In training: least share of tokens that is masked. The shares are those of a normal around 1, cut off there and at 1."""
     masked_deviation: float = 0.25
-    """In training: that normal's deviation. Images of few tokens need more known sets than the official 0.7 and 0.25 show: with 16
-    tokens never more than 4 known ones."""
+    """In training: that normal's deviation. Images of few tokens need more known sets than the official 0.7 and 0.25 show: with
+    16 tokens never more than 4 known ones."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no such model has."""
@@ -180,21 +180,23 @@ class MAR(nn.Module):
         """(B, width) of labels (B,), `num_classes` for none."""
         return torch.cat([self.class_emb.weight, self.fake_latent])[labels]
 
-    def encode(self, tokens: Tensor, known: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, tokens: Tensor, known: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The encoder, over the class and the known tokens alone.
 
         Args:
             tokens: (B, n, C); what stands where nothing is known does not matter.
-            known: (B, n) booleans; as many in every row, or not.
+            known: (B, n) booleans, as many in every row, or not; None where all are: then nothing is looked at.
             labels: (B,) classes, `num_classes` for none.
 
         Returns:
-            (B, buffer + k, width) the encoder's output, k the most tokens that a row knows; (B, k) their positions; and (B, k)
-            whether there is one.
+            (B, buffer + k, width) the encoder's output, k the most tokens that a row knows; and, unless all are known, (B, k)
+            their positions, and whether there is one.
         """
         config, classes = self.config, self.class_embeddings(labels)
         x = torch.cat([classes.unsqueeze(1).expand(-1, config.buffer, -1), self.z_proj(tokens.to(self.z_proj.weight.dtype))], 1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
+        if known is None:
+            return self.encoder_norm(self.encoder_blocks.run(x, None)), None, None
         counts = known.sum(1)
         most = int(counts.max()) if len(counts) else 0
         positions = torch.argsort(known.logical_not().to(torch.uint8), dim=1, stable=True)[:, :most]  # the known ones, ascending
@@ -206,16 +208,17 @@ class MAR(nn.Module):
             mask = torch.cat([there.new_ones(len(there), config.buffer), there], 1)[:, None, None]
         return self.encoder_norm(self.encoder_blocks.run(x, mask)), positions, there
 
-    def features(self, tokens: Tensor, known: Tensor, labels: Tensor) -> Tensor:
+    def features(self, tokens: Tensor, known: Tensor | None, labels: Tensor) -> Tensor:
         """z, the condition of the head at every position, (B, n, D); at known ones it means nothing. Arguments as `encode`."""
         config = self.config
         encoded, positions, there = self.encode(tokens, known, labels)
         inner = self.decoder_embed(encoded)
-        rows = self.mask_token.to(inner.dtype).expand(len(inner), self.n, -1)
-        index = positions.unsqueeze(-1).expand(-1, -1, config.decoder_width)
-        placed = torch.where(there.unsqueeze(-1), inner[:, config.buffer :], rows.gather(1, index))
-        x = torch.cat([inner[:, : config.buffer], rows.scatter(1, index, placed)], 1) + self.decoder_pos_embed_learned
-        x = self.decoder_norm(self.decoder_blocks.run(x, None))
+        if positions is not None and there is not None:
+            rows = self.mask_token.to(inner.dtype).expand(len(inner), self.n, -1)
+            index = positions.unsqueeze(-1).expand(-1, -1, config.decoder_width)
+            placed = torch.where(there.unsqueeze(-1), inner[:, config.buffer :], rows.gather(1, index))
+            inner = torch.cat([inner[:, : config.buffer], rows.scatter(1, index, placed)], 1)
+        x = self.decoder_norm(self.decoder_blocks.run(inner + self.decoder_pos_embed_learned, None))
         return x[:, config.buffer :] + self.diffusion_pos_embed_learned
 
     @property

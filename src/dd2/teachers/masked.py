@@ -105,12 +105,12 @@ class MaskedBackbone(Backbone):
         super().__init__(MaskedOrder(n, steps), width, code_dim)
 
     @abstractmethod
-    def features_given(self, tokens: Tensor, known: Tensor, cond: Tensor) -> Tensor:
+    def features_given(self, tokens: Tensor, known: Tensor | None, cond: Tensor) -> Tensor:
         """Features (B, n, D) of the positions that are not known.
 
         Args:
             tokens: (B, n, C); what stands where nothing is known does not matter.
-            known: (B, n) booleans; as many in every row, or not.
+            known: (B, n) booleans; as many in every row, or not. None where all are.
             cond: (B, ...) conditions.
         """
 
@@ -130,7 +130,7 @@ class MaskedBackbone(Backbone):
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Features of all positions where every token is known, as the generator's noise is."""
-        return self.features_given(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), cond)
+        return self.features_given(tokens, None, cond)
 
     def new_cache(self) -> NoReturn:
         raise TypeError("a masked model has no key/value cache: every step reads everything again")

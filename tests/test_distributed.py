@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from dd2.checkpoints.native import save_teacher
 from dd2.cli import main
 from dd2.errors import InputError
-from dd2.teachers.code import CodeTeacher
+from dd2.teachers.base import Teacher
 from dd2.training import checkpoint
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
-from models import HANG, tiny_teacher, tiny_var
+from models import HANG, tiny_mar, tiny_teacher, tiny_var
 from test_training import OVER_CODES, regression
 
 pytestmark = pytest.mark.e2e
@@ -84,7 +84,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "generator" / "model.safetensors")
 
 
-def flags_of(teacher: CodeTeacher, folder: Path) -> list[str]:
+def flags_of(teacher: Teacher, folder: Path) -> list[str]:
     save_teacher(folder, teacher)
     return ["--teacher", str(folder), *SMALL]
 
@@ -100,6 +100,13 @@ REGRESSED = (
 )
 
 
+MASKED = (
+    *("--tune.sampling.ar-steps", "4", "--tune.sampling.diffusion-steps", "3", "--csd.sampling.ar-steps", "8"),
+    *("--csd.sampling.cfg-scale", "2.0", "--csd.match.weight", "1.0", "--csd.match.projections", "6", "--csd.match.prime", "16"),
+    *("--csd.match.features", "projected", "condition", *REGRESSED[:-1], "--csd.validation", "32"),
+)
+
+
 @pytest.mark.parametrize(
     ("build", "parallel", "more"),
     [
@@ -107,8 +114,9 @@ REGRESSED = (
         (tiny_var, ("fsdp2", "--loop.recompute", "--loop.save-async", "always"), REGRESSED),
         (tiny_teacher, ("ddp",), OVER_CODES),
         (tiny_var, ("fsdp2",), OVER_CODES),
+        (tiny_mar, ("fsdp2", "--loop.recompute"), MASKED),
     ],
-    ids=["ddp", "fsdp2", "codes-ddp", "codes-fsdp2"],
+    ids=["ddp", "fsdp2", "codes-ddp", "codes-fsdp2", "masked-fsdp2"],
 )
 def test_two_processes_train_as_one(tmp_path, build, parallel, more):
     flags = [*flags_of(build(), tmp_path / "teacher"), *more]

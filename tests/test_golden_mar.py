@@ -371,7 +371,7 @@ def test_known_sets_of_training():
     random = torch.Generator().manual_seed(0)
     shares = []
     for _ in range(2000):
-        known = random_known(2, MARConfig(), random)
+        known = random_known(2, 256, random)
         counts = known.sum(1)
         assert counts[0] == counts[1]
         shares.append(1 - float(counts[0]) / 256)

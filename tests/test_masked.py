@@ -26,7 +26,6 @@ from dd2.teachers.diffusion_score import COSINE, DiffusionScore, level_of
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.mar import MARBackbone, MARTeacher
 from dd2.teachers.mar_network import MARConfig
-from dd2.teachers.mar_train import random_known
 from dd2.teachers.masked import MaskedBackbone, known_before
 from dd2.teachers.table import TableTeacher
 from dd2.training.loop import LoopConfig, Trainer
@@ -60,15 +59,6 @@ def test_known_sets_are_those_of_the_samplers_steps_in_random_places():
     assert (share - sum(sizes) / 8 / 16).abs().max() < 0.015  # no position is favoured
     pairs = known[known.sum(1) == sizes[3]]
     assert len(pairs.unique(dim=0)) > 100
-
-
-def test_small_images_can_be_trained_with_larger_known_sets():
-    config = MARConfig(rows=4, columns=4, least_masked=0.0, masked_deviation=0.6)
-    counts = torch.stack([random_known(1, config, random) for random in (a_stream(3),) for _ in range(3000)]).sum((1, 2))
-    assert counts.min() == 0
-    assert counts.max() == 15  # one is left
-    official = MARConfig(rows=4, columns=4)
-    assert max(int(random_known(1, official, random).sum()) for random in (a_stream(3),) for _ in range(500)) == 4
 
 
 def test_a_copy_of_the_teacher_knows_the_teachers_score():

@@ -54,11 +54,6 @@ class MARConfig:
     """In training: of attention weights, projections and MLPs."""
     class_dropout: float = 0.1
     """In training: share of images whose class is hidden, which guidance needs."""
-    least_masked: float = 0.7
-    """In training: least share of tokens that is masked. The shares are those of a normal around 1, cut off there and at 1."""
-    masked_deviation: float = 0.25
-    """In training: that normal's deviation. Images of few tokens need more known sets than the official 0.7 and 0.25 show: with
-    16 tokens never more than 4 known ones."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no such model has."""
@@ -73,8 +68,6 @@ class MARConfig:
                 raise InputError(f"mar.{width} {getattr(self, width)} must be a multiple of mar.{heads} {getattr(self, heads)}")
         if not 1 <= self.start < STEPS:
             raise InputError(f"mar.start must be in 1 to {STEPS - 1}, got {self.start}")
-        if not 0 <= self.least_masked < 1 or not self.masked_deviation > 0:
-            raise InputError("mar.least_masked must be in [0, 1), and mar.masked_deviation positive")
         if not self.mlp_ratio > 0 or not (0 <= self.dropout < 1 and 0 <= self.class_dropout < 1):
             raise InputError("mar.mlp_ratio must be positive, and mar.dropout and mar.class_dropout in [0, 1)")
 

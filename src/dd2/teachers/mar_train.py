@@ -9,18 +9,19 @@ from dd2.losses import Losses
 from dd2.teachers.diffusion import STEPS
 from dd2.teachers.diffusion_score import COSINE
 from dd2.teachers.mar import MARTeacher
-from dd2.teachers.mar_network import MAR, MARConfig
+from dd2.teachers.mar_network import MAR
 
+LEAST_MASKED, MASKED_MEAN, MASKED_DEVIATION = 0.7, 1.0, 0.25
+"""Of the truncated normal that the share of masked tokens comes from."""
 REPEATS = 4
 """Noise levels per token and iteration: they share the transformer's pass."""
 
 
-def random_known(batch: int, config: MARConfig, random: torch.Generator) -> Tensor:
+def random_known(batch: int, n: int, random: torch.Generator) -> Tensor:
     """Known sets (B, n) as in training: as many for all of a batch, at random places; at least one token is masked."""
-    n, spread = config.rows * config.columns, config.masked_deviation * math.sqrt(2)
-    low = math.erf((config.least_masked - 1) / spread)
+    low = math.erf((LEAST_MASKED - MASKED_MEAN) / MASKED_DEVIATION / math.sqrt(2))
     u = torch.rand((), generator=random, device=random.device, dtype=torch.float64)
-    share = 1 + spread * torch.erfinv(low + u * (0 - low))  # cut off at the mean, 1
+    share = MASKED_MEAN + MASKED_DEVIATION * math.sqrt(2) * torch.erfinv(low + u * (0 - low))  # cut off at the mean, 1
     masked = min(n, max(1, math.ceil(n * float(share))))
     return torch.rand(batch, n, generator=random, device=random.device).argsort(1) >= masked
 
@@ -51,7 +52,7 @@ def mar_loss(teacher: MARTeacher, tokens: Tensor, labels: Tensor, class_dropout:
     """One micro-batch: tokens (B, n, C) and labels (B,), both on the stream's device."""
     hidden = torch.rand(len(labels), generator=random, device=random.device) < class_dropout
     cond = torch.where(hidden, teacher.null_condition(labels), labels)
-    known = random_known(len(labels), teacher.mar.config, random)
+    known = random_known(len(labels), tokens.shape[1], random)
     features = teacher.mar.features(tokens, known, cond)[~known].repeat(REPEATS, 1)
     clean = tokens[~known].repeat(REPEATS, 1)
     index = torch.randint(STEPS, (len(clean),), generator=random, device=random.device)

@@ -18,6 +18,7 @@ from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.config import CSDConfig, NetworksConfig
 from dd2.method.csd import generator_loss, guidance_loss
 from dd2.method.recipe import Networks, copied_student, csd_stage, fresh_student
+from dd2.pipeline import OneStepPipeline
 from dd2.sampling import one_step, refine
 from dd2.scores import CodeMixture
 from dd2.seeding import stream
@@ -345,6 +346,8 @@ def test_distilled_from_the_command_line(tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "shipped"), "--step", "2", "--average", "none"]) == 0
     shipped = load_generator(tmp_path / "shipped")
     assert not torch.equal(one_step(shipped.student, torch.tensor([1]), [0]), one_image)
+    whole, half = (OneStepPipeline.from_pretrained(run, dtype=dtype)([1, 2], [5, 6]) for dtype in ("float32", "bfloat16"))
+    assert 0 < (whole - half).abs().mean() < 0.05
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
 
 

@@ -18,12 +18,13 @@ from dd2.cli import main
 from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
 from dd2.masked_student import MaskedStudent, MaskedStudentConfig
-from dd2.method.config import CSDConfig, MatchConfig
-from dd2.method.recipe import Networks, csd_stage
+from dd2.method.config import CSDConfig, MatchConfig, RegressConfig
+from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.footprint import footprint
 from dd2.training.samples import TeacherSamples
+from dd2.trajectory import OdeConfig, Pairs
 from models import TINY_HEAD, tiny_mar, tiny_teacher, tiny_var
 from plan_memory import CASES
 
@@ -71,6 +72,33 @@ def test_operations_are_those_of_a_real_iteration(build, matched):
         (planned.flops > 1.05 * without.flops) == (planned.memory["activations"] > without.memory["activations"]) == bool(matched)
     )
     assert planned.parameters["head"] == sum(p.numel() for p in student.head.parameters())
+
+
+@pytest.mark.parametrize("own_share", [0.0, 0.5])
+def test_operations_of_the_start_from_the_teachers_ode(tmp_path, own_share):
+    """A regression of other batches than stage 2's, and the guidance network that catches up."""
+    teacher = tiny_teacher()
+    ode = OdeConfig(solver="euler", steps=1)  # Eq. 1's own operations are in no plan
+    regress = RegressConfig(iterations=3, guidance_iterations=2, pairs=32, own_share=own_share, batch=8, accumulate=2, ode=ode)
+    csd = CSDConfig(k=3, batch=4, accumulate=1, guidance_draws=2, sampling=Sampling(), iterations=1, d="dmd")
+    planned = needs(replace(PlanConfig(), head=TINY_HEAD, csd=csd, regress=regress), copy.deepcopy(teacher).to("meta"))
+    teacher.standardise()
+    samples = TeacherSamples(teacher, torch.randint(12, (64, 16)), torch.arange(64) % 3)
+    pairs = Pairs(tmp_path, teacher, Sampling(), regress.ode, 32, 0)
+    networks = Networks.from_tuned(Student.from_teacher(teacher, TINY_HEAD))
+    stages = (
+        (3, regress_stage(networks, teacher.requires_grad_(False), samples, pairs, regress, Sampling())),
+        (2, catching_up_stage(networks, teacher, samples, csd, regress)),
+    )
+    counted = 0.0
+    for iterations, stage in stages:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            for update in stage.updates:
+                update.loss(torch.Generator().manual_seed(0))[0].backward(inputs=update.parameters)
+        counted += iterations * sum(update.accumulate * update.repeats for update in stage.updates) * counter.get_total_flops()
+    assert planned.start == pytest.approx(counted, rel=0.15)
+    assert needs(replace(PlanConfig(), head=TINY_HEAD, csd=csd), copy.deepcopy(teacher).to("meta")).start == 0
 
 
 def test_operations_of_a_masked_teacher():

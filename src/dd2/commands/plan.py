@@ -79,6 +79,7 @@ class Needs:
         flops: of one iteration, all GPUs together.
         seconds: of one iteration.
         rate: that the seconds are counted with, and where it is from.
+        start: operations of the generator's start (regress.*) in all, samples and pairs not counted.
     """
 
     parameters: dict[str, int]
@@ -86,6 +87,7 @@ class Needs:
     flops: float
     seconds: float
     rate: str
+    start: float = 0.0
 
     @property
     def total(self) -> float:
@@ -177,7 +179,12 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
         memory["activations"] += half * matched.saved
     flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
     rate, described = _rate(config)
-    return Needs(sizes, memory, flops, flops / (config.gpus * rate), described)
+    regress = config.regress
+    regression = generated + redone + drawn["backbone"].backward + drawn["one_head"].backward
+    regression += regress.own_share * passes["teacher"].flops  # sequences without a pair ask the teacher
+    start = regress.iterations * regress.accumulate * (regress.batch / batch) * regression
+    start += regress.guidance_iterations * csd.accumulate * (guidance_update + generated)
+    return Needs(sizes, memory, flops, flops / (config.gpus * rate), described, start)
 
 
 Network = OneStepNetwork | CodeGuidance
@@ -273,6 +280,11 @@ def _described(config: PlanConfig, found: Needs) -> str:
         f"{found.seconds:.2f} s at {found.rate}; {iterations:,} iterations: about {hours:.1f} hours, "
         f"{hours * config.gpus:.0f} GPU hours"
     )
+    if found.start:
+        hours = found.start / found.flops * found.seconds / 3600
+        lines.append(
+            f"before it, regress.*: {found.start:.3g} operations in all, about {hours:.1f} hours, beside samples and pairs"
+        )
     if csd.accumulate % config.gpus:
         lines.append(f"accumulate {csd.accumulate} is no multiple of {config.gpus} processes: choose another csd.accumulate")
     return "\n".join([*lines, *([] if fits else _advice(config, found))])

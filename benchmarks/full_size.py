@@ -19,7 +19,7 @@ import torch
 
 from dd2.checkpoints.foreign import parameters
 from dd2.checkpoints.released import RELEASED
-from dd2.commands.distill import DistillConfig
+from dd2.commands.distill_config import DistillConfig
 from dd2.config import load_config
 from dd2.method.recipe import Networks, copied_student, csd_stage
 from dd2.sampling import one_step

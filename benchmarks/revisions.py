@@ -64,7 +64,7 @@ def train() -> dict[str, float]:
     import torch
 
     from dd2.checkpoints.runs import open_teacher
-    from dd2.commands.distill import DistillConfig
+    from dd2.commands.distill_config import DistillConfig
     from dd2.config import load_config
     from dd2.method.recipe import Networks, csd_stage
     from dd2.student import Student

@@ -22,7 +22,7 @@ from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import embedded
 from dd2.cli import COMMANDS, main
 from dd2.commands.dd1 import DD1RunConfig
-from dd2.commands.distill import DistillConfig
+from dd2.commands.distill_config import DistillConfig
 from dd2.commands.train_teacher import TrainTeacherConfig
 from dd2.commands.train_tokenizer import TrainTokenizerConfig
 from dd2.config import find_yaml, flat, load_config, to_yaml

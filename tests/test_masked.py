@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.config import CSDConfig, NetworksConfig
 from dd2.method.csd import generator_loss, guidance_loss
 from dd2.method.recipe import Networks, copied_student, csd_stage, fresh_student
+from dd2.method.regress import regress_loss
 from dd2.pipeline import OneStepPipeline
 from dd2.sampling import one_step, refine
-from dd2.scores import CodeMixture
+from dd2.scores import CodeMixture, follow_ode
 from dd2.seeding import stream
 from dd2.student import HeadConfig
 from dd2.teachers.diffusion_score import COSINE, DiffusionScore, level_of
@@ -105,7 +107,58 @@ def test_the_guidance_loss_is_the_error_of_the_noise_where_nothing_is_known():
     errors = (network.masked.head(x, index, z)[0] - eps).square()
     torch.testing.assert_close(value, errors[:, ~known].mean(), rtol=1e-4, atol=1e-6)
     value.backward()
-    assert all(parameter.grad is not None for parameter in network.masked.parameters() if parameter.shape != (1, 24))
+    assert all(parameter.grad is not None for parameter in network.masked.parameters())
+
+
+def test_both_networks_are_asked_at_the_heads_own_levels(monkeypatch):
+    asked: list[Tensor] = []
+
+    def watched(name: str) -> None:
+        original = getattr(DiffusionScore, name)
+
+        def watching(self: DiffusionScore, x_t: Tensor, t: Tensor, *more: Tensor) -> Tensor:
+            asked.append(t)
+            return original(self, x_t, t, *more)
+
+        monkeypatch.setattr(DiffusionScore, name, watching)
+
+    watched("x0_hat")
+    watched("denoising_error")
+    teacher, generator, guidance = tiny_mar(), student_of(tiny_mar(1)), student_of(tiny_mar(2))
+    guidance_loss(guidance, torch.randn(4, 16, 4), teacher, LABELS, CSD, a_stream())
+    generator_loss(generator, guidance, teacher, LABELS, CSD, a_stream())
+    assert len(asked) == 3
+    assert all(torch.isin(t, level_of(torch.arange(1000))).all() for t in asked)
+
+
+def test_guidance_is_that_of_each_sequences_own_known_set():
+    teacher, sampling = tiny_mar(), Sampling(cfg_scale=4.0, ar_steps=8)
+    tokens, known = torch.randn(4, 16, 4, generator=a_stream()), torch.zeros(4, 16, dtype=torch.bool)
+    for row, count in enumerate(known_before(16, 8)[:4]):
+        known[row, :count] = True
+    x, t = torch.randn(4, 16, 4, generator=a_stream(1)), level_of(torch.full((4, 16), 500))
+    together = teacher.given(tokens, LABELS, sampling, known).x0_hat(x, t)
+    for row in range(4):
+        part = slice(row, row + 1)
+        alone = teacher.given(tokens[part], LABELS[part], sampling, known[part]).x0_hat(x[part], t[part])
+        torch.testing.assert_close(together[part], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_features_of_the_condition_know_it_alone():
+    """What is matched beside the tokens' features must not be moved by the tokens."""
+    backbone = tiny_mar().backbone
+    a, b = (backbone.condition_features(backbone(torch.randn(4, 16, 4), LABELS), LABELS) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == (4, backbone.width)
+    assert torch.equal(a[0], a[3])  # the same class
+    assert not torch.allclose(a[0], a[1])
+
+
+def test_tokens_without_codes_are_regressed_by_their_squared_error():
+    teacher, generator = tiny_mar(), student_of(tiny_mar(1))
+    noise, data = torch.randn(4, 16, 4, generator=a_stream()), torch.randn(4, 16, 4, generator=a_stream(1))
+    loss, _ = regress_loss(generator, teacher, noise, data, LABELS)
+    torch.testing.assert_close(loss, (generator.as_generator(noise, LABELS) - data).square().mean())
 
 
 def test_known_tokens_of_the_generator_get_no_gradient():
@@ -159,6 +212,9 @@ class Gaussian(MaskedBackbone):
         a, s = (COSINE.at(table, index, x) for table in (COSINE.alphas_cumprod.sqrt(), (1 - COSINE.alphas_cumprod).sqrt()))
         return s * (x - a * features) / (a * a * 0.25 + s * s), torch.zeros_like(x)
 
+    def condition_features(self, features: Tensor, cond: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def forget_head(self) -> None:
         raise NotImplementedError
 
@@ -166,13 +222,20 @@ class Gaussian(MaskedBackbone):
         raise NotImplementedError
 
 
+def teacher_of(backbone: Gaussian, start: int) -> MARTeacher:
+    """A MAR whose network is another."""
+    teacher: Any = tiny_mar()
+    teacher.backbone = backbone
+    network: Any = torch.nn.Identity()
+    network.config = MARConfig(start=start)
+    teacher.backbone.mar = network
+    return teacher
+
+
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 def test_the_ode_of_normal_tokens_scales_the_noise(solver):
     """Its map is known: mean + 0.5 noise, token after token along one order, whatever the batch."""
-    teacher = tiny_mar(rows=4, columns=4)
-    teacher.backbone = Gaussian()  # pyright: ignore[reportAttributeAccessIssue]
-    teacher.backbone.mar = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-    teacher.backbone.mar.config = MARConfig(start=985)  # pyright: ignore[reportAttributeAccessIssue]
+    teacher = teacher_of(Gaussian(), 985)
     noise = torch.randn(500, 3, 1, generator=a_stream())
     cond = torch.zeros(500, dtype=torch.long)
     steps = 60 if solver == "heun" else 600
@@ -184,6 +247,35 @@ def test_the_ode_of_normal_tokens_scales_the_noise(solver):
     # It starts at t = 0.98, where the noise is not yet all: there x = 0.02 mean + … is taken for 0.
     torch.testing.assert_close(found, expected, atol=0.06, rtol=0.02)
     torch.testing.assert_close(teacher.follow_ode(noise[7:9], cond[:2], Sampling(ar_steps=3), steps, solver), found[7:9])
+
+
+def test_the_guided_ode_is_the_guided_scores():
+    """With the last token alone unknown it ends where that score's own ODE does."""
+    teacher, sampling = tiny_mar(), Sampling(cfg_scale=3.0, ar_steps=16)
+    noise, cond = torch.randn(4, 16, 4, generator=a_stream()), LABELS
+    found = teacher.follow_ode(noise, cond, sampling, 12, "heun")
+    last = torch.randperm(16, generator=stream("order of the ODE"))[0]
+    known = torch.ones(4, 16, dtype=torch.bool)
+    known[:, last] = False
+    levels = [*COSINE.respaced(12, 928).rect_flow_levels.flip(0).tolist(), 0.0]
+    expected = follow_ode(teacher.given(found, cond, sampling, known), noise, levels, "heun")
+    torch.testing.assert_close(found[:, last], expected[:, last], rtol=1e-3, atol=1e-3)
+    plain = teacher.follow_ode(noise, cond, Sampling(ar_steps=16), 12, "heun")
+    assert (plain - found).abs().max() > 0.1
+
+
+def test_the_ode_does_not_start_where_errors_explode():
+    """An official model samples from level 999; a head that errs by a thousandth must not spoil its pairs."""
+
+    class Erring(Gaussian):
+        def head(self, x: Tensor, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            eps, fraction = super().head(x, index, features)
+            return eps + 1e-3 * torch.sin(7 * x), fraction
+
+    noise, cond, found = torch.randn(500, 3, 1, generator=a_stream()), torch.zeros(500, dtype=torch.long), []
+    for backbone in (Gaussian(), Erring()):
+        found.append(teacher_of(backbone, 999).follow_ode(noise, cond, Sampling(ar_steps=3), 10, "heun"))
+    assert (found[0] - found[1]).square().mean().sqrt() < 0.05
 
 
 def test_few_steps_draw_the_last_groups_again():
@@ -326,14 +418,16 @@ def test_distilled_from_the_command_line(tmp_path, capsys):
     (run / "checkpoints" / "csd" / "00000003").rename(tmp_path / "gone3")
     assert main(["distill", str(tmp_path / "mar.yaml")]) == 0
     assert weights_digest(load_generator(run / "generator").student) == weights_digest(first.student)
-    assert main(["evaluate", str(run), "--count", "60", "--steps", "1", "3", "--teacher-steps", "2", "1", "--no-speed"]) == 0
+    assert main(["evaluate", str(run), "--count", "60", "--steps", "1", "3", "--teacher-steps", "3", "2", "4", "--no-speed"]) == 0
     said = capsys.readouterr().out
     assert "Teacher, 4 AR steps" in said
     assert "Teacher, 2 AR steps" in said
     assert "onestep*, all tokens at once" in said
     numbers = json.loads((run / "metrics.json").read_text())
-    one = numbers["metrics"]["teacher_1_steps"]
-    assert one == numbers["metrics"]["onestep_marginal"]  # the same images
+    assert list(numbers["metrics"]) == [
+        *("teacher", "generator", "generator_3_steps", "teacher_3_steps", "teacher_2_steps", "onestep_marginal")
+    ]
+    one = numbers["metrics"]["onestep_marginal"]
     assert numbers["ar_steps"] == 4
     assert numbers["gap_closed"] == pytest.approx(
         (one["frechet"] - numbers["frechet"]["generator"]) / (one["frechet"] - numbers["frechet"]["floor"])
@@ -343,6 +437,14 @@ def test_distilled_from_the_command_line(tmp_path, capsys):
     for more in (["--steps", "1"], ["--steps", "3"], ["--method", "teacher", "--ar-steps", "2", "--diffusion-steps", "3"]):
         out = tmp_path / f"{len(more)}{more[1]}.npz"
         assert main(["sample", str(run), "--count", "4", "--out", str(out), *more]) == 0
+    for more, said in (
+        (["--teacher-steps", "1"], "teacher_steps must be at least 2"),
+        (["--teacher-steps", "17"], "sampling.ar_steps must be in 1 to 16"),
+        (["--skip", "1"], "skip 1 needs a teacher over codes"),
+        (["--steps", "6"], "steps must be 1 (the generator alone) to 5"),
+    ):
+        assert main(["evaluate", str(run), "--count", "60", *more]) == 2
+        assert said in capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "shipped"), "--step", "2", "--average", "none"]) == 0
     shipped = load_generator(tmp_path / "shipped")
     assert not torch.equal(one_step(shipped.student, torch.tensor([1]), [0]), one_image)
@@ -361,6 +463,8 @@ def test_distilled_from_the_command_line(tmp_path, capsys):
         (["--csd.sampling.ar-steps", "-1"], "ar_steps must be >= 0"),
         (["--stage1", "somewhere"], "this teacher is an AR-diffusion model itself"),
         (["--networks.level", "1000"], "networks.level must be in 0 to 999"),
+        (["--regress.ode.steps", "1"], "regress.ode.steps must be in 2 to 929"),
+        (["--regress.ode.steps", "930"], "regress.ode.steps must be in 2 to 929"),
     ],
 )
 def test_what_a_masked_teacher_cannot_do(tmp_path, capsys, more, said):
@@ -370,6 +474,33 @@ def test_what_a_masked_teacher_cannot_do(tmp_path, capsys, more, said):
     error = capsys.readouterr().err
     assert said in error
     assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_effect_is_said(tmp_path, capsys):
+    save_teacher(tmp_path / "teacher", tiny_mar())
+    (tmp_path / "mar.yaml").write_text(CONFIG.format(teacher=tmp_path / "teacher", out=tmp_path / "run"))
+    short = ["--regress.iterations", "0", "--regress.guidance-iterations", "0", "--csd.iterations", "1"]
+    flags = ["--csd.sampling.temperature", "0.9", "--csd.snap-teacher", "--csd.sampling.ar-steps", "1"]
+    assert main(["distill", str(tmp_path / "mar.yaml"), *short, *flags]) == 0
+    said = capsys.readouterr().err
+    assert "the generator learns temperature 1" in said
+    assert "csd.snap_* has no effect" in said
+    assert main(["evaluate", str(tmp_path / "run"), "--count", "30", "--no-speed", "--marginal", "dataset"]) == 0
+    said = capsys.readouterr().out
+    for text in ("gap_closed compares noise", "marginal has no effect", "at another temperature than 1"):
+        assert text in said
+
+
+def test_plans_refuse_what_distill_does(capsys):
+    plan = ["plan", "mar_b", "--model", "mar_b"]
+    for more, said in (
+        (["--regress.own-share", "0.5"], "regress.own_share needs a teacher over codes"),
+        (["--csd.sampling.ar-steps", "300"], "sampling.ar_steps must be in 1 to 256"),
+    ):
+        assert main([*plan, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert main(plan) == 0
+    assert "before it, regress.*" in capsys.readouterr().out
 
 
 def test_other_teachers_have_no_free_number_of_steps(tmp_path, capsys):

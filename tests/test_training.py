@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dd2.checkpoints.native import save_teacher
-from dd2.commands.distill import DistillConfig
+from dd2.commands.distill_config import DistillConfig
 from dd2.commands.run_folder import start_run
 from dd2.config import load_config
 from dd2.errors import InputError, Interrupted, NumericalError

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from dd2 import seeding
 from dd2.checkpoints.native import load_generator, load_teacher, save_teacher
-from dd2.commands.distill import DistillConfig, distill
+from dd2.commands.distill import distill
+from dd2.commands.distill_config import DistillConfig
 from dd2.config import load_config, with_fields
 from dd2.errors import InputError
 from dd2.losses import noised

@@ -85,7 +85,7 @@ def table(numbers: dict[str, Any]) -> str:
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in numbers["seconds"].items())
     measured = sorted(numbers.get("speed", []), key=lambda entry: entry["batch"])
     speeds = ", ".join(f"{entry['speedup']:.1f}× at batch {entry['batch']}" for entry in measured)
-    faster = f"Faster than the KV-cached teacher, decoding included: {speeds}. " if speeds else ""
+    faster = f"Faster than the teacher (KV-cached where it can be), decoding included: {speeds}. " if speeds else ""
     threads = numbers["versions"]["threads"]
     text = (
         f"Gap closed: **{numbers['gap_closed']:.3f}**. {faster}Time on {threads} CPU thread{'s' if threads > 1 else ''}: {spent}."

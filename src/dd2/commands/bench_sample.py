@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, paper_recipe, peak_of_process, write_results
-from dd2.commands.distill import DistillConfig
+from dd2.commands.distill_config import DistillConfig
 from dd2.config import load_config
 from dd2.device import pick_device
 from dd2.errors import InputError

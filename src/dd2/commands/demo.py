@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dd2.commands.distill import DistillConfig, distill
+from dd2.commands.distill import distill
+from dd2.commands.distill_config import DistillConfig
 from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import TrainClassifierConfig, train_classifier
 from dd2.commands.train_teacher import TrainTeacherConfig, train_teacher

@@ -1,9 +1,8 @@
 """dd2 distill: from a teacher to a one-step generator (Alg. 3)."""
 
 import copy
-import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,16 +11,15 @@ import torch
 from dd2.checkpoints.native import Role, load_generator, save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
-from dd2.code_student import CodeStudent, has_own_classifier
-from dd2.commands.adapt import adapt, check_adaptation
+from dd2.code_student import CodeStudent
+from dd2.commands.adapt import adapt
+from dd2.commands.distill_config import DistillConfig, check
 from dd2.commands.run_folder import copy_parts, read_seconds, start_run, write_seconds
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.generator import Generator
 from dd2.masked_student import MaskedStudent
-from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
-from dd2.method.match import check_reference
 from dd2.method.recipe import (
     Networks,
     catching_up_stage,
@@ -34,83 +32,17 @@ from dd2.method.recipe import (
     starting_networks,
     tune_stages,
 )
-from dd2.processes import say
-from dd2.student import HeadConfig, OneStepNetwork, Student
+from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
-from dd2.teachers.layers import layer_stacks
-from dd2.teachers.masked import MaskedBackbone
-from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.checkpoint import steps
 from dd2.training.layers import prepare_layers
-from dd2.training.loop import LoopConfig, Trainer
+from dd2.training.loop import Trainer
 from dd2.training.parallel import shard, shard_backbone, whole_state
 from dd2.training.samples import LiveSamples, TeacherSamples, samples_identity
 from dd2.trajectory import Pairs
 
 N = TypeVar("N", bound=torch.nn.Module)
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """Distil a teacher into a one-step generator.
-
-    Gives the teacher a continuous input layer if it has none (stage 0), samples it, tunes an AR-diffusion model on those
-    samples (stage 1), lets the generator regress the teacher's ODE if regress.iterations say so, then trains generator and
-    guidance network (stage 2). Writes OUT/generator/ (what dd2 sample and dd2 evaluate read), ar_diffusion/, metrics.jsonl,
-    checkpoints/, samples/, config.yaml and versions.json, and teacher/ after a stage 0. Run the same command again to resume.
-    """
-
-    teacher: str = "digits"
-    """"digits" (embedded); a teacher folder; a run's ar_diffusion/ folder, which is an AR model itself; or module:function of
-    yours, which gives a `dd2.teachers.base.Teacher`."""
-    trust: tuple[str, ...] = ()
-    """Modules of yours that an ar_diffusion/ folder may import, because its own teacher was module:function."""
-    captions: str = ""
-    """Caption features of a text-conditional teacher, from dd2 text-features; its labels are their row numbers."""
-    out: Path = Path("runs/distill")
-    """Run folder; an interrupted run in it is resumed."""
-    stage1: str = ""
-    """Run folder of another dd2 distill of the same teacher, whose teacher samples and stage-1 model this run starts from."""
-    seed: int = 0
-    """Seed of the weights, of the teacher's samples and of every step."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    teacher_samples: int = 400_000
-    """Sequences sampled from the teacher for stage 1."""
-    sample_batch: int = 64
-    """Sequences sampled from the teacher at a time."""
-    sample_in_loop: bool = False
-    """Draw the sequences of stage 1 anew for every batch instead of from the teacher samples on disk. Those then give the tokens'
-    standardisation, the reference of csd.validation and stage 2's labels: as many as cover all labels are enough."""
-    networks: NetworksConfig = field(default_factory=NetworksConfig)
-    """What generator and guidance network are."""
-    head: HeadConfig = field(default_factory=HeadConfig)
-    """The velocity head."""
-    adapt: AdaptConfig = field(default_factory=AdaptConfig)
-    """Stage 0, for teachers with an embedding table."""
-    tune: TuneConfig = field(default_factory=TuneConfig)
-    """Stage 1."""
-    regress: RegressConfig = field(default_factory=RegressConfig)
-    """A start of the generator that is not the paper's: the teacher's ODE, regressed."""
-    csd: CSDConfig = field(default_factory=CSDConfig)
-    """Stage 2."""
-    align: AlignConfig = field(default_factory=AlignConfig)
-    """Performance alignment."""
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    """Logging and saving."""
-
-    def __post_init__(self) -> None:
-        """Refuse counts below 1."""
-        for name in ("teacher_samples", "sample_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.teacher_samples == 1 and self.csd.validation:
-            raise InputError("csd.validation needs at least 2 teacher_samples: one has no spread")
-        if self.sample_in_loop and self.stage1:
-            raise InputError("sample_in_loop is about stage 1, which stage1 takes from another run; give one of them")
-        if self.align.iterations and not self.align.then_iterations:
-            raise InputError("align.iterations needs align.then_iterations: alignment prepares further distillation")
 
 
 def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
@@ -125,7 +57,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     """
     device = pick_device(config.device)
     teacher = open_teacher(config.teacher, device, config.captions, config.trust)
-    _check(config, teacher)  # before a run folder exists
+    check(config, teacher)  # before a run folder exists
     tuned = copied_student(teacher, config.networks)
     head = tuned.config if isinstance(tuned, Student) else config.head
     masked = tuned.config if isinstance(tuned, MaskedStudent) else None
@@ -169,53 +101,6 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     shipped.load_state_dict(whole_state(networks.ema))
     _save(config.out / "generator", shipped, teacher, "generator")
     return seconds
-
-
-def _check(config: DistillConfig, teacher: Teacher) -> None:
-    """Refuse what the teacher cannot use, and say what has no effect on it."""
-    teacher.conditions.digest()  # refuses missing captions
-    said = {teacher.check(sampling) for sampling in (config.tune.sampling, config.csd.sampling)} - {""}
-    if not teacher.backbone.continuous:
-        check_adaptation(teacher, config.adapt)
-    needing = {
-        "regress.own_share": config.regress.iterations and config.regress.own_share,
-        "csd.regression_weight": config.csd.regression_weight,
-        "networks.generator codes": config.networks.generator == "codes",
-        "networks.guidance codes": config.networks.guidance == "codes",
-    }
-    for what in (name for name, wanted in needing.items() if wanted):
-        require_codes(teacher, what)
-    kinds = config.networks
-    if kinds.generator == "codes" and (kinds.extra_layers or not isinstance(teacher.backbone, ReadsOwnToken)):
-        CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)  # says what is missing
-    if "codes" in (kinds.generator, kinds.guidance) and not has_own_classifier(require_codes(teacher, "networks over codes")):
-        said.add("networks over codes start with a fresh classifier: the teacher computes features or logits in its own way")
-    if not config.networks.need_stage1:
-        if config.stage1:
-            raise InputError("stage1 names another run's stage 1, but networks.* are codes and need none; leave it out")
-        said.add("stage 1 is left out, as both networks are over codes: tune.* (but for its sampling) and head.* have no effect")
-    if config.networks.guidance == "codes" and config.csd.snap_guidance:
-        said.add("csd.snap_guidance has no effect: a guidance network over codes reads codes in any case")
-    if "codes" in (config.networks.generator, config.networks.guidance) and config.csd.initialised != "both":
-        said.add("csd.initialised has no effect on networks over codes, which start as the teacher")
-    if config.sample_in_loop and (teacher.is_ar_diffusion or not config.networks.need_stage1):
-        said.add("sample_in_loop has no effect without stage 1")
-    if config.networks.level != NetworksConfig.level and not isinstance(teacher.backbone, MaskedBackbone):
-        said.add("networks.level has no effect: it is about masked teachers (MAR)")
-    if config.regress.iterations and config.regress.own_share == 1:
-        said.add("regress.pairs has no effect, as regress.own_share is 1")
-    if config.csd.match.on:
-        check_reference(teacher, config.csd.match, config.teacher_samples)
-        if not layer_stacks(teacher.backbone):
-            said.add("csd.validation looks at the features that csd.match trains on: the backbone has no LayerStack")
-    if teacher.is_ar_diffusion:
-        if config.stage1:
-            raise InputError("stage1 names another run's stage 1, but this teacher is an AR-diffusion model itself; leave it out")
-        said.add("stage 1 is skipped, as the teacher is such a model: tune.* (but for its sampling) and head.* have no effect")
-    if (config.loop.recompute or config.loop.compile) and not layer_stacks(teacher.backbone):
-        said.add("loop.recompute and loop.compile have no effect: the backbone has no LayerStack (docs/add-a-model.md)")
-    for text in sorted(said):
-        say(f"note: {text}", sys.stderr)
 
 
 def _samples(config: DistillConfig, teacher: Teacher, before: float) -> tuple[TeacherSamples, dict[str, float]]:

@@ -30,6 +30,7 @@ from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
 from dd2.provenance import commit, machine
 from dd2.sampling import Ways, first_redrawn_step
+from dd2.teachers.code import require_codes
 from dd2.training.samples import TeacherSamples, samples_identity
 from dd2.training.store import Store
 from dd2.writers import NpzWriter
@@ -57,7 +58,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     for k in config.steps:
         first_redrawn_step(run.teacher, run.sampling, k)  # refuses before anything is drawn
     for m in config.skip:
-        kept_steps(run.teacher.order, m)
+        kept_steps(require_codes(run.teacher, f"skip {m}").order, m)
     for count in config.teacher_steps:
         in_steps(run.teacher, run.sampling, count)
     labels = run.teacher.conditions.num_labels
@@ -110,7 +111,11 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             "decoding": "tokens as drawn" + ("; nearest codes in generator_nearest" if "generator_nearest" in compared else ""),
         },
         "absent": absent(run.teacher),
-        "warnings": [*warnings(config.count, channels, reference.described), *_trained_on(run, network)],
+        "warnings": [
+            *warnings(config.count, channels, reference.described),
+            *_trained_on(run, network),
+            *_of_teacher(config, run),
+        ],
     }
     write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     write_run_report(Section(config.run, numbers, scorer.shown(compared), pictures))
@@ -131,6 +136,20 @@ def _trained_on(run: FinishedRun, network: FeatureNetwork) -> list[str]:
     if aligned is None or network.digest not in aligned.digests:
         return []
     return [f"the decoder was trained on the distance in {network.name}: what is measured there proves nothing by itself"]
+
+
+def _of_teacher(config: EvaluateConfig, run: FinishedRun) -> list[str]:
+    """What the kind of the teacher makes of the comparison."""
+    if run.teacher.in_steps(run.sampling, 1) is None:
+        return []
+    found = []
+    if run.teacher.num_steps(run.sampling) == 1:
+        found.append("the teacher itself draws in one AR step, as onestep* does: gap_closed compares noise")
+    if config.marginal != "class":
+        found.append("marginal has no effect: onestep* is the teacher in one AR step")
+    if run.sampling.temperature != 1:
+        found.append("the teacher's rows are drawn at another temperature than 1, which is what the generator learned")
+    return found
 
 
 def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) -> EvaluateConfig:

@@ -12,7 +12,7 @@ from dd2.checkpoints.released import RELEASED, sketch
 from dd2.checkpoints.runs import open_teacher
 from dd2.code_student import CodeGuidance, CodeStudent
 from dd2.commands.bench import measured_rate
-from dd2.commands.distill import DistillConfig
+from dd2.commands.distill_config import DistillConfig, refuse_without_codes
 from dd2.device import tile_rows
 from dd2.errors import InputError
 from dd2.external import is_code
@@ -101,7 +101,10 @@ def plan(config: PlanConfig) -> Needs:
     Raises:
         InputError: neither a released model nor a teacher's folder is named.
     """
-    found = needs(config, _teacher(config))
+    teacher = _teacher(config)
+    teacher.check(config.csd.sampling)
+    refuse_without_codes(config, teacher)
+    found = needs(config, teacher)
     say(_described(config, found))
     return found
 

@@ -49,7 +49,7 @@ class SampleConfig:
     """What the teacher reads of the generator's tokens under steps: their nearest codes, or the tokens as they are (Alg. 4)."""
     method: Literal["generator", "two_passes", "ar_diffusion", "teacher"] = "generator"
     """generator: one or few steps. two_passes: a DD1 student's second pass. ar_diffusion: the stage-1 model, step by step.
-    teacher: KV-cached AR sampling."""
+    teacher: AR sampling, with a key/value cache where there is one."""
     decoding: Literal["continuous", "nearest"] = "continuous"
     """Decode tokens as they are, or snapped to their nearest codes."""
     cfg_scale: float | None = None

@@ -37,7 +37,7 @@ class EvaluateConfig:
     skip: tuple[int, ...] = ()
     """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
     teacher_steps: tuple[int, ...] = ()
-    """Each adds a row: a masked teacher (MAR) in so many AR steps, from 1 to its tokens."""
+    """Each adds a row: a masked teacher (MAR) in so many AR steps, from 2 to its tokens; 1 is onestep*."""
     marginal: Over = "class"
     """Token frequencies of onestep*: of each class, or of the whole data set (App. E.5)."""
     features: str = "digits"
@@ -77,6 +77,8 @@ class EvaluateConfig:
         """Refuse counts too small for a covariance, and requests that contradict each other."""
         if self.count < 2 or self.batch < 1:
             raise InputError(f"count must be at least 2 and batch at least 1, got {self.count} and {self.batch}")
+        if min(self.teacher_steps, default=2) < 2:
+            raise InputError(f"teacher_steps must be at least 2, got {min(self.teacher_steps)}; onestep* is the teacher in 1")
         if self.path_length < 0 or 0 < self.path_length < 3 or not 0 < self.epsilon < 1:
             raise InputError(
                 f"path_length must be 0 or at least 3 and epsilon in (0, 1), got {self.path_length} and {self.epsilon}"

@@ -79,7 +79,8 @@ def methods(
     generator = one_step.decides
     own = _with_own_decoder(ways)
     aligned = _decoder(ways)
-    all_steps = f"{teacher.num_steps(ways.sampling)} AR steps"
+    own_steps = teacher.num_steps(ways.sampling)
+    all_steps = _ar_steps(own_steps)
 
     def whole(draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
         return _whole(ways, teacher, draw, snap)
@@ -102,8 +103,8 @@ def methods(
     for m in skips:
         found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, m))
 
-    for count in sorted(set(teacher_steps), reverse=True):
-        found[teacher_in(count)] = _teacher_in(own, teacher, count, f"Teacher, {count} AR step{'s' * (count > 1)}")
+    for count in sorted({*teacher_steps} - {own_steps}, reverse=True):
+        found[teacher_in(count)] = _teacher_in(own, teacher, count, f"Teacher, {_ar_steps(count)}")
     if teacher.in_steps(ways.sampling, 1) is None:
         found["onestep_marginal"] = _independent(own, teacher, marginal, marginal_of)
     else:
@@ -113,6 +114,10 @@ def methods(
         for name in found.keys() - set(own_decoder):
             found[name] = replace(found[name], title=f"{found[name].title}, aligned decoder")
     return found
+
+
+def _ar_steps(count: int) -> str:
+    return "1 AR step" if count == 1 else f"{count} AR steps"
 
 
 def _independent(ways: Ways, teacher: Teacher, marginal: MarginalSampler, marginal_of: object) -> Method:

@@ -94,7 +94,7 @@ def _summary(section: Section) -> str:
         )
     return (
         f"<p><b>{html.escape(section.run.name)}</b>: gap closed <b>{numbers['gap_closed']:.3f}</b> of the way from independent "
-        f"tokens (0) to the KV-cached teacher itself (1){faster}.</p>"
+        f"tokens (0) to the teacher itself (1){faster}.</p>"
     )
 
 

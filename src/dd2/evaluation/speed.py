@@ -16,7 +16,8 @@ SPEED_BATCHES = (16, 1, 256)
 
 @torch.inference_mode()
 def speed_numbers(ways: Ways, methods: Mapping[str, Method], largest: int) -> dict[str, Any]:
-    """Whole images, decoding included: the KV-cached teacher against one step and every other method, same batch and process.
+    """Whole images, decoding included: the teacher, with the cache that it has, against one step and every other method, same
+    batch and process.
 
     The ratio falls as the batch grows: at large batches both are bound by arithmetic, of which one pass has hardly
     less than n cached steps; at small ones the teacher waits n times for the next token. Batches above `largest`, the

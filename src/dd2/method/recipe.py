@@ -26,6 +26,7 @@ from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.head import HeadTeacher
+from dd2.teachers.masked import MaskedBackbone
 from dd2.training.ema import ema_copy, ema_lag, ema_update
 from dd2.training.preview import previewed
 from dd2.training.samples import LiveSamples, TeacherSamples
@@ -78,6 +79,11 @@ class Networks:
         return {"generator": self.generator, "guidance": self.guidance, "generator_ema": self.ema, **averages}
 
 
+def is_ar_diffusion(teacher: Teacher) -> bool:
+    """Whether it draws continuous tokens by a head of its own, which `copied_student` copies: then there is no stage 1."""
+    return isinstance(teacher, HeadTeacher) or isinstance(teacher.backbone, MaskedBackbone)
+
+
 def copied_student(teacher: Teacher, kinds: NetworksConfig) -> ArDiffusion | None:
     """A network in both roles that starts as the AR-diffusion model that the teacher is; None of a teacher over codes, of which
     stage 1 makes one.
@@ -87,7 +93,7 @@ def copied_student(teacher: Teacher, kinds: NetworksConfig) -> ArDiffusion | Non
     """
     if isinstance(teacher, HeadTeacher):
         return Student.from_ar_diffusion(teacher)
-    return MaskedStudent.from_teacher(teacher, MaskedStudentConfig(kinds.level)) if teacher.is_ar_diffusion else None
+    return MaskedStudent.from_teacher(teacher, MaskedStudentConfig(kinds.level)) if is_ar_diffusion(teacher) else None
 
 
 def fresh_student(teacher: Teacher, copied: ArDiffusion | None, head: HeadConfig) -> ArDiffusion:

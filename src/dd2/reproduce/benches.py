@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dd2.commands.dd1 import DD1RunConfig
-from dd2.commands.distill import DistillConfig
+from dd2.commands.distill_config import DistillConfig
 from dd2.commands.train_classifier import TrainClassifierConfig
 from dd2.commands.train_teacher import TrainTeacherConfig
 from dd2.commands.train_tokenizer import TrainTokenizerConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dd2.commands.dd1 import DD1RunConfig, distil_dd1
-from dd2.commands.distill import DistillConfig, distill
+from dd2.commands.distill import distill
+from dd2.commands.distill_config import DistillConfig
 from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import train_teacher

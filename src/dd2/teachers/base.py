@@ -128,7 +128,6 @@ class Teacher(nn.Module, ABC):
     Attributes:
         code: the module:function that builds it, where it comes from one.
         stored_as: what `stored` gives is called on disk ("ids", "latents").
-        is_ar_diffusion: whether it draws continuous tokens by a head, which students copy: there is no stage 1 then.
 
     Raises:
         InputError: tokenizer and backbone have different numbers of tokens.
@@ -136,7 +135,6 @@ class Teacher(nn.Module, ABC):
 
     code: str = ""
     stored_as: str
-    is_ar_diffusion: bool = False
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, conditions: Conditions) -> None:
         super().__init__()
@@ -225,7 +223,7 @@ class Teacher(nn.Module, ABC):
             tokens: (B, n, C) clean tokens.
             cond: (B, ...) conditions.
             sampling: the distribution.
-            known: (B, n) which tokens are given, from `known_sets`; None where those of earlier steps are.
+            known: (B, n) which tokens are given, from `known_sets`; None where that gives None: then those of earlier steps are.
         """
 
     @abstractmethod
@@ -260,6 +258,15 @@ class Teacher(nn.Module, ABC):
 
         Raises:
             InputError: it has no such map, which is the default.
+        """
+        self.check_ode(steps)
+        raise NotImplementedError
+
+    def check_ode(self, steps: int) -> None:
+        """Look at `follow_ode`'s number of steps before it is used.
+
+        Raises:
+            InputError: there is no such map, or not in so many steps.
         """
         raise InputError(f"regress.* needs a map from noise to data, which a {type(self).__name__} lacks (Teacher.follow_ode)")
 

@@ -94,6 +94,9 @@ class CodeTeacher(Teacher):
         mean = (share * codes).sum(0)
         self.backbone.normalise_by(mean, (share * (codes - mean).square()).sum(0).sqrt())
 
+    def check_ode(self, steps: int) -> None:
+        """Nothing: `OdeConfig` has refused what cannot be."""
+
     def fingerprint(self) -> str:
         # The standardisation is set from the samples, not the other way round.
         return weights_digest(self.backbone, self.output, without="token_")

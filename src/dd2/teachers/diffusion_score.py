@@ -1,5 +1,7 @@
 """The conditional score of a diffusion head: its noise prediction in RectFlow's terms, at the levels that it knows."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -60,13 +62,19 @@ def _size(t: Tensor) -> Tensor:
     return ((1 - t).square() + t.square()).sqrt().unsqueeze(-1)
 
 
+@lru_cache(maxsize=8)
+def _levels(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1000,) RectFlow levels of the head's, once on each device."""
+    return COSINE.rect_flow_levels.to(device, dtype)
+
+
 def index_of(t: Tensor) -> Tensor:
     """The head's level nearest to RectFlow levels t (...) in (0, 1)."""
-    levels = COSINE.rect_flow_levels.to(t)
+    levels = _levels(t.device, t.dtype)
     above = torch.searchsorted(levels, t.contiguous()).clamp(1, STEPS - 1)
     return above - (t - levels[above - 1] < levels[above] - t).long()
 
 
 def level_of(index: Tensor) -> Tensor:
     """RectFlow levels t (...) of the head's levels 0 … 999, float32."""
-    return COSINE.rect_flow_levels.to(index.device)[index].float()
+    return _levels(index.device, torch.float32)[index]

@@ -25,7 +25,7 @@ class Sampling:
     cfg_interval: int = -1
     """LlamaGen: guide only the first token and the cfg_interval + 1 that follow, as its sampler counts; -1 guides all."""
     temperature: float = 1.0
-    """Divides the logits, > 0."""
+    """Divides the logits, > 0. MAR: scales the noise of the sampler's steps, which no score knows; what is distilled is 1's."""
     top_k: int = 0
     """Keep the k likeliest codes; 0 keeps all."""
     top_p: float = 1.0

@@ -81,7 +81,6 @@ class HeadTeacher(Teacher):
     """
 
     stored_as = "latents"
-    is_ar_diffusion = True
 
     def __init__(
         self,

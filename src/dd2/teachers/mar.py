@@ -19,6 +19,9 @@ from dd2.teachers.mar_network import MAR, MARConfig
 from dd2.teachers.masked import FillStep, MaskedBackbone, fill_steps, known_before, masked_after
 from dd2.tokenizers.kl import KLTokenizer
 
+ODE_LEVEL = 985
+"""Highest level that the ODE starts from, t = 0.98: at the last ones long steps multiply an error of the head by thousands."""
+
 Noise = Callable[[int, int, Tensor], Tensor]
 """(AR step, draw within it from 0, positions (B, n) that are drawn) -> standard normal (positions, C), batch by batch."""
 
@@ -57,7 +60,6 @@ class MARTeacher(Teacher):
     """
 
     stored_as = "latents"
-    is_ar_diffusion = True
     backbone: MARBackbone  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: MARConfig, tokenizer: KLTokenizer, steps: int = 64) -> None:
@@ -86,6 +88,9 @@ class MARTeacher(Teacher):
             cond: (B,) labels.
             sampling: guidance.
             known: (B, n) which of them are known; at least one position must not be.
+
+        Raises:
+            ValueError: it is not told, or all are.
         """
         if known is None or bool(known.all()):
             raise ValueError("a masked teacher needs to be told which tokens are known (known_sets), and not all may be")
@@ -145,10 +150,13 @@ class MARTeacher(Teacher):
 
     @torch.no_grad()
     def follow_ode(self, noise: Tensor, cond: Tensor, sampling: Sampling, steps: int, solver: Solver) -> Tensor:
-        """As `Teacher.follow_ode`, along one order for all images: with another for each, noise alone would not decide them."""
+        """As `Teacher.follow_ode`, along one order for all images: with another for each, noise alone would not decide them. It
+        starts at `ODE_LEVEL` at most.
+        """
+        self.check_ode(steps)
         n = self.order.n
         order = torch.randperm(n, generator=stream("order of the ODE")).to(noise.device)
-        levels = [*COSINE.respaced(steps, self.mar.config.start).rect_flow_levels.flip(0).tolist(), 0.0]
+        levels = [*COSINE.respaced(steps, self._ode_level).rect_flow_levels.flip(0).tolist(), 0.0]
         tokens = torch.zeros_like(noise)
         for step in fill_steps(order.expand(len(noise), -1), self._steps(sampling), self._guidance(sampling)):
             rows = step.drawn
@@ -161,6 +169,14 @@ class MARTeacher(Teacher):
             tokens = tokens.clone()
             tokens[rows] = follow_ode(score, noise[rows], levels, solver).to(tokens.dtype)
         return tokens
+
+    def check_ode(self, steps: int) -> None:
+        if not 2 <= steps <= self._ode_level + 1:
+            raise InputError(f"regress.ode.steps must be in 2 to {self._ode_level + 1} for a masked teacher, got {steps}")
+
+    @property
+    def _ode_level(self) -> int:
+        return min(self.mar.config.start, ODE_LEVEL)
 
     def snap(self, tokens: Tensor) -> Tensor:
         return tokens

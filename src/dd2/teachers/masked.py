@@ -125,6 +125,10 @@ class MaskedBackbone(Backbone):
         """
 
     @abstractmethod
+    def condition_features(self, features: Tensor, cond: Tensor) -> Tensor:
+        """As `Backbone.condition_features`; the first position's features know all that is known."""
+
+    @abstractmethod
     def forget_head(self) -> None:
         """Give the head the weights that training starts with."""
 

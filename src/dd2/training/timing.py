@@ -70,7 +70,7 @@ def part(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 class Timed(ConditionalScore):
-    """A conditional score whose computing counts as a part.
+    """A conditional score, as `csd_loss` asks it, whose computing counts as a part.
 
     Args:
         score: what is computed.
@@ -79,9 +79,6 @@ class Timed(ConditionalScore):
 
     def __init__(self, score: ConditionalScore, name: str) -> None:
         self.inner, self.name, self.valid = score, name, score.valid
-
-    def levels(self, t: Tensor) -> Tensor:
-        return self.inner.levels(t)
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         with part(self.name):

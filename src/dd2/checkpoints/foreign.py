@@ -1,18 +1,14 @@
 """Reading other projects' checkpoints: files to state dicts, and state dicts to ours with every tensor accounted for."""
 
-import argparse
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dd2.checkpoints.foreign_file import read_file
 from dd2.errors import InputError
 
 Source = str | Path | Mapping[str, Any]
@@ -46,7 +42,7 @@ def read_nested(source: Source, nests: Iterable[tuple[str, ...]], device: str = 
     Raises:
         InputError: the file is missing, damaged, holds more than tensors, or no state dict.
     """
-    content = source if isinstance(source, Mapping) else _read_file(Path(source), device)
+    content = source if isinstance(source, Mapping) else read_file(Path(source), device)
     name = "the given dictionary" if isinstance(source, Mapping) else str(source)
     for nest in (*nests, ()):
         found: Any = content
@@ -56,30 +52,6 @@ def read_nested(source: Source, nests: Iterable[tuple[str, ...]], device: str = 
             return {_plain_key(str(key)): value for key, value in found.items()}, ".".join(nest)
     places = ", ".join(".".join(nest) for nest in nests)
     raise InputError(f"{name} holds no state dict (looked at its top level and under {places}); its keys are {_some(content)}")
-
-
-def _read_file(file: Path, device: str) -> Mapping[str, Any]:
-    if not file.is_file():
-        raise InputError(f"checkpoint {file} does not exist; give a .pth, .pt or .safetensors file")
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                if device == "meta":
-                    return {k: torch.empty(tensors.get_slice(k).get_shape(), device="meta") for k in tensors.keys()}  # noqa: SIM118
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        # LlamaGen's trainer keeps its argparse arguments beside the weights: plain data, which cannot run code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{file} is no checkpoint of plain tensors ({str(error).splitlines()[0]}); it is damaged, or it holds other Python "
-            "objects, which could run code when read: save its state dict alone and give that"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]}); it is damaged: download it again") from error
-    if not isinstance(content, Mapping):
-        raise InputError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
 
 
 def take(

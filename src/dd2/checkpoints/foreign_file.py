@@ -1,0 +1,100 @@
+"""Opening somebody's checkpoint: what a file is, by its first bytes, and one line in our words where it is none."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dd2.errors import InputError
+
+SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+
+NO_CHECKPOINTS = {
+    b"<!doctype html": "is a web page: the download asked for a log-in, or the file has moved; fetch it in a browser",
+    b"<html": "is a web page: the download asked for a log-in, or the file has moved; fetch it in a browser",
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run git lfs pull where it came from",
+}
+"""How files that are often taken for checkpoints begin, in lower case, and what they are."""
+
+
+def read_file(file: Path, device: str) -> Mapping[str, Any]:
+    """The content of a checkpoint file, whatever it is called.
+
+    Args:
+        file: safetensors, or what torch.save wrote; nothing in it can run code.
+        device: "cpu", or "meta" to learn names and shapes alone.
+
+    Raises:
+        InputError: it is missing, damaged, something else, or holds other things than plain data.
+    """
+    head = _head(file)
+    if file.suffix == ".safetensors" or _is_safetensors(head, file.stat().st_size):
+        return _read_safetensors(file, device)
+    try:
+        if _is_torchscript(file):
+            raise InputError(f"{file} holds a TorchScript program, not a state dict; give the checkpoint that it was made of")
+        # LlamaGen's trainer keeps its argparse arguments beside the weights: plain data, which cannot run code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"it holds a {found[1]}" if found else "it is damaged, or it holds other Python objects"
+        raise InputError(
+            f"{file} is no checkpoint of plain tensors: {held}, and objects could run code when read; save its state dict alone "
+            "and give that"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever bytes make the reader do
+        raise InputError(f"{file} cannot be read as a checkpoint: it is cut off or damaged; fetch it again") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def _head(file: Path) -> bytes:
+    """The first bytes of a file that may be a checkpoint."""
+    if file.is_dir():
+        inside = sorted(path.name for path in file.iterdir() if path.suffix in SUFFIXES)
+        hint = f"give a file in it, such as {inside[0]}" if inside else f"give a file ({', '.join(SUFFIXES)})"
+        raise InputError(f"checkpoint {file} is a folder; {hint}")
+    if not file.is_file():
+        raise InputError(f"checkpoint {file} does not exist; give a .pth, .pt or .safetensors file")
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    except OSError as error:
+        raise InputError(f"checkpoint {file} cannot be read ({error.strerror})") from error
+    if not head:
+        raise InputError(f"checkpoint {file} is empty: its download has failed; fetch it again")
+    for start, what in NO_CHECKPOINTS.items():
+        if head.lstrip().lower().startswith(start):
+            raise InputError(f"checkpoint {file} {what}")
+    return head
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    return len(head) > 8 and 0 < int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{"
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_safetensors(file: Path, device: str) -> Mapping[str, Any]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            if device == "meta":
+                return {k: torch.empty(tensors.get_slice(k).get_shape(), device="meta") for k in tensors.keys()}  # noqa: SIM118
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{file} cannot be read as safetensors: it is cut off or damaged; fetch it again") from error

@@ -1,0 +1,81 @@
+"""Other people's files: what is no checkpoint is named in one line, whatever its bytes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from dd2.checkpoints.foreign_file import read_file
+from dd2.cli import main
+from dd2.errors import InputError
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(InputError) as error:
+        read_file(path, "cpu")
+    text = str(error.value)
+    assert text.count("\n") == 0
+    assert str(path) in text
+    assert "weights_only" not in text  # words of the library, not ours
+    return text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty: its download has failed"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"  <HTML>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-lfs pointer"),
+        (b"PK\x03\x04 and no more", "cut off or damaged"),
+        (b"\x80\x02.", "cut off or damaged"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, capsys, content, said):
+    file = tmp_path / "model.pth"
+    file.write_bytes(content)
+    assert said in refused(file)
+    assert main(["inspect", str(file)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_programs_and_whole_modules_are_named(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    assert "TorchScript program" in refused(tmp_path / "script.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    assert "it holds a torch.nn.modules.linear.Linear" in refused(tmp_path / "module.pth")
+
+
+def test_folders_say_what_is_in_them(tmp_path):
+    assert "is a folder; give a file" in refused(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "such as pytorch_model.bin" in refused(tmp_path)
+    assert "does not exist" in refused(tmp_path / "gone.pth")
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.bin")
+    assert torch.equal(read_file(tmp_path / "model.bin", "cpu")["a"], torch.ones(2))
+    assert read_file(tmp_path / "model.bin", "meta")["a"].shape == (2,)
+    whole = (tmp_path / "model.bin").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[:-3])
+    assert "cut off or damaged" in refused(tmp_path / "short.safetensors")
+
+
+STARTS = [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}q", b"\x0a" + 7 * b"\0" + b"{"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=200), start=st.sampled_from(STARTS))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content, start):
+    for name in ("any.pth", "any.safetensors"):
+        file = tmp_path_factory.mktemp("bytes") / name
+        file.write_bytes(start + content)
+        try:
+            assert isinstance(read_file(file, "cpu"), Mapping)
+        except InputError:
+            refused(file)

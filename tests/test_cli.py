@@ -489,3 +489,28 @@ def test_tokenizer_folder_round_trip(tmp_path, teacher_folder):
     again = require_codes(load_teacher(teacher_folder), "a test")
     labels = torch.tensor([0, 1])
     assert torch.equal(again.generate(labels, Sampling(), [3, 4]), teacher.generate(labels, Sampling(), [3, 4]))
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_stands(tmp_path, monkeypatch):
+    """Shells leave it behind --flag= and in files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("out: ~/runs/a\nteacher: ~/teacher\n")
+    config = load_config(DistillConfig, str(tmp_path / "mine.yaml"), ["--captions=~/captions.safetensors"])
+    assert config.out == tmp_path / "runs" / "a"
+    assert config.teacher == str(tmp_path / "teacher")
+    assert config.captions == str(tmp_path / "captions.safetensors")
+    assert load_config(DistillConfig, "", ["--out", "a~/b"]).out == Path("a~/b")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "environment",
+    [{"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, {"PYTHONIOENCODING": "ascii"}],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_what_notebooks_and_terminals_set_does_no_harm(environment):
+    """Help has letters that ASCII lacks; pictures need no window."""
+    code = "import sys; from dd2.cli import main; sys.argv = ['dd2', 'distill', '--help']; main(); import matplotlib.pyplot"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"--csd.iterations" in done.stdout

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dd2.environment import prepare
 from dd2.errors import InputError, Interrupted, NumericalError, PeerLost
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 for bad input, 1 for a numerical failure, 130 after an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        prepare()
     try:
         return _dispatch(arguments)
     except InputError as error:

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -265,11 +267,21 @@ def _parse(config_class: type[C], arguments: Sequence[str], command: str) -> C:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config_class, prog=command, args=arguments)
+            return _at_home(tyro.cli(config_class, prog=command, args=arguments))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(box.getvalue(), command)) from None
+
+
+def _at_home(config: C) -> C:
+    """The same with ~ at the start of a path as the home folder, which a shell does not see behind --flag= or in a file."""
+    expanded: dict[str, Any] = {}
+    for name, _ in field_types(type(config)):
+        value = functools.reduce(getattr, name.split("."), config)
+        if isinstance(value, str | Path) and str(value).startswith("~/"):
+            expanded[name] = type(value)(os.path.expanduser(value))
+    return with_fields(config, expanded) if expanded else config
 
 
 def _one_line(box: str, command: str) -> str:

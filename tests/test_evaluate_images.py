@@ -11,6 +11,8 @@ import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,8 @@ from dd2.errors import InputError
 from dd2.evaluation import inception
 from dd2.evaluation.features import classifier_features, inception_features, open_features, read_features
 from dd2.evaluation.images import ImageSet
-from dd2.frechet import FeatureStatistics, frechet_distance
+from dd2.evaluation.metrics import MetricConfig, scores
+from dd2.frechet import FeatureStatistics, fit_gaussian, frechet_distance
 from dd2.images import grid, to_uint8
 from dd2.writers import FolderWriter, NpzWriter, open_writer
 
@@ -367,3 +370,35 @@ def test_two_processes_make_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("dd2.evaluation.bank.SHARD", 40)
     one = evaluated(tmp_path / "same.npz", r, "--metrics.kid-subsets", 5)
     assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
+
+
+def test_a_stored_array_is_checked_by_its_sum(tmp_path, capsys):
+    """Stored arrays are mapped, so that nothing else would see the damage."""
+    np.savez(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), dtype=np.uint8))
+    ImageSet(tmp_path / "x.npz")
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[3000:3400] = bytes(400)
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(InputError, match="its checksum is wrong: it is damaged, fetch it again"):
+        ImageSet(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 19, 20])
+def test_any_number_of_images_is_scored(count):
+    """The inception score's splits are never more than a half of the images has, of which its interval is made."""
+    random = torch.Generator().manual_seed(0)
+    pool, logits = torch.randn(count, 3, generator=random), torch.randn(count, 4, generator=random)
+    kept = {"pool": pool, "probabilities": logits.softmax(1), "labels": torch.arange(count) % 2}
+    bank: Any = SimpleNamespace(load=kept.__getitem__, names=lambda: set(kept))
+    reference: Any = SimpleNamespace(fits={"pool": fit_gaussian([torch.randn(50, 3, generator=random)])}, pool=None)
+    found = scores(bank, reference, MetricConfig())
+    assert 1 <= found["inception_score"] <= 4
+    assert ("inception_score_95" in found) == (count >= 8)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(5.0, 0.0), (9.0, -1.0)])
+def test_what_is_no_probability_is_refused(scale, shift):
+    read = lambda images: {"pool": images.flatten(1), "probabilities": images.flatten(1)[:, :8].abs() * scale + shift}  # noqa: E731
+    network: Any = SimpleNamespace(name="mine", read=read)
+    with pytest.raises(InputError, match="probabilities must not be negative and must sum to 1"):
+        read_features(network, torch.rand(4, 1, 4, 4))

@@ -132,4 +132,9 @@ def read_features(network: FeatureNetwork, images: Tensor) -> Features:
             raise InputError(f"features {network.name}: {name} must be ({len(images)}, F), got {shape}")
         if not torch.isfinite(values).all():
             raise InputError(f"features {network.name}: {name} hold NaN or infinity; the images or the network are broken")
+    if (p := found.get("probabilities")) is not None and not ((p >= 0).all() and ((p.float().sum(1) - 1).abs() < 1e-2).all()):
+        raise InputError(
+            f"features {network.name}: probabilities must not be negative and must sum to 1 in every row, as an inception score "
+            "of others means nothing; give them after the softmax"
+        )
     return {name: values.detach().float().cpu() for name, values in found.items()}

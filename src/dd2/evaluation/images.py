@@ -6,6 +6,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -145,11 +146,26 @@ def _integers(archive: zipfile.ZipFile, name: str) -> list[int] | None:
         return [int(value) for value in np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)]
 
 
+def _check_sum(file: BinaryIO, entry: zipfile.ZipInfo) -> None:
+    """Refuse an entry whose bytes are not those that were written: mapped, nothing else would look.
+
+    Raises:
+        ValueError: its checksum is another.
+    """
+    found, left = 0, entry.file_size
+    while left and (part := file.read(min(left, 2**24))):
+        found, left = zlib.crc32(part, found), left - len(part)
+    if found != entry.CRC:
+        raise ValueError("its checksum is wrong: it is damaged, fetch it again")
+
+
 def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:
     """The array of an uncompressed .npz entry, mapped: 50,000 images of 256 pixels would be 10 GB."""
     with open(path, "rb") as file:
         file.seek(entry.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+        file.seek(entry.header_offset + 30 + name_length + extra_length)
+        _check_sum(file, entry)
         file.seek(entry.header_offset + 30 + name_length + extra_length)
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

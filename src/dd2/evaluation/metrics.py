@@ -59,7 +59,7 @@ def scores(bank: Store, reference: Reference, config: MetricConfig, seed: int = 
         spatial = reference.fits["spatial"]
         found |= _with_interval("sfid", bank.load("spatial"), lambda rows: frechet_distance(_fit(rows), spatial), config, seed)
     if "probabilities" in bank.names():
-        probabilities, splits = bank.load("probabilities"), min(config.splits, len(pool))
+        probabilities, splits = bank.load("probabilities"), max(1, min(config.splits, len(pool) // 2))  # halves have some too
         _, found["inception_score_sd"] = inception_score(probabilities, splits, seed)
         value = partial(inception_score, splits=splits, seed=seed)
         found |= _with_interval("inception_score", probabilities, lambda rows: value(rows)[0], config, seed)

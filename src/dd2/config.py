@@ -31,6 +31,19 @@ CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """module:function."""
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which lets the last of equal keys win without a word, but for that."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = getattr(key, "value", None)
+            if isinstance(name, str) and name in seen:
+                raise yaml.YAMLError(f"{name} stands there twice (line {key.start_mark.line + 1}); keep one of them")
+            seen.add(name if isinstance(name, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file as a flat {"section.field": value} mapping.
 
@@ -38,7 +51,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         InputError: the file is missing, is not YAML or is not a mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)  # a safe one; with or without a byte-order mark
     except OSError as error:
         raise InputError(f"configuration {file} cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, ValueError) as error:

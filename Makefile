@@ -63,7 +63,7 @@ digits-mar: setup
 	$(BIN)/dd2 train-tokenizer configs/digits_mar_tokenizer.yaml
 	$(BIN)/dd2 train-teacher configs/digits_mar_teacher.yaml
 	$(BIN)/dd2 distill configs/digits_mar.yaml
-	$(BIN)/dd2 evaluate runs/digits_mar --steps 1 2 4 --teacher-steps 8 4 2 1
+	$(BIN)/dd2 evaluate runs/digits_mar --steps 1 2 4 --teacher-steps 8 4 2 --batch 100
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info

@@ -44,6 +44,11 @@ def test_its_score_is_the_heads(pair):
     torch.testing.assert_close(given.x0_hat(x_t, t), x_t - t.unsqueeze(-1) * v)
 
 
+def test_it_has_no_map_from_noise_to_data_to_regress(pair):
+    with pytest.raises(InputError, match=r"a HeadTeacher lacks \(Teacher.follow_ode\)"):
+        pair[1].check_ode(5)  # what dd2 distill asks before anything is drawn
+
+
 def test_it_is_sampled_by_ar_diffusion_and_continues_any_prefix(pair):
     student, teacher = pair
     seeds = [5, 6, 7, 8]
@@ -137,7 +142,7 @@ def test_every_command_takes_such_a_teacher(tmp_path, capsys):
         (["distill", "--teacher", str(out / "generator"), "--out", x], "one-step generator, which is no AR model"),
         (["dd1", *ar, x], "dd2 dd1 needs a teacher over codes"),
         (["adapt", *ar, x], "dd2 adapt needs a teacher over codes"),
-        (["distill", *ar, x, "--regress.iterations", "2"], "regress.iterations needs a teacher over codes"),
+        (["distill", *ar, x, "--regress.iterations", "2"], "regress.* needs a map from noise to data, which a HeadTeacher lacks"),
         (["distill", *ar, x, "--stage1", str(first)], "an AR-diffusion model itself; leave it out"),
     ):
         assert main(wrong) == 2

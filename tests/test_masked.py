@@ -440,7 +440,7 @@ def test_distilled_from_the_command_line(tmp_path, capsys):
     for more, said in (
         (["--teacher-steps", "1"], "teacher_steps must be at least 2"),
         (["--teacher-steps", "17"], "sampling.ar_steps must be in 1 to 16"),
-        (["--skip", "1"], "skip 1 needs a teacher over codes"),
+        (["--skip", "1"], "skip-1 needs a teacher over codes"),
         (["--steps", "6"], "steps must be 1 (the generator alone) to 5"),
     ):
         assert main(["evaluate", str(run), "--count", "60", *more]) == 2

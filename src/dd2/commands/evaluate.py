@@ -58,7 +58,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     for k in config.steps:
         first_redrawn_step(run.teacher, run.sampling, k)  # refuses before anything is drawn
     for m in config.skip:
-        kept_steps(require_codes(run.teacher, f"skip {m}").order, m)
+        kept_steps(require_codes(run.teacher, f"skip-{m}").order, m)
     for count in config.teacher_steps:
         in_steps(run.teacher, run.sampling, count)
     labels = run.teacher.conditions.num_labels

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig, TuneConfig
-from dd2.method.recipe import (
-    catching_up_stage,
-    csd_stage,
-    networks_over_codes,
-    regress_stage,
-    starting_networks,
-    tune_stages,
-)
+from dd2.method.networks import networks_over_codes, starting_networks
+from dd2.method.recipe import catching_up_stage, csd_stage, regress_stage, tune_stages
 from dd2.sampling import one_step
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.table import TableTeacher, total_variation

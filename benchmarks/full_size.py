@@ -21,7 +21,8 @@ from dd2.checkpoints.foreign import parameters
 from dd2.checkpoints.released import RELEASED
 from dd2.commands.distill_config import DistillConfig
 from dd2.config import load_config
-from dd2.method.recipe import Networks, copied_student, csd_stage
+from dd2.method.networks import Networks, copied_student
+from dd2.method.recipe import csd_stage
 from dd2.sampling import one_step
 from dd2.student import Student
 from dd2.teachers.code import CodeTeacher

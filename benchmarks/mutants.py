@@ -43,7 +43,7 @@ def without(setting: str) -> str:
 
 
 STAGE1 = "wanted = teacher.given(tokens, cond, config.sampling)"
-STAGE2 = "wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling)"
+STAGE2 = "wanted = teacher.given(snapped if config.snap_teacher else detached, cond, config.sampling, known)"
 LEVELS1 = "t = config.noise_level.draw((config.draws, *tokens.shape[:-1]), random)"
 LEVELS2 = "t = config.noise_level.draw((draws, *q.shape[:-1]), random)"
 KEY = "key = (self.seed, stage.stream or stage.name, update.name, step, repeat, micro)"
@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant(
         "snap_guidance follows snap_teacher in the generator's loss",
         "method/csd.py",
-        "guidance.given(snapped if config.snap_guidance",
+        "guidance.given(snapped if snap_guidance",
         "guidance.given(snapped if config.snap_teacher",
     ),
     Mutant(
@@ -101,7 +101,7 @@ MUTANTS = [
         LEVELS2,
         LEVELS2.replace("*q.shape[:-1])", "len(q), 1)") + ".expand(draws, *q.shape[:-1])",
     ),
-    Mutant("the EMA counts from 0 after alignment", "commands/distill.py", ", averaged=seen)", ")"),
+    Mutant("the EMA counts from 0 after alignment", "commands/distill.py", ", averaged=seen", ""),
     Mutant(
         "alignment does not load the EMA",
         "commands/distill.py",

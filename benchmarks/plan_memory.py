@@ -20,7 +20,8 @@ import torch
 from dd2.commands.bench import peak_of_process, peak_of_tensors
 from dd2.commands.plan import PlanConfig, needs
 from dd2.method.config import CSDConfig
-from dd2.method.recipe import Networks, csd_stage
+from dd2.method.networks import Networks
+from dd2.method.recipe import csd_stage
 from dd2.student import HeadConfig, Student
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling

@@ -66,7 +66,8 @@ def train() -> dict[str, float]:
     from dd2.checkpoints.runs import open_teacher
     from dd2.commands.distill_config import DistillConfig
     from dd2.config import load_config
-    from dd2.method.recipe import Networks, csd_stage
+    from dd2.method.networks import Networks
+    from dd2.method.recipe import csd_stage
     from dd2.student import Student
     from dd2.training.samples import TeacherSamples
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mutants import MUTANTS
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "dd2"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -29,6 +31,12 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name.startswith("dd2.") and not name.startswith("dd2.__")}
+
+
+def test_every_mutant_has_its_place():
+    """A fault whose line has changed since would be put in nowhere (benchmarks/mutants.py)."""
+    counts = {mutant.name: (SOURCE / mutant.file).read_text().count(mutant.old) for mutant in MUTANTS}
+    assert {name: count for name, count in counts.items() if count != 1} == {}
 
 
 def test_every_room_is_on_a_floor():

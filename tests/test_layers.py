@@ -9,7 +9,8 @@ from dd2.cli import main
 from dd2.device import pick_device
 from dd2.frechet import fit_gaussian, frechet_distance
 from dd2.method.config import CSDConfig, TuneConfig
-from dd2.method.recipe import Networks, csd_stage, tune_stages
+from dd2.method.networks import Networks
+from dd2.method.recipe import csd_stage, tune_stages
 from dd2.method.validation import FIRST_SEED, TeacherDistance
 from dd2.sampling import one_step
 from dd2.student import Student

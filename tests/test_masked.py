@@ -18,7 +18,8 @@ from dd2.losses import csd_loss, noised
 from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.config import CSDConfig, NetworksConfig
 from dd2.method.csd import generator_loss, guidance_loss
-from dd2.method.recipe import Networks, copied_student, csd_stage, fresh_student
+from dd2.method.networks import Networks, copied_student, fresh_student
+from dd2.method.recipe import csd_stage
 from dd2.method.regress import regress_loss
 from dd2.pipeline import OneStepPipeline
 from dd2.sampling import one_step, refine

@@ -12,7 +12,7 @@ from dd2.method import recipe
 from dd2.method.align import load_average
 from dd2.method.config import AlignConfig, CSDConfig, TuneConfig
 from dd2.method.csd import SharedBatches, generated, generator_loss, guidance_loss
-from dd2.method.recipe import Networks
+from dd2.method.networks import Networks
 from dd2.method.tune import tune_loss
 from dd2.scores import velocity
 from dd2.student import Student
@@ -194,7 +194,7 @@ def test_every_iteration_draws_new_batches_to_share(monkeypatch):
     monkeypatch.setattr(recipe, "generated", lambda generator, *rest: drawn.append(1) or generated(generator, *rest))
     for share, expected in ((True, 2), (False, 6)):
         config = CSDConfig(batch=2, accumulate=2, k=3, share_generated=share, sampling=Sampling(), validation=0)
-        stage = recipe.csd_stage(recipe.Networks.from_tuned(random_student(1)), teacher, samples, config)
+        stage = recipe.csd_stage(Networks.from_tuned(random_student(1)), teacher, samples, config)
         for step in range(2):
             drawn.clear()
             for call in range(6):

@@ -19,7 +19,8 @@ from dd2.commands.plan import PlanConfig, needs
 from dd2.config import load_config
 from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.config import CSDConfig, MatchConfig, RegressConfig
-from dd2.method.recipe import Networks, catching_up_stage, csd_stage, regress_stage
+from dd2.method.networks import Networks
+from dd2.method.recipe import catching_up_stage, csd_stage, regress_stage
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling
 from dd2.training.footprint import footprint

@@ -9,7 +9,8 @@ from dd2.checkpoints.native import load_generator, save_teacher
 from dd2.checkpoints.runs import open_teacher
 from dd2.cli import main
 from dd2.method.config import RegressConfig
-from dd2.method.recipe import Networks, regress_stage
+from dd2.method.networks import Networks
+from dd2.method.recipe import regress_stage
 from dd2.method.regress import regress_loss
 from dd2.student import HeadConfig, Student
 from dd2.teachers.code import require_codes

@@ -310,7 +310,8 @@ def test_signal_saves_and_says_how_to_resume(tmp_path, small_run, number):
 def test_bfloat16_follows_float32(tmp_path):
     """Autocast changes the networks' arithmetic, not the losses' meaning."""
     from dd2.method.config import CSDConfig, TuneConfig
-    from dd2.method.recipe import Networks, csd_stage, tune_stages
+    from dd2.method.networks import Networks
+    from dd2.method.recipe import csd_stage, tune_stages
     from dd2.student import Student
     from models import TINY_HEAD
 

@@ -9,7 +9,8 @@ import torch
 from dd2.checkpoints.native import save_teacher
 from dd2.cli import main
 from dd2.method.config import CSDConfig
-from dd2.method.recipe import Networks, csd_stage
+from dd2.method.networks import Networks
+from dd2.method.recipe import csd_stage
 from dd2.sampling import one_step
 from dd2.student import Student
 from dd2.teachers.filtering import Sampling

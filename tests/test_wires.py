@@ -24,7 +24,8 @@ from dd2.errors import InputError
 from dd2.losses import noised
 from dd2.method.config import AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.csd import generated, generator_loss, guidance_loss
-from dd2.method.recipe import Networks, csd_stage, starting_networks
+from dd2.method.networks import Networks, starting_networks
+from dd2.method.recipe import csd_stage
 from dd2.method.tune import tune_loss
 from dd2.scores import ConditionalScore, HeadScore
 from dd2.student import HeadConfig, Student

@@ -14,7 +14,7 @@ from dd2.errors import InputError
 from dd2.student import ArDiffusion
 from dd2.teachers.base import Teacher
 from dd2.teachers.diffusion import STEPS
-from dd2.teachers.diffusion_score import DiffusionScore, level_of
+from dd2.teachers.diffusion_score import COSINE, DiffusionScore
 from dd2.teachers.masked import MaskedBackbone
 
 
@@ -29,7 +29,7 @@ class MaskedStudentConfig:
     def __post_init__(self) -> None:
         """Refuse other levels."""
         if not 0 <= self.level < STEPS:
-            raise InputError(f"the generator's noise level must be in 0 to {STEPS - 1}, got {self.level}")
+            raise InputError(f"networks.level must be in 0 to {STEPS - 1}, got {self.level}")
 
 
 class MaskedStudent(ArDiffusion):
@@ -77,6 +77,5 @@ class MaskedStudent(ArDiffusion):
         """One pass: noise (B, n, C), cond (B, ...) -> clean tokens, the head's posterior mean at each position's own noise."""
         features = self.backbone(noise, cond)
         index = torch.full(noise.shape[:-1], self.config.level, device=noise.device)
-        t = level_of(index).unsqueeze(-1)
         eps, _ = self.masked.head(noise, index, features)
-        return (noise * ((1 - t).square() + t.square()).sqrt() - t * eps) / (1 - t)
+        return COSINE.clean(noise, index, eps)

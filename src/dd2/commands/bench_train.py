@@ -14,7 +14,8 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
-from dd2.method.recipe import Networks, csd_stage
+from dd2.method.networks import Networks
+from dd2.method.recipe import csd_stage
 from dd2.processes import say
 from dd2.seeding import stream
 from dd2.student import Student

@@ -20,18 +20,8 @@ from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.generator import Generator
 from dd2.masked_student import MaskedStudent
-from dd2.method.recipe import (
-    Networks,
-    catching_up_stage,
-    copied_student,
-    csd_stage,
-    fresh_student,
-    match_stage,
-    networks_over_codes,
-    regress_stage,
-    starting_networks,
-    tune_stages,
-)
+from dd2.method.networks import Networks, copied_student, fresh_student, networks_over_codes, starting_networks
+from dd2.method.recipe import catching_up_stage, csd_stage, match_stage, regress_stage, tune_stages
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes

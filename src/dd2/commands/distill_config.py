@@ -9,7 +9,7 @@ from dd2.commands.adapt import check_adaptation
 from dd2.errors import InputError
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.match import check_reference
-from dd2.method.recipe import is_ar_diffusion
+from dd2.method.networks import is_ar_diffusion
 from dd2.processes import say
 from dd2.student import HeadConfig
 from dd2.teachers.base import Teacher

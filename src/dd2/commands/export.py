@@ -13,7 +13,7 @@ from dd2.config import OutPath, RunFolder
 from dd2.errors import InputError
 from dd2.generator import Generator
 from dd2.masked_student import MaskedStudent
-from dd2.method.recipe import average_name
+from dd2.method.networks import average_name
 from dd2.processes import say
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Teacher

@@ -18,7 +18,7 @@ from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.masked_student import MaskedStudent
 from dd2.method.csd import Guidance
-from dd2.method.recipe import copied_student, networks_over_codes
+from dd2.method.networks import copied_student, networks_over_codes
 from dd2.processes import say
 from dd2.scores import HeadScore
 from dd2.student import OneStepNetwork, Student

@@ -6,7 +6,7 @@ from typing import Literal
 
 from dd2.errors import InputError
 from dd2.losses import Distance
-from dd2.teachers.diffusion import STEPS
+from dd2.masked_student import MaskedStudentConfig
 from dd2.teachers.filtering import Sampling
 from dd2.training.schedule import NoiseLevelConfig, OptimConfig
 from dd2.trajectory import OdeConfig
@@ -57,7 +57,7 @@ class NetworksConfig:
     guidance: Literal["velocity", "codes"] = "velocity"
     """velocity: the paper's head. codes: next-token probabilities of the generator's sequences, whose score is Eq. 1's. Where
     both are codes there is no stage 1."""
-    level: int = 928
+    level: int = MaskedStudentConfig.level
     """Of a masked teacher (MAR): the noise level, 0 to 999, at which the generator's copy of its head reads noise. Errors are
     multiplied by t / (1 - t), 9 at 928."""
     extra_layers: int = 0
@@ -69,8 +69,7 @@ class NetworksConfig:
             if getattr(self, name) not in ("velocity", "codes"):
                 raise InputError(f'networks.{name} must be "velocity" or "codes", got {getattr(self, name)!r}')
         _counts("networks", self, (), ("extra_layers",))
-        if not 0 <= self.level < STEPS:
-            raise InputError(f"networks.level must be in 0 to {STEPS - 1}, got {self.level}")
+        MaskedStudentConfig(self.level)  # refuses what is no level
         if self.extra_layers and self.generator != "codes":
             raise InputError("networks.extra_layers needs networks.generator codes")
 

@@ -260,7 +260,7 @@ class Teacher(nn.Module, ABC):
             InputError: it has no such map, which is the default.
         """
         self.check_ode(steps)
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__}.check_ode allows a map from noise to data that follow_ode does not give")
 
     def check_ode(self, steps: int) -> None:
         """Look at `follow_ode`'s number of steps before it is used.

@@ -96,9 +96,13 @@ class MARTeacher(Teacher):
             raise ValueError("a masked teacher needs to be told which tokens are known (known_sets), and not all may be")
         factor, after = self._guidance(sampling), self._known_after(sampling)
         scale = torch.tensor([factor(after(count) / self.order.n) for count in known.sum(1).tolist()], device=tokens.device)
-        features = self.backbone.features_given(tokens, known, cond)
-        null = None if _unguided(sampling) else self.backbone.features_given(tokens, known, self.null_condition(cond))
+        features, null = self.features_given(tokens, known, cond, sampling)
         return DiffusionScore(self.backbone, features, known, null, scale.unsqueeze(1))
+
+    def features_given(self, tokens: Tensor, known: Tensor, cond: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+        """Features (B, n, D) as `MaskedBackbone.features_given`, and those without the condition where there is guidance."""
+        features = self.backbone.features_given(tokens, known, cond)
+        return features, None if _unguided(sampling) else self.backbone.features_given(tokens, known, self.null_condition(cond))
 
     def known_sets(self, batch: int, sampling: Sampling, random: torch.Generator) -> Tensor:
         """What the sampler has drawn before one of its steps, each as likely, in a random order: so the steps that it takes
@@ -160,12 +164,11 @@ class MARTeacher(Teacher):
         tokens = torch.zeros_like(noise)
         for step in fill_steps(order.expand(len(noise), -1), self._steps(sampling), self._guidance(sampling)):
             rows = step.drawn
-            given = [self.backbone.features_given(tokens, step.known, cond)[rows]]
-            if not _unguided(sampling):
-                given.append(self.backbone.features_given(tokens, step.known, self.null_condition(cond))[rows])
-            factor = noise.new_full((len(given[0]),), step.guidance)
+            features, null = self.features_given(tokens, step.known, cond, sampling)
+            null = None if null is None else null[rows]
+            factor = noise.new_full((int(rows.sum()),), step.guidance)
             known = torch.zeros_like(factor, dtype=torch.bool)
-            score = DiffusionScore(self.backbone, given[0], known, given[1] if len(given) > 1 else None, factor)
+            score = DiffusionScore(self.backbone, features[rows], known, null, factor)
             tokens = tokens.clone()
             tokens[rows] = follow_ode(score, noise[rows], levels, solver).to(tokens.dtype)
         return tokens
@@ -260,10 +263,8 @@ def fill(
     chain = COSINE.respaced(sampling.diffusion_steps, teacher.mar.config.start).to(tokens.device)
     indices = chain.indices.tolist()
     for number, step in enumerate(steps, first_step):
-        features = teacher.mar.features(tokens, step.known, labels)[step.drawn]
-        null = None
-        if not _unguided(sampling):
-            null = teacher.mar.features(tokens, step.known, teacher.null_condition(labels))[step.drawn]
+        features, null = teacher.features_given(tokens, step.known, labels, sampling)
+        features, null = features[step.drawn], None if null is None else null[step.drawn]
         x = noise(number, 0, step.drawn)
         for draw, k in enumerate(reversed(range(len(indices))), 1):
             level = torch.full((len(x),), k, device=x.device)

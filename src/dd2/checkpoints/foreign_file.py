@@ -49,7 +49,7 @@ def read_file(file: Path, device: str) -> Mapping[str, Any]:
             f"{file} is no checkpoint of plain tensors: {held}, and objects could run code when read; save its state dict alone "
             "and give that"
         ) from error
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # whatever bytes make the reader do
         raise InputError(f"{file} cannot be read as a checkpoint: it is cut off or damaged; fetch it again") from error

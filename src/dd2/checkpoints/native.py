@@ -79,6 +79,11 @@ NETWORKS = {
 """By method; baselines add their own (`dd2.baselines`)."""
 
 
+def network_of(teacher: Teacher, sizes: HeadConfig | CodeStudentConfig | MaskedStudentConfig) -> OneStepNetwork:
+    """A network of the kind that has such sizes, whose weights are yet to be loaded. Errors as `NetworkKind.build`."""
+    return next(kind for kind in NETWORKS.values() if kind.config is type(sizes)).build(teacher, sizes)
+
+
 @first_process_only
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
     """Write a tokenizer folder; `dtype` is the storage format, loading always gives float32."""

@@ -6,17 +6,14 @@ from typing import Literal
 
 import torch
 
-from dd2.checkpoints.native import code_student, save_generator
+from dd2.checkpoints.native import network_of, save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_record_teacher
 from dd2.config import OutPath, RunFolder
 from dd2.errors import InputError
 from dd2.generator import Generator
-from dd2.masked_student import MaskedStudent
 from dd2.method.networks import average_name
 from dd2.processes import say
-from dd2.student import HeadConfig, OneStepNetwork, Student
-from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import best_step, load_network, steps
 
 STAGES = ("match", "csd_aligned", "csd")
@@ -64,18 +61,11 @@ def export(config: ExportConfig) -> Path:
     if record.head is None:
         raise InputError(f"{config.run} is a run of dd2 {record.command}; its generator/ folder is all there is to ship")
     teacher = open_record_teacher(record, config.run, torch.device("cpu"), trust=config.trust)
-    student = _network(record, record.head, teacher)
+    student = network_of(teacher, record.masked or record.codes or record.head)
     load_network(file, student)
     save_generator(config.out, Generator.of(student, teacher), getattr(torch, config.dtype))
     say(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")
     return config.out
-
-
-def _network(record: RunRecord, head: HeadConfig, teacher: Teacher) -> OneStepNetwork:
-    """A generator of the run's sizes, whose weights are yet to be loaded."""
-    if record.masked is not None:
-        return MaskedStudent.from_teacher(teacher, record.masked)
-    return Student(teacher.student_backbone(), head) if record.codes is None else code_student(teacher, record.codes)
 
 
 def _file_name(average: str) -> str:

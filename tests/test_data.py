@@ -57,6 +57,14 @@ def test_damaged_mnist_files(tmp_path: Path):
         open_data(str(tmp_path), 8, 1)
 
 
+def test_mnist_files_that_do_not_agree(tmp_path: Path):
+    for split in ("train", "t10k"):
+        (tmp_path / f"{split}{IMAGES}").write_bytes(idx(np.zeros((4, 8, 8), np.uint8)))
+        (tmp_path / f"{split}{LABELS}").write_bytes(idx(np.zeros(3 if split == "t10k" else 4, np.uint8)))
+    with pytest.raises(InputError, match=r"labels of test are \(4, 8, 8\) and \(3,\)"):
+        open_data(str(tmp_path), 8, 1)
+
+
 def test_published_splits_are_kept(tmp_path: Path):
     for split, level in (("train", 10), ("val", 200)):
         for label in ("a", "b"):

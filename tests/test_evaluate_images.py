@@ -210,10 +210,10 @@ def test_bad_images_and_references(tmp_path, capsys):
     r = write(draw(2, 12), tmp_path / "r")
     capsys.readouterr()
     assert "images have no teacher" in refused(capsys, "evaluate", "--images", a)
-    assert "do not exist" in refused(capsys, "evaluate", "--images", tmp_path / "none", "--reference", r)
-    assert "do not exist" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "none")
+    assert "there is no such folder" in refused(capsys, "evaluate", "--images", tmp_path / "none", "--reference", r)
+    assert "there is no such folder" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "there are none in it" in refused(capsys, "evaluate", "--images", tmp_path / "empty", "--reference", r)
+    assert "there are no images in it" in refused(capsys, "evaluate", "--images", tmp_path / "empty", "--reference", r)
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((4, 16, 16, 1)))
     assert "must be uint8" in refused(capsys, "evaluate", "--images", tmp_path / "float.npz", "--reference", r)
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
@@ -235,6 +235,17 @@ def test_bad_images_and_references(tmp_path, capsys):
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     assert "must be (F,) and (F, F)" in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / "odd.npz")
     assert "out must end in .npz" in refused(capsys, "reference", a, tmp_path / "x.txt")
+    for name, arrays, said in (
+        ("text", {"mu": np.array(["a"]), "sigma": np.eye(64)}, "mu is <U1, it must hold real numbers"),
+        ("json", {"mu": np.zeros(64), "sigma": np.eye(64), "described": np.array("[1]")}, "described is no JSON object"),
+        ("nan", {"mu": np.zeros(64), "sigma": np.full((64, 64), np.nan)}, "NaN"),
+        ("uneven", {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))}, "is no covariance"),
+        ("negative", {"mu": np.zeros(64), "sigma": -np.eye(64)}, "is no covariance"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        assert said in refused(capsys, "evaluate", "--images", a, "--reference", tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "long.npz", mu=np.zeros(64, np.longdouble), sigma=np.eye(64, dtype=np.int64))  # other real numbers serve
+    assert evaluated(a, tmp_path / "long.npz")["frechet"] > 0
 
 
 class Mixed6(nn.Module):
@@ -279,7 +290,7 @@ def test_grey_pictures_among_colour_ones_and_broken_archives(tmp_path, capsys):
     assert ((images[torch.tensor([1])] + 1) * 127.5).round().unique().tolist() == [40]
     assert images[torch.tensor([0, 1])].shape == (2, 3, 8, 8)
     Image.new("I;16", (8, 8), 4000).save(tmp_path / "mixed" / "0.png")
-    assert "16 bits" in refused(capsys, "evaluate", "--images", tmp_path / "mixed", "--reference", tmp_path / "mixed")
+    assert "the first is grey" in refused(capsys, "evaluate", "--images", tmp_path / "mixed", "--reference", tmp_path / "mixed")
     whole = write(draw(1, 8), tmp_path / "z.zip").read_bytes()
     (tmp_path / "z.zip").write_bytes(whole[:200] + b"\0" * 100 + whole[300:])
     assert "cannot be read" in refused(capsys, "evaluate", "--images", tmp_path / "z.zip", "--reference", tmp_path / "z.zip")

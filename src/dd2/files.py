@@ -27,9 +27,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def behind_links(path: Path) -> Path:
+    """Where a path leads: what is put in the place of a link would leave what it points to as it was."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary neighbour; when the block ends well it is flushed to the disk and renamed over `path`."""
+    """Write to a temporary neighbour; when the block ends well it is flushed to the disk and renamed over `path`, or over what
+    `path` is a link to.
+    """
+    path = behind_links(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -61,6 +69,7 @@ def writable_folder(path: Path, what: str) -> Path:
     Raises:
         InputError: it cannot be made or written to.
     """
+    path = behind_links(path)
     probe = path / f".probe.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -123,8 +132,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary neighbour; when the block ends well it is flushed and takes the place of `path`.
 
     A process killed at any moment leaves the old folder or the new one whole; between the two renames the new one still
-    has a name that ends in ".partial" and the old one a name that ends in ".old".
+    has a name that ends in ".partial" and the old one a name that ends in ".old". Of a link it is what it points to that is
+    replaced.
     """
+    path = behind_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)

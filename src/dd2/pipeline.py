@@ -60,11 +60,11 @@ class OneStepPipeline:
         precision = pick_precision(dtype, place)
         return cls(open_generator(path, place, captions, trust), precision)
 
-    def __call__(self, labels: Sequence[int], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
+    def __call__(self, labels: Sequence[int | str], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
         """Draw one image per label.
 
         Args:
-            labels: B classes, or rows of the captions.
+            labels: B classes by number or name, or rows of the captions.
             seeds: B seeds, one per image; 0 … B - 1 by default.
             nearest: snap tokens to their nearest codes before decoding.
 
@@ -77,13 +77,12 @@ class OneStepPipeline:
         seeds = range(len(labels)) if seeds is None else seeds
         if len(seeds) != len(labels):
             raise InputError(f"one seed per label is needed: {len(labels)} labels, {len(seeds)} seeds")
-        generator, count = self.generator, self.generator.conditions.num_labels
+        generator = self.generator
         if len(labels) == 0:
             raise InputError("labels are empty; give one class per image")
-        if not (min(labels) >= 0 and max(labels) < count):
-            raise InputError(f"labels must be classes 0 to {count - 1}, got {min(labels)} to {max(labels)}")
+        numbers = [generator.conditions.label(label) for label in labels]
         with torch.inference_mode():
-            cond = generator.conditions(torch.tensor(list(labels), dtype=torch.long, device=generator.device))
+            cond = generator.conditions(torch.tensor(numbers, device=generator.device))
             tokens = self._ways.one_step()(cond, seeds)
             return self._ways.decode(generator.snap(tokens) if nearest else tokens, cond).clamp(-1, 1).cpu()
 

@@ -12,6 +12,7 @@ import torch
 
 import dd2
 from dd2.processes import world_size
+from dd2.records import read_record
 
 
 def provenance(command: str, device: torch.device) -> dict[str, Any]:
@@ -32,6 +33,16 @@ def provenance(command: str, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": world_size(),
     }
+
+
+def read_versions(file: Path) -> dict[str, Any]:
+    """versions.json of a run.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    remedy = "delete it, and start the run's command again, which writes it"
+    return read_record(file, {"threads": int, "resumed?": [dict]}, remedy)
 
 
 def machine(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 from torch import Tensor
 
-from dd2.files import atomic_file, write_atomic
+from dd2.files import atomic_file, behind_links, write_atomic
 from dd2.images import one_picture, picture, pixels, png
 from dd2.processes import answering, say
 
@@ -119,8 +119,8 @@ class NpzWriter(ImageWriter):
 
     def __init__(self, path: Path, *, keep_partial: bool = False) -> None:
         super().__init__(keep_partial=keep_partial)
-        self.path = path
-        self._raw = path.with_name(f".{path.name}.{os.getpid()}.raw")
+        self.path = behind_links(path)
+        self._raw = self.path.with_name(f".{self.path.name}.{os.getpid()}.raw")
         self._file = self._raw.open("wb")
         self._labels: list[int] = []
         self._seeds: list[int] = []

@@ -49,6 +49,8 @@ def _describe_folder(folder: Path) -> dict[str, str]:
         family = f"of the code {config['code']}" if "code" in config else str(config["family"])
         role = f" ({config['role']})" if "role" in config else ""
         described = {"what": f"dd2 {config['kind']} folder {inner}{role}", "family": family}
+        if names := config.get("class_names"):
+            described["classes"] = ", ".join(map(str, names[:12])) + (f", … ({len(names)})" if len(names) > 12 else "")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{inner / 'config.json'} does not describe a model of dd2 ({error}); restore it") from error
     beside = inner / "tokenizer" / "config.json"

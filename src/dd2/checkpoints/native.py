@@ -27,6 +27,7 @@ from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import require_codes
+from dd2.teachers.conditions import ClassLabels, Conditions
 from dd2.teachers.families import FAMILIES
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -102,7 +103,12 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype = to
 @first_process_only
 def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.float32) -> None:
     """Write a teacher folder with its tokenizer inside."""
-    config = {"kind": "teacher", "family": _backbone_family(teacher.backbone), "config": config_of(teacher.backbone)}
+    config: dict[str, Any] = {
+        "kind": "teacher",
+        "family": _backbone_family(teacher.backbone),
+        "config": config_of(teacher.backbone),
+    }
+    config |= _names_of(teacher.conditions)
     weights = nn.ModuleDict(teacher.stored_parts)
     with atomic_folder(folder) as partial:
         write_model(partial, weights, config, dtype)
@@ -132,6 +138,7 @@ def save_generator(
         config["code"] = code
     else:
         config |= {"family": _backbone_family(student.backbone), "config": config_of(student.backbone)}
+        config |= _names_of(generator.conditions)
     with atomic_folder(folder) as partial:
         write_model(partial, student, config, dtype)
         if not code:
@@ -222,7 +229,24 @@ def _fresh(config: dict[str, Any], folder: Path) -> Teacher:
         raise InputError(
             f"{folder}: a {type(tokenizer).__name__} does not go with family {config['family']}; restore its tokenizer/"
         )
-    return family.build(sizes, tokenizer)
+    teacher = family.build(sizes, tokenizer)
+    if (names := config.get("class_names")) is not None:
+        _call(teacher.conditions, names, folder / "config.json")
+    return teacher
+
+
+def _names_of(conditions: Conditions) -> dict[str, Any]:
+    """What a config.json says of the labels' names."""
+    return {"class_names": list(conditions.class_names)} if conditions.class_names else {}
+
+
+def _call(conditions: Conditions, names: Any, file: Path) -> None:
+    if not isinstance(conditions, ClassLabels) or not isinstance(names, list):
+        raise InputError(f"{file}: class_names must be a list, of a model that is conditioned on classes")
+    try:
+        conditions.call(names)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:

@@ -80,11 +80,21 @@ def check_adaptation(original: Teacher, config: AdaptConfig) -> None:
     captions = original.conditions.digest()
     if config.data != "teacher":
         channels, size, _ = original.tokenizer.image_shape
-        classes, labels = open_data(config.data, size, channels).num_classes, original.conditions.num_labels
+        data = open_data(config.data, size, channels, quiet=True)
+        classes, labels = data.num_classes, original.conditions.num_labels
         if captions or classes != labels:
             what = "captions" if captions else f"{labels} classes"
             raise InputError(
                 f"adapt.data {config.data} has {classes} classes, the teacher has {what}: they must be the same classes"
+            )
+        names = original.conditions.class_names
+        if (
+            names
+            and data.class_names
+            and (other := [pair for pair in zip(data.class_names, names, strict=True) if len({*pair}) > 1])
+        ):
+            raise InputError(
+                f"adapt.data {config.data} has the class {other[0][0]} where the teacher has {other[0][1]}; rename its folders"
             )
 
 

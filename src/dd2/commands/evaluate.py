@@ -114,6 +114,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "warnings": [
             *warnings(config.count, channels, reference.described),
             *_trained_on(run, network),
+            *_other_classes(run, network),
             *_of_teacher(config, run),
         ],
     }
@@ -136,6 +137,16 @@ def _trained_on(run: FinishedRun, network: FeatureNetwork) -> list[str]:
     if aligned is None or network.digest not in aligned.digests:
         return []
     return [f"the decoder was trained on the distance in {network.name}: what is measured there proves nothing by itself"]
+
+
+def _other_classes(run: FinishedRun, network: FeatureNetwork) -> list[str]:
+    known, own = network.class_names, run.generator.conditions.class_names
+    if not known or not own or known == own:
+        return []
+    first = next((pair for pair in zip(own, known, strict=False) if pair[0] != pair[1]), (len(own), len(known)))
+    return [
+        f"the classes of {network.name} are others than the run's ({first[1]} in place of {first[0]}): accuracy means nothing"
+    ]
 
 
 def _of_teacher(config: EvaluateConfig, run: FinishedRun) -> list[str]:

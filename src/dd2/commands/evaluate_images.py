@@ -24,6 +24,7 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
     assert config.images is not None
     path = config.images.resolve()
     images = ImageSet(path)
+    say(images.said())
     balance = _checked_draws(config, images)
     out = path.with_name(f"{path.name}.dd2")
     writable_folder(out, "folder beside the images")

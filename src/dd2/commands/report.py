@@ -1,6 +1,5 @@
 """dd2 report: several evaluated runs on one page."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +14,13 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import FeatureNetwork, open_features
 from dd2.evaluation.gallery import interpolations, nearest_training, titled
-from dd2.evaluation.report import Section, page
+from dd2.evaluation.report import METRICS, Section, page
 from dd2.external import check_trust, is_code
 from dd2.files import write_atomic
 from dd2.images import png
 from dd2.precision import Precision
 from dd2.processes import say
+from dd2.records import read_record
 from dd2.sampling import Ways
 from dd2.seeding import seed_of, stream
 
@@ -75,12 +75,7 @@ def report(config: ReportConfig) -> None:
 
 def _section(config: ReportConfig, folder: Path) -> Section:
     device = pick_device(config.device)
-    try:
-        numbers = json.loads((folder / "metrics.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder} has no metrics.json that can be read; run dd2 evaluate on it first") from error
-    if "methods" not in numbers:
-        raise InputError(f"{folder}/metrics.json is of an older dd2; run dd2 evaluate on it again")
+    numbers = read_record(folder / "metrics.json", METRICS, f"run dd2 evaluate {folder}, which writes it")
     run = open_run(folder, device, trust=config.trust)
     evaluation = evaluation_of(folder, numbers, config.trust)
     evaluation = evaluation if config.precision is None else replace(evaluation, precision=config.precision)

@@ -16,7 +16,8 @@ from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.files import atomic_folder, writable_folder, write_atomic
 from dd2.processes import first_process_only
-from dd2.provenance import provenance
+from dd2.provenance import provenance, read_versions
+from dd2.records import read_record
 from dd2.training.loop import LoopConfig
 
 _locks: dict[Path, IO[str]] = {}
@@ -91,11 +92,10 @@ def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> No
 def _versions(file: Path, command: str, config: Any) -> dict[str, Any]:
     """What made a run: its first session, and under "resumed" those after it that differ from the one before."""
     now = provenance(command, pick_device(config.device))
-    try:
-        first: dict[str, Any] = json.loads(file.read_text())
-        later: list[Any] = first.pop("resumed", [])
-    except (OSError, ValueError, AttributeError):
+    if not file.exists():
         return now
+    first = read_versions(file)
+    later: list[Any] = first.pop("resumed", [])
     if [first, *later][-1] != now:
         later.append(now)
     return first | ({"resumed": later} if later else {})
@@ -113,7 +113,7 @@ def copy_parts(run: Path, out: Path, *names: str) -> None:
 def read_seconds(run: Path) -> dict[str, float]:
     """Seconds per part of a run so far; empty for a new one."""
     file = run / "seconds.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_record(file, {str: float}, "delete it: what it counted is then unknown") if file.exists() else {}
 
 
 @first_process_only

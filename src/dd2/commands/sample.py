@@ -17,6 +17,7 @@ from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways
+from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling
 from dd2.writers import open_writer
 
@@ -34,7 +35,7 @@ class SampleConfig:
     out: Path = Path("samples.png")
     """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
     labels: str = "all"
-    """Classes, or line numbers of captions, e.g. 3,5; "all" takes every one in turn."""
+    """Classes by number or name, or line numbers of captions, e.g. 3,seven; "all" takes every one in turn."""
     captions: str = ""
     """Caption features for a text-conditional model, from dd2 text-features; by default those of the run."""
     count: int = 64
@@ -105,7 +106,7 @@ def sample(config: SampleConfig) -> None:
         say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
     generator = ways.generator
     conditions = generator.conditions if ways.teacher is None else ways.teacher.conditions
-    labels = parse_labels(config.labels, conditions.num_labels, config.count, config.first)
+    labels = parse_labels(config.labels, conditions, config.count, config.first)
     draw = _draw(config, ways)
     seeds = list(range(config.seed + config.first, config.seed + config.first + config.count))
     if config.out.suffix and config.out.is_dir():
@@ -165,20 +166,11 @@ def _sampling(config: SampleConfig, distilled: Sampling) -> Sampling:
     return replace(distilled, **{name: value for name, value in named.items() if value is not None})
 
 
-def parse_labels(text: str, num_classes: int, count: int, first: int = 0) -> list[int]:
+def parse_labels(text: str, conditions: Conditions, count: int, first: int = 0) -> list[int]:
     """The label of each of `count` images, the first of which has number `first`, from "all" or a comma-separated list.
 
     Raises:
         InputError: an entry is not a class.
     """
-    if text == "all":
-        chosen = list(range(num_classes))
-    else:
-        try:
-            chosen = [int(entry) for entry in text.split(",")]
-        except ValueError:
-            raise InputError(f'labels must be "all" or numbers separated by commas such as 3,5, got {text!r}') from None
-    for label in chosen:
-        if not 0 <= label < num_classes:
-            raise InputError(f"label {label} is not a class of this model; its classes are 0 to {num_classes - 1}")
+    chosen = range(conditions.num_labels) if text == "all" else [conditions.label(entry) for entry in text.split(",")]
     return [chosen[index % len(chosen)] for index in range(first, first + count)]

@@ -1,5 +1,6 @@
 """dd2 train-classifier: the network behind accuracy and Fréchet distance where Inception does not fit."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dd2.commands.run_folder import start_run
-from dd2.data.source import open_data
+from dd2.data.source import first_shape, open_data
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
@@ -21,6 +22,37 @@ from dd2.training.stage import Stage, Update
 
 HELD_OUT = 20
 """Batches of held-out images that the accuracy is measured on."""
+
+
+@dataclass(frozen=True)
+class ClassifierSizes:
+    """Sizes of a classifier to train; its classes come from the data."""
+
+    image_size: int | None = None
+    """Height and width of the images, 4 times a power of two; None: the nearest one to those of the first image."""
+    image_channels: int | None = None
+    """1 (grey) or 3 (RGB); None: those of the first image."""
+    width: int = 16
+    """Channels of the first convolution; the others have twice as many."""
+    features: int = 64
+    """Channels of the penultimate layer."""
+
+    def resolved(self, data: str) -> "ClassifierSizes":
+        """The same with the sizes that the data decides, which are said."""
+        if self.image_size is not None and self.image_channels is not None:
+            return self
+        channels, *sides = first_shape(data)
+        size = min((4 * 2**k for k in range(1, 7)), key=lambda size: abs(math.log(size / min(sides))))
+        found = replace(
+            self,
+            image_size=size if self.image_size is None else self.image_size,
+            image_channels=channels if self.image_channels is None else self.image_channels,
+        )
+        say(
+            f"classifier of {found.image_channels} x {found.image_size} x {found.image_size} images, as the first is {channels} "
+            f"x {sides[0]} x {sides[1]} (classifier.image_size and image_channels give another size)"
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -42,8 +74,8 @@ class TrainClassifierConfig:
     """Optimiser steps."""
     batch: int = 128
     """Images per step."""
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """Sizes; num_classes and trained_on come from the data."""
+    classifier: ClassifierSizes = field(default_factory=ClassifierSizes)
+    """Sizes."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, decay="cosine", weight_decay=0.01))
     """Optimiser."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=50, save_every=500))
@@ -62,12 +94,16 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
         The classifier's folder.
     """
     device = pick_device(config.device)
-    data = open_data(config.data, config.classifier.image_size, config.classifier.image_channels)
-    sizes = replace(config.classifier, num_classes=data.num_classes, trained_on=Path(config.data).stem)
-    config = replace(config, classifier=sizes)
+    config = replace(config, classifier=config.classifier.resolved(config.data))
+    image_size, image_channels = config.classifier.image_size or 0, config.classifier.image_channels or 0
+    data = open_data(config.data, image_size, image_channels)
+    sizes = ClassifierConfig(
+        image_size, image_channels, data.num_classes, config.classifier.width, config.classifier.features, Path(config.data).stem
+    )
     hint = start_run(config.out, config, "train-classifier")
     torch.manual_seed(config.seed)
     classifier = Classifier(sizes).to(device)
+    classifier.class_names = data.class_names
 
     def loss(random: torch.Generator) -> Losses:
         images, labels = data.batch("train", config.batch, on_cpu(random))

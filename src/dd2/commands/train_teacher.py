@@ -18,6 +18,7 @@ from dd2.processes import say
 from dd2.seeding import stream
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.families import TeacherSizes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.train import teacher_loss
@@ -80,6 +81,8 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     hint = start_run(config.out, config, "train-teacher")
     torch.manual_seed(config.seed)
     teacher = config.build(tokenizer).to(device)
+    if data.class_names and isinstance(teacher.conditions, ClassLabels):
+        teacher.conditions.call(data.class_names)
     class_dropout = config.used(tokenizer).class_dropout
     teacher.tokenizer.requires_grad_(False)
     trained = [parameter for part in teacher.stored_parts.values() for parameter in part.parameters()]

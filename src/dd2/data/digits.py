@@ -13,6 +13,7 @@ from torch import Tensor
 
 SIZE = 16
 NUM_CLASSES = 10
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT = 297
 """Images kept from all training, for honest accuracies and likelihoods."""
 

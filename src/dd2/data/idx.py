@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dd2.data.pictures import READ_ERRORS
 from dd2.errors import InputError
 
 FILES = {"train": "train", "test": "t10k"}
@@ -30,9 +31,18 @@ class IdxImages:
         InputError: a file is missing or damaged.
     """
 
+    class_names: tuple[str, ...] = ()
+    """The files have none."""
+
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
         self.num_classes = int(self._splits["train"][1].max()) + 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width in the files."""
+        height, width = self._splits["train"][0].shape[1:]
+        return height, width
 
     @staticmethod
     def found_in(path: Path) -> bool:
@@ -40,10 +50,11 @@ class IdxImages:
         name = FILES["train"] + IMAGES
         if path.is_dir():
             return (path / name).is_file()
-        if not zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return name in archive.namelist()
+        except READ_ERRORS:  # not a zip, or none that can be read, which who reads it as pictures will say
             return False
-        with zipfile.ZipFile(path) as archive:
-            return name in archive.namelist()
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random images (size, 1, image_size, image_size) in [-1, 1] and labels (size,)."""
@@ -57,7 +68,12 @@ class IdxImages:
 
     @cached_property
     def _splits(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {split: (self._array(start + IMAGES), self._array(start + LABELS).long()) for split, start in FILES.items()}
+        found = {split: (self._array(start + IMAGES), self._array(start + LABELS).long()) for split, start in FILES.items()}
+        for split, (images, labels) in found.items():
+            if images.ndim != 3 or labels.shape != images.shape[:1] or not images.numel():
+                shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+                raise InputError(f"data {self.path}: images and labels of {split} are {shapes}, not (N, H, W) and (N,)")
+        return found
 
     def _array(self, name: str) -> Tensor:
         """An idx file: zeros, type 8 (bytes), number of axes, their lengths as big-endian integers, the values."""
@@ -71,7 +87,7 @@ class IdxImages:
             axes = content[3]
             shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
             return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
-        except (OSError, EOFError, KeyError, IndexError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        except READ_ERRORS as error:
             raise InputError(
                 f"data {self.path}: {name} is missing or damaged ({error}); copy MNIST's four files again"
             ) from error

@@ -1,49 +1,33 @@
 """Labelled images to train tokenizers and teachers on: the embedded digits, or the user's folder or zip."""
 
-import io
-import zipfile
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dd2.data import digits
 from dd2.data.idx import IdxImages
+from dd2.data.layout import layout
+from dd2.data.pictures import Pictures
 from dd2.errors import InputError
+from dd2.processes import say
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HELD_OUT_EVERY = 20
-"""One image in this many is kept from training, where no folders train and test (or val) say which."""
-
-Item = tuple[str, int]
-"""Name and class of an image."""
-
-
-class Pictures:
-    """The picture files of a directory or a zip, by name.
-
-    Raises:
-        zipfile.BadZipFile: the path is a file, but no zip.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._zip = None if path.is_dir() else zipfile.ZipFile(path)
-        names = self._zip.namelist() if self._zip else [str(file.relative_to(path)) for file in path.rglob("*")]
-        self.names = sorted(name for name in names if name.lower().endswith(SUFFIXES))
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one file."""
-        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
+"""Channels -> Pillow's name."""
 
 
 class ImageData(Protocol):
-    """Images with class labels, split into "train" and "test"."""
+    """Images with class labels, split into "train" and "test".
+
+    Attributes:
+        class_names: of the labels in order; empty where they have none.
+    """
 
     num_classes: int
+    class_names: tuple[str, ...]
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random augmented images (size, channels, H, W) in [-1, 1] and labels (size,)."""
@@ -54,6 +38,7 @@ class Digits:
     """The embedded digits."""
 
     num_classes = digits.NUM_CLASSES
+    class_names: tuple[str, ...] = digits.CLASS_NAMES
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         return digits.batch(split, size, random)
@@ -63,7 +48,7 @@ class ImageFolder:
     """Images in one folder per class, in a directory or a zip; centre-cropped, resized, mirrored at random.
 
     Args:
-        path: directory or .zip.
+        path: directory or .zip, laid out as `dd2.data.layout` knows it.
         image_size: height and width to give.
         channels: 1 (grey) or 3 (RGB).
 
@@ -72,26 +57,28 @@ class ImageFolder:
     """
 
     def __init__(self, path: Path, image_size: int, channels: int) -> None:
-        self.path, self.image_size, self.mode = path, image_size, {1: "L", 3: "RGB"}.get(channels)
-        if self.mode is None:
+        if channels not in MODES:
             raise InputError(f"images from {path} can have 1 or 3 channels, not {channels}; set tokenizer.image_channels")
-        if not path.exists():
-            raise InputError(f"data {path} does not exist; give a folder or zip of CLASS/IMAGE files, or 'digits'")
-        try:
-            self._pictures = Pictures(path)
-        except zipfile.BadZipFile as error:
-            raise InputError(f"data {path} is neither a folder nor a zip file") from error
-        names = [name for name in self._pictures.names if "/" in name]
-        names = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
-        classes = sorted({name.split("/")[-2] for name in names})
-        if not classes:
-            raise InputError(f"data {path} holds no CLASS/IMAGE files ({', '.join(SUFFIXES)})")
-        self.num_classes = len(classes)
-        items = [(name, classes.index(name.split("/")[-2])) for name in names]
-        self._items = _published_split(items) or _own_split(items)
+        self.image_size, self.channels = image_size, channels
+        self._pictures = Pictures(path, "data")
+        if not self._pictures.names:
+            raise self._pictures.none()
+        self._layout = layout(self._pictures.names, f"data {path}")
+        self.class_names = self._layout.class_names
+        self.num_classes = len(self.class_names)
+
+    def said(self) -> str:
+        """What was found."""
+        counts = {split: len(items) for split, items in self._layout.items.items()}
+        names = ", ".join(self.class_names[:4]) + (", …" if self.num_classes > 4 else "")
+        by = "held out, one in 20" if self._layout.own else "for tests, as its folders say"
+        return (
+            f"data {self._pictures.path}: {self._pictures.said()}, {self.num_classes:,} classes ({names}); "
+            f"{counts['train']:,} to train on, {counts['test']:,} {by}"
+        )
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        items = self._items[split]
+        items = self._layout.items[split]
         rows = torch.randint(len(items), (size,), generator=random).tolist()
         mirror = (torch.rand(size, generator=random) < 0.5) & (split == "train")
         images = torch.stack([self._image(items[row][0]) for row in rows])
@@ -99,11 +86,7 @@ class ImageFolder:
         return images, torch.tensor([items[row][1] for row in rows])
 
     def _image(self, name: str) -> Tensor:
-        try:
-            with Image.open(io.BytesIO(self._pictures.read(name))) as file:
-                image = file.convert(self.mode)
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.path}: {name} cannot be read as an image; remove or replace it") from error
+        image = self._pictures.image(name, MODES[self.channels])
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
@@ -112,31 +95,25 @@ class ImageFolder:
         return pixels.view(self.image_size, self.image_size, -1).permute(2, 0, 1)
 
 
-def _published_split(items: list[Item]) -> dict[str, list[Item]]:
-    """TRAIN/CLASS/IMAGE and TEST/CLASS/IMAGE, if all files lie in such folders; else nothing."""
-    names = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
-    splits: dict[str, list[Item]] = {"train": [], "test": []}
-    for name, label in items:
-        parts = name.lower().split("/")
-        split = names.get(parts[-3]) if len(parts) > 2 else None
-        if split is None:
-            return {}
-        splits[split].append((name, label))
-    return splits if splits["train"] and splits["test"] else {}
+def first_shape(name: str) -> tuple[int, int, int]:
+    """(channels, height, width) of the first image of what `open_data` opens, as it is stored."""
+    if name == "digits":
+        return 1, digits.SIZE, digits.SIZE
+    path = Path(name)
+    if IdxImages.found_in(path):
+        return 1, *IdxImages(path, 0).stored_size
+    pictures = Pictures(path, "data")
+    if not pictures.names:
+        raise pictures.none()
+    first = pictures.image(pictures.names[0])
+    return len(first.getbands()), first.height, first.width
 
 
-def _own_split(items: list[Item]) -> dict[str, list[Item]]:
-    """One image in `HELD_OUT_EVERY` is for tests."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = max(1, len(items) // HELD_OUT_EVERY)
-    return {
-        "test": [items[index] for index in order[:held_out]],
-        "train": [items[index] for index in order[held_out:]] or items,
-    }
+def open_data(name: str, image_size: int, channels: int, *, quiet: bool = False) -> ImageData:
+    """The data that a configuration names: "digits", or the path of a folder or zip of pictures or of MNIST's files.
 
-
-def open_data(name: str, image_size: int, channels: int) -> ImageData:
-    """The data that a configuration names: "digits", or the path of a folder or zip of pictures or of MNIST's files."""
+    What was found in a folder or zip of pictures is printed, unless `quiet`.
+    """
     if name == "digits":
         if (image_size, channels) != (digits.SIZE, 1):
             raise InputError(f"the digits are 1 x {digits.SIZE} x {digits.SIZE}, not {channels} x {image_size} x {image_size}")
@@ -145,4 +122,7 @@ def open_data(name: str, image_size: int, channels: int) -> ImageData:
         if channels != 1:
             raise InputError(f"data {name} is grey; set tokenizer.image_channels to 1")
         return IdxImages(Path(name), image_size)
-    return ImageFolder(Path(name), image_size, channels)
+    folder = ImageFolder(Path(name), image_size, channels)
+    if not quiet:
+        say(folder.said())
+    return folder

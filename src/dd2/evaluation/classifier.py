@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,13 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """Convolutions that halve the image down to 4 x 4, and two linear layers."""
+    """Convolutions that halve the image down to 4 x 4, and two linear layers.
+
+    Attributes:
+        class_names: of its classes in order, where the data named them.
+    """
+
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -73,8 +80,11 @@ class Classifier(nn.Module):
 @first_process_only
 def save_classifier(folder: Path, classifier: Classifier, dtype: torch.dtype = torch.float32) -> None:
     """Write a classifier folder."""
+    config: dict[str, Any] = {"kind": "classifier", "config": asdict(classifier.config)}
+    if classifier.class_names:
+        config["class_names"] = list(classifier.class_names)
     with atomic_folder(folder) as partial:
-        write_model(partial, classifier, {"kind": "classifier", "config": asdict(classifier.config)}, dtype)
+        write_model(partial, classifier, config, dtype)
 
 
 def load_classifier(folder: Path) -> Classifier:
@@ -86,4 +96,10 @@ def load_classifier(folder: Path) -> Classifier:
     config = read_config(folder, "classifier")
     classifier = Classifier(construct(ClassifierConfig, config.get("config"), folder / "config.json"))
     load_weights(folder, classifier)
+    names = config.get("class_names", [])
+    if not isinstance(names, list) or len(names) not in (0, classifier.config.num_classes):
+        raise InputError(
+            f"{folder / 'config.json'}: class_names must be {classifier.config.num_classes} texts, one for each class"
+        )
+    classifier.class_names = tuple(map(str, names))
     return classifier.eval().requires_grad_(False)

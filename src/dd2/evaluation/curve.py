@@ -1,6 +1,5 @@
 """Quality against training: every checkpoint that a run keeps, scored as its generator is."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from dd2.evaluation.plots import figure_png
 from dd2.evaluation.reference import Reference
 from dd2.evaluation.score import Scorer, gap_closed, likelihood_and_accuracy
 from dd2.frechet import fit_gaussian, frechet_distance
-from dd2.training.checkpoint import STATE_FILE, load_network, steps
+from dd2.training.checkpoint import load_network, read_state, steps
 from dd2.training.metrics import MetricsLog
 from dd2.training.store import Store
 
@@ -77,7 +76,7 @@ def _checkpoints(folder: Path, spent: dict[str, float]) -> list[tuple[Point, Pat
         taken = {row["step"]: row["seconds"] for row in rows if row["stage"] == stage and "seconds" in row}
         for step in steps(folder / "checkpoints" / stage) if stage in AVERAGES else []:
             checkpoint = folder / "checkpoints" / stage / f"{step:08d}"
-            state = json.loads((checkpoint / STATE_FILE).read_text())
+            state = read_state(checkpoint)
             point = Point(stage, step, before + taken.get(step, state["seconds"]), state.get("validation"))
             found.append((point, checkpoint / f"{AVERAGES[stage]}.safetensors"))
         before += max(taken.values(), default=0.0)

@@ -31,12 +31,14 @@ class FeatureNetwork:
         digest: hash of the weights or of the user's source; features on disk are found again under it.
         read: images (B, channels, H, W) in [-1, 1] -> features.
         knows_labels: whether the most probable class is a label of the evaluated model, so that accuracy means something.
+        class_names: what it calls those classes, where it knows.
     """
 
     name: str
     digest: str
     read: Callable[[Tensor], Features]
     knows_labels: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 def open_features(spec: str, device: torch.device) -> FeatureNetwork:
@@ -78,7 +80,7 @@ def classifier_features(folder: Path, device: torch.device) -> FeatureNetwork:
         return {"pool": pool, "spatial": maps[:, :SPATIAL_CHANNELS].flatten(1), "probabilities": probabilities}
 
     name = f"{sizes.trained_on} classifier, penultimate layer"
-    return FeatureNetwork(name, weights_digest(classifier), read, knows_labels=True)
+    return FeatureNetwork(name, weights_digest(classifier), read, knows_labels=True, class_names=classifier.class_names)
 
 
 def inception_features(file: Path, device: torch.device) -> FeatureNetwork:

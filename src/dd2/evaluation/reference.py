@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dd2.data.pictures import READ_ERRORS
 from dd2.errors import InputError
 from dd2.evaluation.bank import feature_bank
 from dd2.evaluation.features import FeatureNetwork, read_features
-from dd2.evaluation.images import READ_ERRORS, ImageSet
+from dd2.evaluation.images import ImageSet
 from dd2.files import file_digest, writable_folder
 from dd2.frechet import GaussianFit, fit_gaussian
+from dd2.processes import say
 from dd2.training.store import Store
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -62,7 +64,8 @@ def open_reference(path: Path, network: FeatureNetwork, device: torch.device, ca
     path = path.resolve()
     if path.suffix == ".npz" and path.is_file() and "mu.npy" in _names(path):
         return _statistics(path, network, device, batch, cache)
-    images = ImageSet(path)
+    images = ImageSet(path, "reference")
+    say(images.said())
     described = {"reference": str(path), "sha256": images.digest(), "count": len(images)}
     root = path.with_name(f"{path.name}.dd2") / "features"
     try:
@@ -97,15 +100,13 @@ def statistics_file(reference: Reference) -> bytes:
 def _statistics(path: Path, network: FeatureNetwork, device: torch.device, batch: int, cache: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as content:
-            fits = {
-                name: GaussianFit(torch.from_numpy(content[mean]).double(), torch.from_numpy(content[covariance]).double())
-                for name, (mean, covariance) in STATISTICS.items()
-                if mean in content and covariance in content
-            }
+            arrays = {key: np.asarray(content[key]) for keys in STATISTICS.values() for key in keys if key in content}
             made = json.loads(str(content["described"])) if "described" in content else {}
-    except (*READ_ERRORS, KeyError) as error:
+    except READ_ERRORS as error:
         raise InputError(f"reference {path} cannot be read ({error}); copy it again") from error
-    _check_statistics(path, fits)
+    if not isinstance(made, dict):
+        raise InputError(f"reference {path}: described is no JSON object; make it again with dd2 reference")
+    fits = _checked_fits(path, arrays)
     digest = file_digest(path)
     described = {**made, "reference": str(path), "sha256": digest}
     if made.get("features_digest", network.digest) != network.digest:
@@ -114,27 +115,44 @@ def _statistics(path: Path, network: FeatureNetwork, device: torch.device, batch
         )
     pool = None
     if "arr_0.npy" in _names(path):  # ADM's files hold 10,000 images for precision and recall alone
-        images = ImageSet(path)
+        images = ImageSet(path, "reference")
         pool = image_bank(images, network, device, cache, batch, digest).load("pool")
         described["images_for_precision_and_recall"] = len(images)
     return Reference(fits, pool, described)
 
 
-def _check_statistics(path: Path, fits: dict[str, GaussianFit]) -> None:
+def _checked_fits(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, GaussianFit]:
+    """Means and covariances that are some.
+
+    Raises:
+        InputError: they are not; the message names the array.
+    """
+    fits: dict[str, GaussianFit] = {}
+    for name, (mean, covariance) in STATISTICS.items():
+        if mean not in arrays or covariance not in arrays:
+            continue
+        for key in (mean, covariance):
+            if arrays[key].dtype.kind not in "fiu":
+                raise InputError(f"reference {path}: {key} is {arrays[key].dtype}, it must hold real numbers; make it again")
+        mu, sigma = arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not mu.size:
+            raise InputError(f"reference {path}: {mean} {mu.shape} and {covariance} {sigma.shape} must be (F,) and (F, F)")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise InputError(f"reference {path}: {mean} or {covariance} holds NaN or infinity; make it again")
+        largest = np.abs(sigma).max()
+        if np.abs(sigma - sigma.T).max() > 1e-4 * largest or np.linalg.eigvalsh(sigma)[0] < -1e-3 * largest:
+            raise InputError(
+                f"reference {path}: {covariance} is no covariance: symmetric, without negative variances; make it again"
+            )
+        fits[name] = GaussianFit(torch.from_numpy(mu), torch.from_numpy(sigma))
     if "pool" not in fits:
         raise InputError(f"reference {path} needs both mu and sigma; make it with dd2 reference")
-    for name, (mean, covariance) in STATISTICS.items():
-        if name in fits:
-            shapes = tuple(fits[name].mean.shape), tuple(fits[name].covariance.shape)
-            if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-                raise InputError(f"reference {path}: {mean} {shapes[0]} and {covariance} {shapes[1]} must be (F,) and (F, F)")
-            if not (torch.isfinite(fits[name].mean).all() and torch.isfinite(fits[name].covariance).all()):
-                raise InputError(f"reference {path}: {mean} or {covariance} holds NaN or infinity; make it again")
+    return fits
 
 
 def _names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except READ_ERRORS as error:
         raise InputError(f"reference {path} cannot be read ({error}); copy it again") from error

@@ -16,6 +16,8 @@ from dd2.evaluation.gallery import titled
 from dd2.evaluation.plots import curves, explained
 from dd2.files import write_atomic
 from dd2.images import png
+from dd2.provenance import read_versions
+from dd2.records import Shape
 from dd2.training.metrics import MetricsLog
 
 STYLE = """
@@ -25,6 +27,30 @@ td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:right}td:first
 small{color:#777}.best{font-weight:600}.run td{background:#f2f4f7;font-weight:600}.note{color:#555}
 pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}
 """
+
+
+METRICS: dict[Any, Shape] = {
+    "methods": {str: str},
+    "metrics": {str: {str: float}},
+    "distinct_sequences": {str: int},
+    "gap_closed": float,
+    "count": int,
+    "features": str,
+    "seconds": {str: float},
+    "evaluation": {
+        **dict.fromkeys(("count", "batch", "seed"), int),
+        **dict.fromkeys(("features", "prefix", "marginal"), str),
+        **{f"{name}?": [int] for name in ("steps", "skip", "teacher_steps")},
+        "precision?": str,
+        "reference": {"reference": str},
+    },
+    "speed?": [{"batch": int, "seconds_per_image": {str: float}, "speedup": float}],
+    "speedup_vs_teacher?": float,
+    "speedup_batch?": int,
+    "absent?": [str],
+    "warnings": [str],
+}
+"""What a page needs of a run's metrics.json."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,11 @@ class Section:
     numbers: dict[str, Any]
     images: dict[str, Tensor]
     pictures: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+    @cached_property
+    def versions(self) -> dict[str, Any]:
+        """What made it."""
+        return read_versions(self.run / "versions.json")
 
     @cached_property
     def curves(self) -> bytes:
@@ -153,7 +184,7 @@ def _speed(sections: Sequence[Section]) -> str:
     spent = "".join(
         f"<p>Seconds of {html.escape(section.run.name)}: "
         + ", ".join(f"{name} {value:.0f}" for name, value in section.numbers["seconds"].items())
-        + f"; threads: {_versions(section)['threads']}.</p>"
+        + f"; threads: {section.versions['threads']}.</p>"
         for section in sections
     )
     if not rows:
@@ -188,12 +219,8 @@ def _made(section: Section) -> str:
     config = (section.run / "config.yaml").read_text()
     return (
         f"<details><summary>{html.escape(section.run.name)}</summary><pre>{html.escape(config)}</pre>"
-        f"<pre>{html.escape(json.dumps(_versions(section), indent=2))}</pre></details>"
+        f"<pre>{html.escape(json.dumps(section.versions, indent=2))}</pre></details>"
     )
-
-
-def _versions(section: Section) -> dict[str, Any]:
-    return json.loads((section.run / "versions.json").read_text())
 
 
 def _inline(picture: bytes) -> str:

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 
 from dd2.commands.dd1 import DD1RunConfig
 from dd2.commands.distill_config import DistillConfig
-from dd2.commands.train_classifier import TrainClassifierConfig
+from dd2.commands.train_classifier import ClassifierSizes, TrainClassifierConfig
 from dd2.commands.train_teacher import TrainTeacherConfig
 from dd2.commands.train_tokenizer import TrainTokenizerConfig
 from dd2.config import load_config
 from dd2.errors import InputError
-from dd2.evaluation.classifier import ClassifierConfig
 from dd2.teachers.families import sizes_of
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.training.schedule import OptimConfig
@@ -178,7 +177,7 @@ def _real(name: str, next_scale: bool) -> Callable[[str], Bench]:
             teacher=own.teacher,
             var=own.var,
         )
-        channels = ClassifierConfig(image_size=sizes.size, image_channels=sizes.channels, width=64, features=256)
+        channels = ClassifierSizes(image_size=sizes.size, image_channels=sizes.channels, width=64, features=256)
         classifier = TrainClassifierConfig(data=images, iterations=8000, classifier=channels)
         kind = "digits_var" if next_scale else "digits"
         paper = load_config(DistillConfig, f"{kind}_paper")

@@ -10,6 +10,8 @@ from typing import Any
 from dd2.evaluation.curve import curve_plot
 from dd2.evaluation.plots import figure_png
 from dd2.files import write_atomic
+from dd2.provenance import read_versions
+from dd2.records import read_record
 from dd2.reproduce.rows import COLUMNS, Claim, Row, Table, value
 
 
@@ -79,7 +81,7 @@ def curves_of(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> dic
 
 def provenances(runs: list[Path]) -> dict[str, str]:
     """Machines, threads, torch and commits of the runs of a table, later sessions included, each once."""
-    first = [json.loads((run / "versions.json").read_text()) for run in runs]
+    first = [read_versions(run / "versions.json") for run in runs]
     found = [session for one in first for session in (one, *one.get("resumed", []))]
     return {key: ", ".join(sorted({str(one.get(key, "")) for one in found})) for key in ("machine", "threads", "torch", "commit")}
 
@@ -120,7 +122,7 @@ def write_index(folder: Path, bench: str) -> Path:
     lines += ["Written by `dd2 reproduce`. A claim counts as found if the difference of the means over seeds exceeds the larger"]
     lines += ["deviation. Numbers, commands and machines are on the pages.", ""]
     for file in sorted(folder.glob(f"{bench}_*.json")):
-        content = json.loads(file.read_text())
+        content = read_record(file, {"bench?": str}, "move it away: dd2 reproduce looks for its pages here")
         if content.get("bench") != bench or "claims" not in content:
             continue
         seeds = len(content["seeds"])

@@ -19,6 +19,7 @@ from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
 from dd2.files import atomic_folder, write_atomic
+from dd2.records import read_record
 from dd2.reproduce.benches import Bench
 
 Changes = tuple[tuple[str, Any], ...]
@@ -132,7 +133,7 @@ class Workshop:
             numbers = evaluate(config)
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, json.dumps(numbers, indent=2) + "\n")
-        return json.loads(file.read_text())
+        return read_record(file, {"evaluation": dict}, "delete it, and it is made again")
 
     def _config(self, cell: Cell) -> DistillConfig | DD1RunConfig:
         base = {"dd1": self.bench.dd1, "best": self.bench.distill}.get(cell.kind, self.bench.paper)
@@ -178,7 +179,7 @@ ELSEWHERE = ("run", "device", "trust", "cache", "features", "reference")
 
 def _evaluated_alike(file: Path, config: EvaluateConfig) -> bool:
     """Whether stored numbers are of the same fields, defaults included, as far as both know them."""
-    kept = json.loads(file.read_text())["evaluation"]
+    kept = read_record(file, {"evaluation": dict}, "delete it, and it is made again")["evaluation"]
     now = {name: value for name, value in flat(config).items() if name not in ELSEWHERE}
     return all(kept[name] == value for name, value in now.items() if name in kept)
 

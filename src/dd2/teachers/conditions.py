@@ -1,6 +1,8 @@
 """What an image is conditioned on: integer labels for people, condition tensors for transformers."""
 
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +13,13 @@ from dd2.teachers.captions import Captions
 
 
 class Conditions(ABC):
-    """Labels 0 … num_labels - 1 and the condition that each stands for. Opaque to everything but the teacher."""
+    """Labels 0 … num_labels - 1 and the condition that each stands for. Opaque to everything but the teacher.
+
+    Attributes:
+        class_names: what the labels are called, in order; empty where nobody said.
+    """
+
+    class_names: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -33,6 +41,31 @@ class Conditions(ABC):
     def default(self, count: int, device: torch.device) -> Tensor:
         """Conditions of the first `count` images when the user names no labels."""
         return self(self.default_labels(torch.arange(count, device=device)))
+
+    def label(self, wanted: int | str) -> int:
+        """The label that somebody names: a number, in digits or not, or the name of a class, in any case.
+
+        Raises:
+            InputError: there is no such label.
+        """
+        text = str(wanted).strip()
+        if text.isascii() and text.lstrip("+-").isdigit():
+            if 0 <= int(text) < self.num_labels:
+                return int(text)
+            raise InputError(f"label {text} is not a class of this model; its classes are 0 to {self.num_labels - 1}")
+        names = [name.casefold() for name in self.class_names]
+        if names.count(text.casefold()) == 1:
+            return names.index(text.casefold())
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if not names:
+            raise InputError(
+                f"label {text!r} is no number, and this model has no names of classes; give 0 to {self.num_labels - 1}"
+            )
+        close = difflib.get_close_matches(text.casefold(), names, n=1)
+        nearest = self.class_names[names.index(close[0])] if close else ""
+        hint = f"did you mean {nearest}?" if nearest else f"they are {', '.join(self.class_names[:5])}" + ", …" * (len(names) > 5)
+        raise InputError(f"label {text!r} is not a class of this model; {hint}")
 
     def use_captions(self, file: Path) -> None:
         """Let the captions of a file (dd2 text-features) be the labels of a text-conditional model.
@@ -60,6 +93,16 @@ class ClassLabels(Conditions):
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
+
+    def call(self, names: Sequence[str]) -> None:
+        """Name the classes.
+
+        Raises:
+            InputError: there are not as many names as classes, or they are no texts.
+        """
+        if len(names) != self.num_classes or not all(isinstance(name, str) for name in names):
+            raise InputError(f"class_names must be {self.num_classes} texts, one for each class, got {len(names)}")
+        self.class_names = tuple(names)
 
     @property
     def num_labels(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dd2.errors import InputError
 from dd2.files import atomic_folder, save_tensors
 from dd2.processes import barrier, rank
+from dd2.records import Shape, read_record
 from dd2.training.parallel import like, load_whole_state, whole, whole_state
 from dd2.training.stage import Stage
 
@@ -141,12 +142,22 @@ def best_step(folder: Path) -> int | None:
     found: list[tuple[float, int]] = []
     for step in steps(folder):
         try:
-            value = json.loads((folder / f"{step:08d}" / STATE_FILE).read_text()).get("validation")
-        except (OSError, ValueError):
+            value = read_state(folder / f"{step:08d}").get("validation")
+        except InputError:
             continue
-        if value is not None:
+        if isinstance(value, float):
             found.append((value, step))
     return min(found)[1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: stage, step, seconds, validation, torch.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    shape: dict[Any, Shape] = {"stage": str, "step": int, "seconds": float, "validation?": object}
+    return read_record(checkpoint / STATE_FILE, shape, "delete this checkpoint, and the one before it is taken")
 
 
 def load_network(file: Path, network: nn.Module) -> None:
@@ -171,7 +182,7 @@ def load(checkpoint: Path, stage: Stage) -> dict[str, Any]:
         InputError: a file is missing, damaged or belongs to other networks.
     """
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
+        state = read_state(checkpoint)
         for name, module in stage.modules.items():
             load_whole_state(module, load_file(checkpoint / f"{name}.safetensors"))
         for update in stage.updates:

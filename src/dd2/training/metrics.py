@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object per logged iteration, consistent across interruptions."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,14 @@ class MetricsLog:
             self._writer.flush()
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole rows."""
+        """All whole rows; lines torn by a kill, or by hand, are passed over."""
         rows: list[dict[str, Any]] = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue  # a line torn by a kill
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
+                        rows.append(row)
         return rows
 
     def reproducible_rows(self) -> list[dict[str, Any]]:

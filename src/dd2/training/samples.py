@@ -11,6 +11,7 @@ from dd2.device import full_precision
 from dd2.errors import InputError
 from dd2.files import write_atomic
 from dd2.processes import barrier, rank
+from dd2.records import read_record
 from dd2.seeding import on_cpu, seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
@@ -152,10 +153,9 @@ def sample_seed(seed: int, row: int) -> int:
 
 def samples_identity(folder: Path) -> dict[str, object]:
     """What a folder's samples were made of: teacher (fingerprint), sampling, seed; empty if that is unknown."""
-    try:
-        return json.loads((folder / "samples.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
+    file = folder / "samples.json"
+    remedy = f"restore it, or delete {folder}, which is then made again"
+    return read_record(file, {"teacher?": str}, remedy) if file.exists() else {}
 
 
 def _same_or_new(file: Path, identity: dict[str, object]) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from dd2.checkpoints.foreign import Origin, read_state, take
 from dd2.checkpoints.foreign_file import read_file
 from dd2.cli import main
 from dd2.errors import InputError
@@ -79,3 +80,58 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content, start):
             assert isinstance(read_file(file, "cpu"), Mapping)
         except InputError:
             refused(file)
+
+
+WRAPPED = [
+    lambda key: f"module.{key}",
+    lambda key: f"_orig_mod.module.{key}",
+    lambda key: f"module._orig_mod.{key}",
+    lambda key: key.replace("a.", "a._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    lambda key: f"model.{key}",
+    lambda key: f"model.net.module.{key}",
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_wrappers_anywhere_in_a_name(tmp_path, wrap, capsys):
+    """DDP, torch.compile, FSDP, checkpoint wrappers and Lightning, in any order; and what was dropped is said."""
+    plain = {"a.0.weight": torch.ones(2), "a.1.weight": torch.zeros(2), "b": torch.ones(1)}
+    torch.save({"state_dict": {wrap(key): value for key, value in plain.items()}}, tmp_path / f"{id(wrap)}.pth")
+    found = read_state(tmp_path / f"{id(wrap)}.pth", (("state_dict",),))
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    assert "names of tensors are read without" in capsys.readouterr().err
+
+
+def test_names_that_belong_to_the_model_stay(tmp_path, capsys):
+    for plain in ({"layers.0.weight": torch.ones(1), "layers.1.weight": torch.ones(1)}, {"one.weight": torch.ones(1)}):
+        assert read_state(plain, ()).keys() == plain.keys()
+    assert not capsys.readouterr().err
+    with pytest.raises(InputError, match=r"holds a twice, once as module\.a"):
+        read_state({"a": torch.ones(1), "module.a": torch.ones(1)}, ())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (torch.ones(2, dtype=torch.int8), "key a holds int8"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "key a holds float8_e4m3fn"),
+        (torch.tensor([1.0, torch.nan]), "key a holds NaN"),
+        (torch.ones(2, dtype=torch.bool), "key a holds bool"),
+    ],
+)
+def test_numbers_that_are_no_weights(values, said):
+    with pytest.raises(InputError, match=said):
+        take({"a": values}, {"a": Origin("a")}, {"a": (2,)}, lambda key: False, "model", lambda key: "")
+    halves = take({"a": torch.ones(2).half()}, {"a": Origin("a")}, {"a": (2,)}, lambda key: False, "model", lambda key: "")
+    assert halves["a"].dtype == torch.float32
+
+
+def test_folders_in_place_of_files(tmp_path):
+    (tmp_path / "hub").mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "hub" / name).write_bytes(b"")
+    assert "2 shards of one model" in refused(tmp_path / "hub")
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_bytes(b"")
+    assert "a distributed checkpoint of torch" in refused(tmp_path / "dcp")

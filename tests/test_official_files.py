@@ -206,12 +206,11 @@ def test_llamagen_layouts_and_arguments(tmp_path):
         load_llamagen(vq, gpt, num_heads=2)
     with pytest.raises(InputError, match="VQ model of LlamaGen"):
         load_llamagen(gpt, gpt, num_heads=2)
-    assert [size_in_name(name) for name in ("c2i_L_384.pt", "x/t2i_XL_stage2_512.pt", "c2i_B_256.pt", "mine.pt")] == [
-        384,
-        512,
-        256,
-        256,
-    ]
+    sizes = {384: ("c2i_L_384.pt", "c2i_XL_384 (1).pt", "c2i-XL-384.pt", "c2i_XL_384px.pt"), 512: ("x/t2i_XL_stage2_512.pt",)}
+    for size, names in (sizes | {256: ("c2i_B_256.pt", "mine.pt", "v13840.pt")}).items():
+        assert [size_in_name(name) for name in names] == [size] * len(names)
+    with pytest.raises(InputError, match="with 0 heads"):  # a value, and not "unset"
+        load_llamagen(gpt | {"tok_embeddings.weight": torch.zeros(8, 768)}, vq, num_heads=0, image_size=16)
 
 
 def test_inspect_llamagen(tmp_path, capsys):

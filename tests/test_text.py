@@ -15,6 +15,7 @@ from dd2.checkpoints.native import load_tokenizer, save_teacher
 from dd2.checkpoints.runs import embedded, open_run
 from dd2.cli import main
 from dd2.data import digits
+from dd2.errors import InputError
 from dd2.evaluation.classifier import load_classifier
 from dd2.pipeline import OneStepPipeline
 from dd2.sampling import one_step
@@ -114,6 +115,36 @@ def test_text_features(tmp_path, monkeypatch, capsys):
         assert json.loads(file.metadata()["captions"]) == ["a red fox", "snow"]
     (tmp_path / "captions.txt").write_text("fox\n\nsnow\n")
     assert "line 2 is empty" in run("--model", "there")
+    for content, said in ((b"", "is empty"), (b"\n\n", "is empty"), (b"caf\xe9", "not UTF-8"), (b"a\0b", "no text file")):
+        (tmp_path / "captions.txt").write_bytes(content)
+        assert said in run("--model", "there")
+    # A byte-order mark is no word, other systems' newlines end lines, and nothing else does.
+    (tmp_path / "captions.txt").write_bytes("\ufeffA fox\u2028in\x0bsnow\r\nsnow\n".encode())
+    assert main([str(a) for a in (*arguments, "--model", "there", "--batch", 1)]) == 0
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["captions"]) == ["a fox\u2028in\x0bsnow", "snow"]
+
+
+@pytest.mark.parametrize(
+    ("features", "mask", "said"),
+    [
+        (torch.full((1, 4, 3), torch.nan), torch.ones(1, 4), "not finite"),
+        (torch.ones(1, 4, 3, dtype=torch.int64), torch.ones(1, 4), "not finite"),
+        (torch.ones(1, 4, 3), torch.tensor([[1.0, 1, 0, 0]]), "the mask must be"),
+        (torch.ones(1, 4, 3), torch.tensor([[0.0, 1, 0, 1]]), "the mask must be"),
+        (torch.ones(1, 4, 3), torch.full((1, 4), 0.5), "the mask must be"),
+        (torch.ones(1, 4, 3), torch.zeros(1, 4), "the mask must be"),
+        (torch.ones(1, 4, 3), torch.ones(1, 3), "this model needs"),
+    ],
+)
+def test_caption_features_that_are_none(tmp_path, features, mask, said):
+    save_file({"features": features, "mask": mask}, tmp_path / "c.safetensors")
+    with pytest.raises(InputError, match=said):
+        Captions.load(tmp_path / "c.safetensors", 4, 3)
+    save_file(
+        {"features": torch.ones(2, 4, 3).half(), "mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}, tmp_path / "c.safetensors"
+    )
+    assert len(Captions.load(tmp_path / "c.safetensors", 4, 3)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,11 @@ def flat(config: Any) -> dict[str, Any]:
     return dict(_flatten(_plain(dataclasses.asdict(config))))
 
 
+def field_of(config: Any, name: str) -> Any:
+    """The value of a field by its dotted name."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
 def with_fields(config: C, values: dict[str, Any]) -> C:
     """A configuration with some fields changed, by dotted name."""
     nested: dict[str, dict[str, Any]] = {}
@@ -253,7 +258,7 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
     if name:
         file = find_yaml(name)
         source = f"{file}: "
-        values = read_yaml(file)
+        values = read_yaml(file) | _own_folder(file, config_class)
         typed = sum(1 for _ in itertools.takewhile(lambda text: not text.startswith("-"), overrides))
         typed_fields = positional(config_class)[:typed]
         kept = {field: value for field, value in values.items() if field not in typed_fields}
@@ -267,6 +272,12 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
     if name:
         refuse_unnamed_code(config, overrides, find_yaml(name))
     return config
+
+
+def _own_folder(file: Path, config_class: Any) -> dict[str, Any]:
+    """{"out": the folder} of the configuration that lies in a run's folder: a run is where it lies, whatever it was called."""
+    own = file.name == "config.yaml" and (file.parent / "versions.json").is_file()
+    return {"out": str(file.parent)} if own and "out" in dict(field_types(config_class)) else {}
 
 
 def _in_places(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -291,7 +302,7 @@ def _at_home(config: C) -> C:
     """The same with ~ at the start of a path as the home folder, which a shell does not see behind --flag= or in a file."""
     expanded: dict[str, Any] = {}
     for name, _ in field_types(type(config)):
-        value = functools.reduce(getattr, name.split("."), config)
+        value = field_of(config, name)
         if isinstance(value, str | Path) and str(value).startswith("~/"):
             expanded[name] = type(value)(os.path.expanduser(value))
     return with_fields(config, expanded) if expanded else config

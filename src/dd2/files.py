@@ -63,6 +63,29 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(code, os.strerror(code) if number else str(error), str(file)) from error
 
 
+def text_lines(file: Path, what: str, hint: str) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte-order mark; they end at newlines (of any system) alone.
+
+    Args:
+        file: where it is.
+        what: it is to the user, for messages.
+        hint: what to give instead.
+
+    Raises:
+        InputError: it cannot be read, is no text, or has no lines.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or f"it is not UTF-8: {error}"
+        raise InputError(f"{what} {file} cannot be read ({why}); {hint}") from error
+    if "\0" in text:
+        raise InputError(f"{what} {file} is no text file; {hint}")
+    if not text.strip():
+        raise InputError(f"{what} {file} is empty; {hint}")
+    return text.removesuffix("\n").split("\n")
+
+
 def writable_folder(path: Path, what: str) -> Path:
     """Make a folder and prove that it can be written to, before any work is done for it.
 

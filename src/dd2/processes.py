@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -48,6 +49,12 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print a line for the whole job: its first process does. `file` is the standard output unless given."""
     if rank() == 0:
         print(text, file=file, flush=True)
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say once what was guessed or left out, beside the output."""
+    say(f"note: {text}", sys.stderr)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from dd2.checkpoints import llamagen, mar, var
 from dd2.checkpoints.folder import construct, read_config
 from dd2.checkpoints.foreign import parameters, read_state
+from dd2.checkpoints.foreign_file import read_file
 from dd2.errors import InputError
 from dd2.tokenizers.base import DecoderAlignment
 
@@ -56,7 +57,7 @@ def _describe_folder(folder: Path) -> dict[str, str]:
     beside = inner / "tokenizer" / "config.json"
     if beside.is_file() and (aligned := read_config(beside.parent, "tokenizer").get("aligned")):
         described["decoder"] = str(construct(DecoderAlignment, aligned, beside))
-    return described | _sizes(sizes) | _count(read_state(inner / "model.safetensors", (), device="meta"))
+    return described | _sizes(sizes) | _count(read_file(inner / "model.safetensors", "meta"))
 
 
 def _var_transformer(state: Mapping[str, Tensor]) -> dict[str, str]:

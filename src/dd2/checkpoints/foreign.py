@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dd2.checkpoints.foreign_file import read_file
 from dd2.errors import InputError
+from dd2.processes import note
 
 Source = str | Path | Mapping[str, Any]
 """A file (.pth, .pt, .safetensors), or a state dict in memory."""
 
 Shapes = dict[str, tuple[int, ...]]
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What DDP, torch.compile, FSDP and checkpoint wrappers put before the names inside them, wherever one of them stands."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def read_nested(source: Source, nests: Iterable[tuple[str, ...]], device: str = 
         for key in nest:
             found = found.get(key) if isinstance(found, Mapping) else None
         if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
-            return {_plain_key(str(key)): value for key, value in found.items()}, ".".join(nest)
+            return _unwrapped({str(key): value for key, value in found.items()}, name), ".".join(nest)
     places = ", ".join(".".join(nest) for nest in nests)
     raise InputError(f"{name} holds no state dict (looked at its top level and under {places}); its keys are {_some(content)}")
 
@@ -82,6 +87,7 @@ def take(
             raise InputError(f"{what}: key {key} is missing; {cause(key)}")
         if found[key] != expected[key]:
             raise InputError(f"{what}: key {key} has shape {found[key]}, expected {expected[key]}; {cause(key)}")
+        _check_numbers(state[key], key, what)
     extra = [key for key in found if key not in expected]
     if extra:
         raise InputError(f"{what}: key {extra[0]} is not part of such a model ({len(extra)} keys too many); {cause(extra[0])}")
@@ -89,6 +95,15 @@ def take(
         key: state[origin.key].chunk(origin.parts)[origin.part].float().reshape(shapes[key]).contiguous()
         for key, origin in origins.items()
     }
+
+
+def _check_numbers(values: Tensor, key: str, what: str) -> None:
+    """Refuse what is no set of weights as the models have them."""
+    if not values.is_floating_point() or values.element_size() < 2:
+        kind = str(values.dtype).removeprefix("torch.")
+        raise InputError(f"{what}: key {key} holds {kind}: quantised weights need scales that nobody reads; give the original")
+    if not torch.isfinite(values).all():
+        raise InputError(f"{what}: key {key} holds NaN or infinity; the file is damaged, or its training had diverged")
 
 
 def fill(
@@ -143,11 +158,31 @@ def parameters(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _plain_key(key: str) -> str:
-    """A key without what DDP and torch.compile put before it."""
-    for prefix in ("module.", "_orig_mod."):
-        key = key.removeprefix(prefix)
-    return key
+def _unwrapped(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The same under the names that the model itself gives: without what wrappers put before and between them, which is said.
+
+    Raises:
+        InputError: two tensors would then have one name.
+    """
+    plain: dict[str, Tensor] = {}
+    dropped: set[str] = set()
+    for key, value in state.items():
+        parts = key.split(".")
+        dropped |= set(parts) & WRAPPERS
+        inner = ".".join(part for part in parts if part not in WRAPPERS)
+        if inner in plain:
+            raise InputError(f"{name} holds {inner} twice, once as {key}; save the state dict of the model itself")
+        plain[inner] = value
+    # What Lightning and others call the model that they hold. (A list's numbers must not become the first part of names.)
+    while len(plain) > 1 and len({key.split(".")[0] for key in plain}) == 1 and all("." in key for key in plain):
+        shorter = {key.partition(".")[2]: value for key, value in plain.items()}
+        if any(key[:1].isdigit() for key in shorter):
+            break
+        dropped.add(next(iter(plain)).split(".")[0])
+        plain = shorter
+    if dropped:
+        note(f"{name}: names of tensors are read without {', '.join(sorted(dropped))}, which a wrapper put there")
+    return plain
 
 
 def _some(content: Mapping[str, Any]) -> str:

@@ -61,9 +61,7 @@ def read_file(file: Path, device: str) -> Mapping[str, Any]:
 def _head(file: Path) -> bytes:
     """The first bytes of a file that may be a checkpoint."""
     if file.is_dir():
-        inside = sorted(path.name for path in file.iterdir() if path.suffix in SUFFIXES)
-        hint = f"give a file in it, such as {inside[0]}" if inside else f"give a file ({', '.join(SUFFIXES)})"
-        raise InputError(f"checkpoint {file} is a folder; {hint}")
+        raise InputError(f"checkpoint {file} is {_folder_said(file)}")
     if not file.is_file():
         raise InputError(f"checkpoint {file} does not exist; give a .pth, .pt or .safetensors file")
     try:
@@ -77,6 +75,18 @@ def _head(file: Path) -> bytes:
         if head.lstrip().lower().startswith(start):
             raise InputError(f"checkpoint {file} {what}")
     return head
+
+
+def _folder_said(folder: Path) -> str:
+    """What a folder in place of a file is, and what to give."""
+    names = sorted(path.name for path in folder.iterdir())
+    inside = [name for name in names if name.endswith(SUFFIXES)]
+    if ".metadata" in names:
+        merge = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
+        return f"a distributed checkpoint of torch; bring it into one file with {merge}, and give that"
+    if any(name.endswith(".index.json") for name in names):
+        return f"a folder of {len(inside)} shards of one model; save their tensors as one .safetensors file, and give that"
+    return "a folder; give " + (f"a file in it, such as {inside[0]}" if inside else f"a file ({', '.join(SUFFIXES)})")
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

@@ -1,5 +1,6 @@
 """Official LlamaGen checkpoints: transformer (class- or text-conditional) and VQ model to a `CodeTeacher`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
 from dd2.errors import InputError
+from dd2.processes import note
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -41,7 +43,7 @@ def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, imag
     state, vq_state = read_state(gpt, NESTS), read_state(vq, NESTS)
     if "quantize.embedding.weight" in state and "tok_embeddings.weight" in vq_state:
         raise InputError("the transformer and the VQ model are swapped: give the transformer (c2i_L_256.pt) first")
-    tokenizer = VQTokenizer(vq_config(vq_state, image_size or size_in_name(gpt)))
+    tokenizer = VQTokenizer(vq_config(vq_state, size_in_name(gpt) if image_size is None else image_size))
     fill(tokenizer, vq_state, lambda shapes: {key: Origin(key) for key in shapes}, vq_ignored, VQ, _vq_cause)
     teacher = llamagen_teacher(gpt_config(state, tokenizer.config.grid, num_heads), tokenizer)
     fill(teacher, state, gpt_origins, lambda key: key == "freqs_cis", GPT, _gpt_cause)
@@ -77,10 +79,12 @@ def gpt_config(state: Mapping[str, Tensor], grid: int, num_heads: int | None = N
     """
     cause = "is this a transformer of LlamaGen, such as c2i_L_256.pt?"
     width = need(state, "tok_embeddings.weight", GPT, cause, 2).shape[1]
-    heads = num_heads or HEADS.get(width)
-    if not heads or width % heads:
+    heads = HEADS.get(width) if num_heads is None else num_heads
+    if num_heads is None and heads:
+        note(f"{GPT}: {heads} heads, as the released model of width {width} has: the file does not tell (num_heads)")
+    if not heads or heads < 0 or width % heads:
         known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
-        raise InputError(f"{GPT}: width {width} with {heads or 'unknown'} heads; give num_heads (released widths: {known})")
+        raise InputError(f"{GPT}: width {width} with {'unknown' if heads is None else heads} heads; give num_heads (released widths: {known})")
     rows = need(state, "layers.0.attention.wqkv.weight", GPT, cause, 2).shape[0]
     pairs = (rows - width) * heads // width  # keys and values together
     if pairs < 2 or pairs % 2 or rows != width + pairs * (width // heads):
@@ -125,9 +129,13 @@ def vq_ignored(key: str) -> bool:
 
 
 def size_in_name(source: Source) -> int:
-    """The image size in a released file's name, e.g. 384 of c2i_L_384.pt; 256 if there is none."""
-    parts = Path(source).stem.split("_") if isinstance(source, str | Path) else []
-    return next((size for size in IMAGE_SIZES if str(size) in parts), 256)
+    """The image size in a file's name, e.g. 384 of c2i_L_384.pt, as released files have it; 256 if there is none. It is said."""
+    stem = Path(source).stem if isinstance(source, str | Path) else ""
+    found = re.search(rf"(?<!\d)({'|'.join(map(str, IMAGE_SIZES))})(?!\d)", stem)
+    size = int(found[1]) if found else 256
+    why = f"as its name {stem} says" if found else "the usual size"
+    note(f"{GPT}: images of {size} pixels, {why}: the file does not tell (image_size)")
+    return size
 
 
 def _gpt_cause(key: str) -> str:

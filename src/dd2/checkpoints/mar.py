@@ -8,6 +8,7 @@ from torch import Tensor
 from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_nested, read_state
 from dd2.checkpoints.var import latent_diffusion_name
 from dd2.errors import InputError
+from dd2.processes import note
 from dd2.teachers.mar import MARTeacher
 from dd2.teachers.mar_network import MARConfig
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
@@ -68,9 +69,11 @@ def mar_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> MAR
     side = math.isqrt(positions)
     if side * side != positions:
         raise InputError(f"{MAR}: {positions} positions are no square of tokens; {NO_MAR}")
-    heads = [num_heads or HEADS.get(size) for size in (width, inner)]
+    heads = [HEADS.get(size) if num_heads is None else num_heads for size in (width, inner)]
     if None in heads:
         raise InputError(f"{MAR}: the file does not tell its heads, and width {width} is none of the released; give num_heads")
+    if num_heads is None:
+        note(f"{MAR}: {heads[0]} heads, as the released model of width {width} has: the file does not tell (num_heads)")
     return MARConfig(
         width=width,
         depth=numbered(state, "encoder_blocks."),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered, read_state
 from dd2.errors import InputError
+from dd2.processes import note
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.var import VARConfig, var_teacher
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
@@ -93,11 +94,14 @@ def var_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> VAR
         raise InputError(
             f"{what}: without q/k norm the file does not tell its heads, and width {width} is no multiple of 64; give num_heads"
         )
+    if scale is None and num_heads is None:
+        note(f"{what}: {width // 64} heads, 64 wide as the released models': the file does not tell (num_heads)")
+    heads = scale.shape[1] if scale is not None else width // 64 if num_heads is None else num_heads
     hidden = need(state, "blocks.0.ffn.fc1.weight", what, cause, 2).shape[0]
     return VARConfig(
         depth=numbered(state, "blocks."),
         width=width,
-        heads=scale.shape[1] if scale is not None else num_heads or width // 64,
+        heads=heads,
         mlp_ratio=hidden / width,
         num_classes=need(state, "class_emb.weight", what, cause, 2).shape[0] - 1,
         attn_l2_norm=scale is not None,

@@ -15,6 +15,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.files import atomic_folder, writable_folder, write_atomic
+from dd2.places import FIELDS, in_place, with_absolute
 from dd2.processes import first_process_only
 from dd2.provenance import provenance, read_versions
 from dd2.records import read_record
@@ -64,12 +65,13 @@ def _check_loop(loop: LoopConfig, device: torch.device, command: str) -> None:
 def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> None:
     writable_folder(out, "run folder")
     _lock(out)
+    config = in_place(config)
     file = out / "config.yaml"
     if file.exists():
         if config.loop.resume == "never":
             raise InputError(f"{out} holds a run; go on with it by --resume auto, or choose another --out")
         # A field that is missing there is younger than that run, which had its default.
-        kept, now = read_yaml(file), flat(config)
+        kept, now = with_absolute(read_yaml(file)), flat(config)
         if older := [name for name in kept if name.partition(".")[0] in RENAMED]:
             raise InputError(
                 f"{out} holds a run of an older dd2 ({older[0]} has another name now), and cannot go on; choose another --out"
@@ -78,10 +80,12 @@ def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> No
         changed = [key for key in now if before.get(key) != now[key] and not _may_change(key)]
         if changed:
             key = changed[0]
+            moved = key in FIELDS and isinstance(before.get(key), str) and not Path(before[key]).exists()
             raise InputError(
                 f"{out} holds a run with another configuration: {key} was {before.get(key)}, now {now[key]}"
                 + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
-                + "; resume with the old values, or choose another --out"
+                + (f"; if it has moved there, say so in {file}" if moved else "; resume with the old values")
+                + ", or choose another --out"
             )
     write_atomic(file, to_yaml(with_fields(config, {"loop.resume": "auto"})))
     if record is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dd2.device import pick_device
 from dd2.errors import InputError
-from dd2.files import writable_folder, write_atomic
+from dd2.files import text_lines, writable_folder, write_atomic
 from dd2.processes import say
 from dd2.progress import progress
 from dd2.teachers.captions import left_padded
@@ -78,13 +78,9 @@ def text_features(config: TextFeaturesConfig) -> Path:
 
 
 def _captions(file: Path) -> list[str]:
-    try:
-        lines = [line.strip().lower() for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"captions {file} cannot be read ({error}); give a text file, one caption a line") from error
-    if not lines or not all(lines):
-        where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
-        raise InputError(f"captions {file}: {where}; give one caption a line")
+    lines = [line.strip().lower() for line in text_lines(file, "captions", "give a text file, one caption a line")]
+    if not all(lines):
+        raise InputError(f"captions {file}: line {lines.index('') + 1} is empty; give one caption a line")
     return lines
 
 

@@ -19,6 +19,7 @@ from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
 from dd2.files import atomic_folder, write_atomic
+from dd2.places import with_absolute
 from dd2.records import read_record
 from dd2.reproduce.benches import Bench
 
@@ -190,7 +191,7 @@ FREE = ("out", "device", "sample_batch")
 
 def _check_defaults(folder: Path, config: Any) -> None:
     """Refuse a finished run that is known by the same name, but was made when a field had another default."""
-    kept, now = read_yaml(folder / "config.yaml"), flat(config)
+    kept, now = with_absolute(read_yaml(folder / "config.yaml")), with_absolute(flat(config))
     for name, value in now.items():
         if name in (*FREE, "stage1", "teacher") or name.startswith("loop."):
             continue

@@ -45,6 +45,14 @@ class Captions:
                 f"captions {file} hold features {tuple(features.shape)} and mask {tuple(mask.shape)}; this model needs "
                 f"(N, {length}, {channels}) and (N, {length}): make them with the text encoder it was trained with"
             )
+        if not (features.is_floating_point() and torch.isfinite(features).all()):
+            raise InputError(f"captions {file} hold features that are not finite numbers; make them again with dd2 text-features")
+        words = mask.float()
+        if not ((words == 0) | (words == 1)).all() or (words.diff(dim=1) < 0).any() or (words[:, -1] == 0).any():
+            raise InputError(
+                f"captions {file}: the mask must be 0 for padding, which comes first, and 1 for words, of which there is one at "
+                "least; make it again with dd2 text-features"
+            )
         return cls(features, mask)
 
     def __len__(self) -> int:

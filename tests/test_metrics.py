@@ -31,7 +31,7 @@ from dd2.evaluation.metrics import (
 )
 from dd2.evaluation.neighbours import nearest_distance, neighbour_scores
 from dd2.evaluation.path_length import path_length, slerp
-from dd2.evaluation.reference import of_bank
+from dd2.evaluation.reference import Reference, of_bank
 from dd2.frechet import FeatureStatistics, frechet_distance
 from dd2.seeding import image_noise, image_uniforms
 from dd2.training.store import Store
@@ -170,9 +170,26 @@ def test_scores_of_a_bank(tmp_path):
     assert within_class_spread(pool[labels == 0], labels[labels == 0]) == pytest.approx(spreads[0])  # classes may be missing
     with pytest.raises(InputError, match="another network"):
         scores(bank, of_bank(_narrow(tmp_path), {}), MetricConfig())
-    assert "singular" in warnings(16, 16, {"reference": "teacher"})[0]
-    assert len(warnings(10_000, 64, {"reference": "x.npz"})) == 1
-    assert warnings(50_000, 2048, {"reference": "x.npz"}) == []
+
+
+def test_counts_too_small_to_mean_anything_get_a_word():
+    def said(count: int, features: int, known: int | None, pool: int | None, of: str = "x.npz", neighbours: int = 3) -> str:
+        described = {"reference": of} | ({} if known is None else {"count": known})
+        values = None if pool is None else torch.zeros(pool, features)
+        found = warnings(
+            count, features, Reference({}, values, described), MetricConfig(neighbours=neighbours), {"inception_score"}
+        )
+        return " | ".join(found)
+
+    assert said(50_000, 2048, None, None) == ""
+    assert said(50_000, 64, 50_000, 50_000) == ""
+    assert said(10_000, 64, 10_000, 10_000, "teacher") == ""
+    assert said(10_000, 64, None, None).startswith("10,000 images: the Fréchet distance is biased")
+    assert said(16, 16, None, None, "teacher").startswith("16 images for 16 features: the covariance is singular")
+    assert "reference has 3 images for 64 features" in said(50_000, 64, 3, 3)
+    assert "200 images in 10 splits" in said(200, 64, None, None)
+    assert "50 neighbours (--metrics.neighbours) need more images of each kind than 40" in said(60, 8, 40, 40, neighbours=50)
+    assert "KID is by subsets of 900 images" in said(50_000, 64, 900, 900)
 
 
 def _narrow(folder) -> Store:

@@ -12,6 +12,7 @@ from dd2.environment import prepare
 from dd2.errors import InputError, Interrupted, NumericalError, PeerLost
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 2 for bad input, 1 for a numerical failure, 130 after an interruption.
+        0, or 2 for bad input, 1 where numbers, memory, disk or another process failed, 130 after an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         prepare()
     try:
-        return _dispatch(arguments)
+        return _run(arguments)
     except InputError as error:
         return _fail(str(error), USAGE_ERROR)
     except NumericalError as error:
@@ -107,11 +108,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone; nothing more can be said, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
-    except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or 'the system'}; what was saved before is whole", FAILED)
+    except (MemoryError, OSError, RuntimeError) as error:
+        from dd2.resources import is_memory, memory_said, system_said
+
+        if is_memory(error):
+            return _fail(memory_said(error, _config_of(arguments)), FAILED)
+        if isinstance(error, OSError):
+            return _fail(system_said(error), FAILED)
+        raise
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _config_of(arguments: Sequence[str]) -> type | None:
+    """The configuration class of a command line, if it names a command."""
+    command = COMMANDS.get(" ".join(arguments[:2])) or COMMANDS.get(arguments[0] if arguments else "")
+    return command.load()[0] if command else None
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -132,8 +145,9 @@ def _dispatch(arguments: list[str]) -> int:
 
     places = positional(config_class)
     leading = list(itertools.takewhile(lambda text: not text.startswith("-"), rest))
-    # Where a command has fields without a flag, its configuration is told by its ending.
-    chosen = [text for text in leading if not places or text.endswith((".yaml", ".yml"))]
+    # Where a command has fields without a flag, its configuration is told by its ending; so it is behind options.
+    chosen = [text for text in leading if not places or text.endswith(YAML)]
+    chosen += [text for before, text in itertools.pairwise(rest) if _behind_options(before, text) and text not in leading]
     if len(chosen) > 1:
         raise InputError(f"unexpected argument {chosen[1]}; usage: {_usage(name, places)}")
     if chosen:
@@ -144,6 +158,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     function(config)
     return 0
+
+
+def _behind_options(before: str, text: str) -> bool:
+    """Whether a word is a configuration, and not the value of the flag before it."""
+    return text.endswith(YAML) and not text.startswith("-") and (not before.startswith("-") or "=" in before)
 
 
 def overview() -> str:

@@ -6,17 +6,19 @@ import difflib
 import functools
 import io
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
 from dd2.errors import InputError
+from dd2.values import check_value
 
 C = TypeVar("C")
 
@@ -77,10 +79,14 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
         if section in RENAMED and name not in known:
             now = f"{RENAMED[section]}.{rest}".rstrip(".")
             raise InputError(f"{file}: {name} is called {now} now; rename the section {section} to {RENAMED[section]}")
+        if name not in known and any(field.startswith(f"{name}.") for field in known):
+            inner = ", ".join(field for field in known if field.startswith(f"{name}."))
+            raise InputError(f"{file}: {name} is a section, not a value; give fields of it: {inner[:120]}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; see --help for the fields of {config_class.__name__}"
             raise InputError(f"{file}: there is no field {name}{hint}")
+        check_value(name, value, known[name], file)
         flag = f"--{name.replace('_', '-')}"
         texts = [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
         if (isinstance(value, list) or name in places) and any(_is_flag(text) for text in texts):
@@ -91,8 +97,6 @@ def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list
             arguments.append(flag if value else _negated(flag))
         elif isinstance(value, list):
             arguments += [flag, *texts]
-        elif value is None and type(None) not in get_args(known[name]):
-            raise InputError(f"{file}: {name} has no value")
         else:
             arguments.append(f"{flag}={value}")
     return [*(text for name in places for text in bare.get(name, [])), *arguments]
@@ -263,6 +267,7 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
         typed_fields = positional(config_class)[:typed]
         kept = {field: value for field, value in values.items() if field not in typed_fields}
         arguments = to_arguments(kept, config_class, file)
+    overrides = _with_spaces(overrides, config_class)
     try:
         config = _parse(config_class, _in_places(arguments, overrides), command)
     except InputError as error:
@@ -280,6 +285,25 @@ def _own_folder(file: Path, config_class: Any) -> dict[str, Any]:
     return {"out": str(file.parent)} if own and "out" in dict(field_types(config_class)) else {}
 
 
+def _with_spaces(overrides: Sequence[str], config_class: Any) -> list[str]:
+    """The same with lists of numbers in one spelling: --steps 1,3 is --steps 1 3."""
+    lists = {
+        f"--{name.replace('_', '-')}"
+        for name, kind in field_types(config_class)
+        if get_origin(kind) is tuple and get_args(kind)[0] in (int, float)
+    }
+    words: list[str] = []
+    inside = False
+    for word in overrides:
+        flag, given, value = word.partition("=")
+        if word.startswith("--"):
+            inside = flag in lists
+            words += [flag, *value.split(",")] if inside and given else [word]
+        else:
+            words += [part for part in word.split(",") if part] if inside else [word]
+    return words
+
+
 def _in_places(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """A file's arguments and those typed after it, what has no flag first."""
     bare = [list(itertools.takewhile(lambda text: not text.startswith("-"), part)) for part in (overrides, arguments)]
@@ -291,11 +315,25 @@ def _parse(config_class: type[C], arguments: Sequence[str], command: str) -> C:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return _at_home(tyro.cli(config_class, prog=command, args=arguments))
+            return _at_home(_finite(tyro.cli(config_class, prog=command, args=arguments)))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_line(box.getvalue(), command)) from None
+        raise InputError(_one_line(box.getvalue(), command, positional(config_class))) from None
+
+
+def _finite(config: C) -> C:
+    """The same, whose numbers are all finite.
+
+    Raises:
+        InputError: one is NaN or infinite.
+    """
+    for name, _ in field_types(type(config)):
+        value = field_of(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{name} must be a finite number, got {number}")
+    return config
 
 
 def _at_home(config: C) -> C:
@@ -308,7 +346,7 @@ def _at_home(config: C) -> C:
     return with_fields(config, expanded) if expanded else config
 
 
-def _one_line(box: str, command: str) -> str:
+def _one_line(box: str, command: str, places: Sequence[str]) -> str:
     lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.splitlines()]
     lines = ["" if set(line) <= {"-"} else line for line in lines]  # a rule, where the terminal knows ASCII alone
     message: list[str] = []
@@ -321,4 +359,9 @@ def _one_line(box: str, command: str) -> str:
     suggestions = [line.split()[0] for line in lines if line.startswith("--")]
     if suggestions and "nrecognized" in text:
         text += f"; perhaps you meant {suggestions[0]}"
+    text = re.sub(r"^Error parsing \w*Config: ", "", text)
+    bare = re.search(r"nrecognized options: ([^-\s]\S*)$|arguments: \[.*'([^'-][^']*)'\]$", text)
+    if bare:  # perhaps a word that has no flag, behind options that take it for one of theirs
+        first = " ".join([command, *map(str.upper, places), *(() if places else ("CONFIG.yaml",))])
+        text += f"; what has no flag comes before the options: {first} [--field value ...]"
     return f"{text}; see {command} --help"

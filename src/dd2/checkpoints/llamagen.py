@@ -84,7 +84,9 @@ def gpt_config(state: Mapping[str, Tensor], grid: int, num_heads: int | None = N
         note(f"{GPT}: {heads} heads, as the released model of width {width} has: the file does not tell (num_heads)")
     if not heads or heads < 0 or width % heads:
         known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
-        raise InputError(f"{GPT}: width {width} with {'unknown' if heads is None else heads} heads; give num_heads (released widths: {known})")
+        raise InputError(
+            f"{GPT}: width {width} with {'unknown' if heads is None else heads} heads; give num_heads (released widths: {known})"
+        )
     rows = need(state, "layers.0.attention.wqkv.weight", GPT, cause, 2).shape[0]
     pairs = (rows - width) * heads // width  # keys and values together
     if pairs < 2 or pairs % 2 or rows != width + pairs * (width // heads):

@@ -31,6 +31,7 @@ from dd2.processes import rank, say
 from dd2.provenance import commit, machine
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
+from dd2.teachers.filtering import OtherSampling
 from dd2.training.samples import TeacherSamples, samples_identity
 from dd2.training.store import Store
 from dd2.writers import NpzWriter
@@ -61,6 +62,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         kept_steps(require_codes(run.teacher, f"skip-{m}").order, m)
     for count in config.teacher_steps:
         in_steps(run.teacher, run.sampling, count)
+    run.teacher.check(config.teacher_at.applied(run.sampling))
     labels = run.teacher.conditions.num_labels
     if config.count % labels and not config.allow_unbalanced:
         raise InputError(
@@ -112,7 +114,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         },
         "absent": absent(run.teacher),
         "warnings": [
-            *warnings(config.count, channels, reference.described),
+            *warnings(config.count, channels, reference, config.metrics, numbers["metrics"]["generator"]),
             *_trained_on(run, network),
             *_other_classes(run, network),
             *_of_teacher(config, run),
@@ -169,6 +171,8 @@ def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) ->
     same = {name: made[name] for name in ("count", "features", "batch", "seed", "prefix", "marginal")}
     same["precision"] = made.get("precision", "float32")
     same |= {name: tuple(made.get(name, ())) for name in ("steps", "skip", "teacher_steps")}
+    at = {name: made.get(f"teacher_at.{name}") for name in OtherSampling.__dataclass_fields__}
+    same["teacher_at"] = OtherSampling(**at)
     return EvaluateConfig(run=run, trust=trust, **same)
 
 
@@ -186,7 +190,8 @@ def comparison(config: EvaluateConfig, run: FinishedRun, ways: Ways, network: Fe
     precision = name_of(ways.precision)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, precision, config.metrics)
     marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"
-    return scorer, methods(ways, run.teacher, marginal, made_of, config.steps, config.skip, config.teacher_steps)
+    rows = config.steps, config.skip, config.teacher_steps, config.teacher_at
+    return scorer, methods(ways, run.teacher, marginal, made_of, *rows)
 
 
 def _reference(

@@ -29,8 +29,9 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
     out = path.with_name(f"{path.name}.dd2")
     writable_folder(out, "folder beside the images")
     digest = images.digest()
-    reference = open_reference(Path(config.reference), network, device, out / "features", config.batch)
-    bank = image_bank(images, network, device, out / "features", config.batch, digest)
+    cache = config.cache or out / "features"
+    reference = open_reference(Path(config.reference), network, device, cache, config.batch)
+    bank = image_bank(images, network, device, cache, config.batch, digest)
     if rank() != 0:
         return {}
     found = scores(bank, reference, config.metrics, config.seed)
@@ -48,7 +49,7 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
             "reference": reference.described,
             "rounding": "uint8, as stored",
         },
-        "warnings": warnings(len(images), len(reference.fits["pool"].mean), reference.described),
+        "warnings": warnings(len(images), len(reference.fits["pool"].mean), reference, config.metrics, found),
     }
     write_atomic(out / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     say("\n".join(f"{name:22}{value:12.4f}" for name, value in found.items()))

@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +19,12 @@ from dd2.processes import answering, say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways
 from dd2.teachers.conditions import Conditions
-from dd2.teachers.filtering import Sampling
+from dd2.teachers.filtering import OtherSampling
 from dd2.writers import open_writer
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(OtherSampling):
     """Draw images. Image i has seed `seed` + i and label labels[i mod the number of labels].
 
     The same seed and label give the same image, whatever the count and the batch (up to rounding in the precision). Files are
@@ -34,8 +35,8 @@ class SampleConfig:
     """Run folder of dd2 distill or dd2 demo, or a generator folder (one step only)."""
     out: Path = Path("samples.png")
     """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
-    labels: str = "all"
-    """Classes by number or name, or line numbers of captions, e.g. 3,seven; "all" takes every one in turn."""
+    labels: tuple[str, ...] = ("all",)
+    """Classes by number or name, or line numbers of captions, in turn: 3 seven, or 3,seven; "all" takes every one."""
     captions: str = ""
     """Caption features for a text-conditional model, from dd2 text-features; by default those of the run."""
     count: int = 64
@@ -53,22 +54,6 @@ class SampleConfig:
     teacher: AR sampling, with a key/value cache where there is one."""
     decoding: Literal["continuous", "nearest"] = "continuous"
     """Decode tokens as they are, or snapped to their nearest codes."""
-    cfg_scale: float | None = None
-    """The teacher's guidance scale (method teacher, or steps > 1); None: as distilled."""
-    cfg_interval: int | None = None
-    """LlamaGen: guide the first cfg_interval + 2 tokens only; None: as distilled."""
-    temperature: float | None = None
-    """The teacher's temperature; None: as distilled."""
-    top_k: int | None = None
-    """The teacher's top-k; None: as distilled."""
-    top_p: float | None = None
-    """The teacher's top-p; None: as distilled."""
-    cfg_schedule: Literal["linear", "constant"] | None = None
-    """MAR: guidance that grows with the share of known tokens, or not; None: as distilled."""
-    ar_steps: int | None = None
-    """MAR: AR steps of the teacher; None: as distilled."""
-    diffusion_steps: int | None = None
-    """MAR: steps of the head's diffusion per token; None: as distilled."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     precision: Precision = "auto"
@@ -90,6 +75,12 @@ class SampleConfig:
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":
             raise InputError(f"steps {self.steps} goes with method generator only, not {self.method}")
+        by_teacher = self.method == "teacher" or self.steps > 1
+        if not by_teacher and (unused := [*self.given, *(["prefix"] if self.prefix != "snapped" else [])]):
+            raise InputError(
+                f"{', '.join(unused)} would have no effect: no teacher draws here, and what it was distilled to is in the "
+                "generator's weights; leave it out, or give --steps 2 (or more), or --method teacher"
+            )
 
 
 def sample(config: SampleConfig) -> None:
@@ -147,7 +138,7 @@ def _opened(config: SampleConfig, device: torch.device) -> Ways:
     if config.method in ("generator", "two_passes") and config.steps == 1:
         return Ways(open_generator(config.run, device, config.captions, config.trust))
     run = open_run(config.run, device, config.captions, config.trust)
-    sampling = _sampling(config, run.sampling)
+    sampling = config.applied(run.sampling)
     if sampling != run.sampling and (note := run.teacher.check(sampling)):
         say(f"note: {note}", sys.stderr)
     if config.method == "teacher" and (aligned := run.generator.tokenizer.aligned) is not None:
@@ -161,16 +152,22 @@ def _draw(config: SampleConfig, ways: Ways) -> Draw:
     return {"two_passes": ways.two_passes, "ar_diffusion": ways.ar_diffusion, "teacher": ways.by_teacher}[config.method]()
 
 
-def _sampling(config: SampleConfig, distilled: Sampling) -> Sampling:
-    named = {field.name: getattr(config, field.name, None) for field in fields(Sampling)}
-    return replace(distilled, **{name: value for name, value in named.items() if value is not None})
+def parse_labels(entries: Sequence[str], conditions: Conditions, count: int, first: int = 0) -> list[int]:
+    """The label of each of `count` images, the first of which has number `first`, from numbers and names.
 
-
-def parse_labels(text: str, conditions: Conditions, count: int, first: int = 0) -> list[int]:
-    """The label of each of `count` images, the first of which has number `first`, from "all" or a comma-separated list.
+    Args:
+        entries: "all" alone, or labels; an entry that is no label itself may be several with commas between.
+        conditions: that know them.
+        count, first: which images.
 
     Raises:
         InputError: an entry is not a class.
     """
-    chosen = range(conditions.num_labels) if text == "all" else [conditions.label(entry) for entry in text.split(",")]
+    if tuple(entries) == ("all",):
+        chosen = list(range(conditions.num_labels))
+    else:
+        names = [name for entry in entries for name in ([entry] if entry in conditions.class_names else entry.split(","))]
+        chosen = [conditions.label(name) for name in names]
+    if not chosen:
+        raise InputError("labels are empty; give classes, or all")
     return [chosen[index % len(chosen)] for index in range(first, first + count)]

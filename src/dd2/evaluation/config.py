@@ -1,6 +1,6 @@
 """What an evaluation does: the fields of dd2 evaluate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from dd2.baselines.marginal import Over
@@ -9,6 +9,13 @@ from dd2.errors import InputError
 from dd2.evaluation.metrics import MetricConfig
 from dd2.precision import Precision
 from dd2.sampling import Prefix
+from dd2.teachers.filtering import OtherSampling
+
+OF_RUNS = (
+    *("count", "steps", "prefix", "skip", "teacher_steps", "marginal", "path_length", "epsilon", "curve", "precision"),
+    *("speed", "trust"),
+)
+"""Fields that decide what is drawn of a run."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class EvaluateConfig:
     reference: str = "teacher"
     """"teacher"; statistics (ADM's .npz, or made by dd2 reference); or images: a folder, zip or .npz."""
     count: int = 10_000
-    """Images per method (papers: 50,000), the same number of every class."""
+    """Images per method (papers: 50,000), the same number of every class. Of `images`, all are scored."""
     steps: tuple[int, ...] = (1,)
     """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
     prefix: Prefix = "snapped"
@@ -38,6 +45,9 @@ class EvaluateConfig:
     """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
     teacher_steps: tuple[int, ...] = ()
     """Each adds a row: a masked teacher (MAR) in so many AR steps, from 2 to its tokens; 1 is onestep*."""
+    teacher_at: OtherSampling = field(default_factory=OtherSampling)
+    """Adds a row: the teacher as it samples with these settings, such as those its own paper evaluates it with (VAR: cfg_scale
+    1.5, top_k 900, top_p 0.95), where it was distilled with others."""
     marginal: Over = "class"
     """Token frequencies of onestep*: of each class, or of the whole data set (App. E.5)."""
     features: str = "digits"
@@ -83,9 +93,13 @@ class EvaluateConfig:
             raise InputError(
                 f"path_length must be 0 or at least 3 and epsilon in (0, 1), got {self.path_length} and {self.epsilon}"
             )
-        drawn = self.path_length or self.steps != (1,) or self.skip or self.teacher_steps or self.curve
+        usual = {field.name: field.default for field in fields(self) if field.name in OF_RUNS}
+        drawn = [name for name, value in usual.items() if getattr(self, name) != value]
+        drawn += ["teacher_at"] if self.teacher_at.given else []
         if self.images is not None and drawn:
-            raise InputError("path_length, steps, skip, teacher_steps and curve need a run: images alone cannot be drawn again")
+            raise InputError(
+                f"{', '.join(drawn)} would have no effect on images, which are all scored and not drawn; leave it out"
+            )
         if self.images is not None and self.reference == "teacher":
             raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
         if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):

@@ -14,7 +14,7 @@ from dd2.precision import autocast
 from dd2.sampling import Draw, Ways
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
-from dd2.teachers.filtering import Sampling
+from dd2.teachers.filtering import OtherSampling, Sampling
 
 Drawn = tuple[Tensor, Tensor | None]
 """Images (B, channels, H, W), and their tokens (B, n, C) where the sequences are whole."""
@@ -60,6 +60,7 @@ def methods(
     steps: Sequence[int] = (),
     skips: Sequence[int] = (),
     teacher_steps: Sequence[int] = (),
+    teacher_at: OtherSampling | None = None,
 ) -> dict[str, Method]:
     """What is compared, by name, in the order in which it is shown.
 
@@ -71,6 +72,7 @@ def methods(
         steps: also the generator with the teacher redrawing its last k - 1 AR steps, for each k > 1 (Alg. 4).
         skips: also the teacher without its last m AR steps, for each m.
         teacher_steps: also the teacher in so many AR steps, where their number is free.
+        teacher_at: also the teacher with other settings.
 
     Raises:
         InputError: a number of steps is not possible, or needs a teacher over codes.
@@ -100,6 +102,8 @@ def methods(
     for k in sorted({k for k in steps if k > 1}):
         decides = {**generator, "prefix": ways.prefix}
         found[few_steps(k)] = Method(f"Generator and teacher, {k} steps", whole(ways.few_steps(k)), decides)
+    if teacher_at is not None and teacher_at.given:
+        found["teacher_at"] = _teacher_at(own, teacher, teacher_at)
     for m in skips:
         found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, m))
 
@@ -110,8 +114,9 @@ def methods(
     else:
         found["onestep_marginal"] = _teacher_in(own, teacher, 1, "onestep*, all tokens at once (teacher, 1 AR step)")
     if aligned:
-        own_decoder = ("teacher", "teacher_aligned", "onestep_marginal", *map(skip, skips), *map(teacher_in, teacher_steps))
-        for name in found.keys() - set(own_decoder):
+        own_decoder = {"teacher", "teacher_at", "teacher_aligned", "onestep_marginal"}
+        own_decoder |= {*map(skip, skips), *map(teacher_in, teacher_steps)}
+        for name in found.keys() - own_decoder:
             found[name] = replace(found[name], title=f"{found[name].title}, aligned decoder")
     return found
 
@@ -138,6 +143,19 @@ def _teacher_in(ways: Ways, teacher: Teacher, steps: int, title: str) -> Method:
     sampling = in_steps(teacher, ways.sampling, steps)
     draw = _whole(ways, teacher, replace(ways, sampling=sampling).by_teacher())
     return Method(title, draw, {"ar_steps": steps})
+
+
+def _teacher_at(ways: Ways, teacher: Teacher, other: OtherSampling) -> Method:
+    """The teacher with settings of its own.
+
+    Raises:
+        InputError: they contradict what it is.
+    """
+    sampling = other.applied(ways.sampling)
+    teacher.check(sampling)
+    said = ", ".join(f"{name} {value}" for name, value in other.given.items())
+    draw = _whole(ways, teacher, replace(ways, sampling=sampling).by_teacher())
+    return Method(f"Teacher at {said}", draw, {"teacher_at": sampling.described()})
 
 
 def in_steps(teacher: Teacher, sampling: Sampling, steps: int) -> Sampling:

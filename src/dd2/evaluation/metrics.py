@@ -1,9 +1,8 @@
 """Every metric of one set of images against a reference, from features on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from scipy import stats
@@ -17,6 +16,9 @@ from dd2.evaluation.neighbours import neighbour_scores
 from dd2.evaluation.reference import Reference
 from dd2.frechet import GaussianFit, fit_gaussian, frechet_distance
 from dd2.training.store import Store
+
+FEW = 100
+"""Images in a split of the inception score, below which it says little."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,38 @@ def within_class_spread(pool: Tensor, labels: Tensor) -> float:
     return float(torch.stack(spreads).mean()) if spreads else 0.0
 
 
-def warnings(count: int, features: int, reference: dict[str, Any]) -> list[str]:
-    """What a reader must know before comparing a number with a paper's."""
+def warnings(count: int, features: int, reference: Reference, config: MetricConfig, measured: Collection[str] = ()) -> list[str]:
+    """What a reader must know before comparing a number with a paper's.
+
+    Args:
+        count: images of each method.
+        features: channels of the features.
+        reference: what they were compared with.
+        config: of the metrics.
+        measured: what `scores` gave.
+    """
     said = []
-    if count < 50_000 and reference.get("reference") != "teacher":
+    known, of_teacher = reference.described.get("count"), reference.described.get("reference") == "teacher"
+    if count < 50_000 and not of_teacher:
         said.append(
             f"{count:,} images: the Fréchet distance is biased upwards against the papers' 50,000 (--metrics.fid-infinity helps)"
         )
     if count <= features:
         said.append(f"{count:,} images for {features:,} features: the covariance is singular, the distance says little")
+    if not of_teacher and isinstance(known, int) and known <= features:
+        said.append(f"the reference has {known:,} images for {features:,} features: a distance to it says little")
+    if "inception_score" in measured and count // config.splits < FEW:
+        said.append(f"{count:,} images in {min(config.splits, count // 2)} splits: an inception score of so few says little")
+    if reference.pool is None:
+        return said
+    fewest = min(count, len(reference.pool))
+    if fewest <= config.neighbours:
+        said.append(
+            f"precision, recall, density and coverage are not measured: {config.neighbours} neighbours (--metrics.neighbours) "
+            f"need more images of each kind than {fewest:,}"
+        )
+    if fewest < config.kid_size:
+        said.append(f"KID is by subsets of {fewest:,} images, as there are no {config.kid_size:,} (--metrics.kid-size)")
     return said
 
 

@@ -71,6 +71,38 @@ class Sampling:
             raise InputError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherSampling:
+    """Where a teacher samples in another way than its run was distilled to; None: as distilled."""
+
+    cfg_scale: float | None = None
+    """The teacher's guidance scale; None: as distilled."""
+    cfg_interval: int | None = None
+    """LlamaGen: guide the first cfg_interval + 2 tokens only; None: as distilled."""
+    temperature: float | None = None
+    """The teacher's temperature; None: as distilled."""
+    top_k: int | None = None
+    """The teacher's top-k; None: as distilled."""
+    top_p: float | None = None
+    """The teacher's top-p; None: as distilled."""
+    cfg_schedule: Literal["linear", "constant"] | None = None
+    """MAR: guidance that grows with the share of known tokens, or not; None: as distilled."""
+    ar_steps: int | None = None
+    """MAR: AR steps of the teacher; None: as distilled."""
+    diffusion_steps: int | None = None
+    """MAR: steps of the head's diffusion per token; None: as distilled."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What differs, by the names of `Sampling`."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def applied(self, distilled: Sampling) -> Sampling:
+        """The sampling that results. Errors as `Sampling`."""
+        return dataclasses.replace(distilled, **self.given)
+
+
 def guided(logits: Tensor, null_logits: Tensor, weight: float | Tensor) -> Tensor:
     """Classifier-free guidance: null + s (conditional - null), in float32; all (..., V), s broadcast to them."""
     null_logits = null_logits.float()

@@ -130,7 +130,7 @@ def test_bad_configurations(capsys, tmp_path):
     assert "csd.k" in line
     assert "is not valid YAML" in with_content("csd: {k: 1")
     assert "must be a mapping" in with_content("- 1\n- 2")
-    assert "has no value" in with_content("seed:")
+    assert "is null" in with_content("seed:")
     assert "is not valid YAML" in with_content("seed: 2026-13-45")
     assert "there is no field csd" in with_content("csd: 3")
     file.write_bytes(b"\xff\xfe\x00")

@@ -133,12 +133,12 @@ def test_validation_looks_elsewhere(tmp_path):
     teacher = tiny_teacher()
     samples = samples_of(tmp_path, teacher, 60)
     last, middle = (TeacherDistance(teacher, samples, 60, 20, middle=middle) for middle in (False, True))
-    assert not torch.allclose(last.reference.mean, middle.reference.mean)
+    assert not torch.allclose(last.reference.fit.mean, middle.reference.fit.mean)
     kept: list[torch.Tensor] = []
     handle = teacher.backbone.stack[1].register_forward_hook(lambda module, read, given: kept.append(given))  # pyright: ignore
     teacher.features(samples.take(torch.arange(60))[0], samples.labels)
     handle.remove()
-    torch.testing.assert_close(middle.reference.mean, kept[0].mean(1).double().mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(middle.reference.fit.mean, kept[0].mean(1).double().mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_few_projections_are_random_and_many_are_all(tmp_path):
@@ -198,4 +198,4 @@ def test_validation_sees_the_middle_layer_of_compiled_layers_too(tmp_path):
     plain = TeacherDistance(teacher, samples, 40, 20, middle=True).reference
     teacher.backbone.stack.call = torch.compile(call_layer, backend="eager")  # pyright: ignore
     compiled = TeacherDistance(teacher, samples, 40, 20, middle=True).reference
-    torch.testing.assert_close(plain.mean, compiled.mean)
+    torch.testing.assert_close(plain.fit.mean, compiled.fit.mean)

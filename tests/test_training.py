@@ -349,7 +349,7 @@ def validated(values: dict[int, float]) -> Stage:
     """`regression`, with a validation value for each checkpoint."""
     stage = regression(24)
     seen = iter(values.values())
-    stage.validate = lambda: next(seen)
+    stage.validate = lambda: {"validation": next(seen)}
     return stage
 
 
@@ -404,7 +404,7 @@ def test_stopping_validates_nothing_and_resumes_exactly(tmp_path):
     def judged() -> Stage:
         stage = regression(12)
         weight = stage.modules["average"].state_dict()["0.weight"]
-        stage.validate = lambda: float(weight.sum())
+        stage.validate = lambda: {"validation": float(weight.sum())}
         return stage
 
     trainer(tmp_path / "whole", log_every=100).run(judged())

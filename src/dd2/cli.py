@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dd2.environment import prepare
-from dd2.errors import InputError, Interrupted, NumericalError, PeerLost
+from dd2.errors import InputError, Interrupted, NumericalError, PeerLost, TrainingFailed
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 YAML = (".yaml", ".yml")
@@ -96,9 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except InputError as error:
         return _fail(str(error), USAGE_ERROR)
-    except NumericalError as error:
-        return _fail(str(error), FAILED)
-    except PeerLost as error:
+    except (NumericalError, TrainingFailed, PeerLost) as error:
         return _fail(str(error), FAILED)
     except Interrupted as stop:
         return _fail(str(stop), INTERRUPTED)

@@ -18,3 +18,7 @@ class PeerLost(RuntimeError):
 
 class NumericalError(ArithmeticError):
     """A loss or a gradient is NaN or infinite. Nothing was saved after it appeared."""
+
+
+class TrainingFailed(RuntimeError):
+    """A training shows a sign of failure that it was told to stop on."""

@@ -21,6 +21,7 @@ from dd2.teachers.adaptation import adapted_copy, input_layer, require_table, ta
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.filtering import Sampling
+from dd2.training.health import loss_rises
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples
@@ -135,7 +136,7 @@ def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple
     update = Update("teacher", trained, config.optim, train, accumulate=config.accumulate)
     modules = {"backbone": adapted.backbone, "output": adapted.output}
     adapted.train()
-    seconds += trainer.run(Stage("adapt", config.iterations, [update], modules))
+    seconds += trainer.run(Stage("adapt", config.iterations, [update], modules, signs=(loss_rises("teacher/loss"),)))
     adapted.eval().requires_grad_(False)
     after = compare(adapted, original, *held_out, config.batch)
     _report(out, config.iterations, before, after)

@@ -18,6 +18,7 @@ from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.curve import Point, curve_numbers, curve_plot, draw_checkpoints
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
+from dd2.evaluation.health import signs
 from dd2.evaluation.methods import Method, absent, in_steps, methods, one_step_method
 from dd2.evaluation.metrics import check_channels, check_extrapolation, warnings
 from dd2.evaluation.reference import Reference, open_reference
@@ -32,6 +33,8 @@ from dd2.provenance import commit, machine
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import OtherSampling
+from dd2.training.health import findings
+from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples, samples_identity
 from dd2.training.store import Store
 from dd2.writers import NpzWriter
@@ -114,6 +117,8 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         },
         "absent": absent(run.teacher),
         "warnings": [
+            *signs(numbers["metrics"], numbers["gap_closed"]),
+            *(f"training: {text}" for text in findings(MetricsLog(config.run / "metrics.jsonl").rows())),
             *warnings(config.count, channels, reference, config.metrics, numbers["metrics"]["generator"]),
             *_trained_on(run, network),
             *_other_classes(run, network),

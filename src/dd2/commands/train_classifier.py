@@ -16,6 +16,7 @@ from dd2.evaluation.classifier import Classifier, ClassifierConfig, save_classif
 from dd2.losses import Losses
 from dd2.processes import say
 from dd2.seeding import on_cpu
+from dd2.training.health import loss_rises
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.schedule import OptimConfig
 from dd2.training.stage import Stage, Update
@@ -110,7 +111,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
         return classifier_loss(classifier, images.to(device), labels.to(device))
 
     update = Update("classifier", list(classifier.parameters()), config.optim, loss, replicated=True)
-    stage = Stage("classifier", config.iterations, [update], {"classifier": classifier})
+    stage = Stage("classifier", config.iterations, [update], {"classifier": classifier}, signs=(loss_rises("classifier/loss"),))
     Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
     random, right = torch.Generator().manual_seed(config.seed), []
     with torch.no_grad():

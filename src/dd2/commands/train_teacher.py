@@ -1,5 +1,6 @@
 """dd2 train-teacher: train an AR teacher on the tokens of one's own images; its kind is decided by the tokenizer."""
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.families import TeacherSizes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.train import teacher_loss
+from dd2.training.health import STATE, loss_rises
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.preview import previewed
@@ -31,6 +33,15 @@ from dd2.training.stage import Stage, Update
 HELD_OUT = 4096
 """Images that likelihood or loss is measured on at the end, held out and of the training set: a teacher whose two numbers are far
 apart has memorised."""
+
+
+MEMORISES = 1.15
+"""Held-out images that are so much worse for a teacher than those of its training have been memorised."""
+
+MEMORISED = (
+    "held-out images are much worse than those of its training, and what is distilled from such a teacher looks broken; fewer "
+    "iterations, a smaller model, more images or more augmentation"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,9 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
 
     teacher.train()
     update = Update("teacher", trained, config.optim, loss, accumulate=config.accumulate)
-    stage = Stage("teacher", config.iterations, [update], teacher.stored_parts, preview=preview)
+    stage = Stage(
+        "teacher", config.iterations, [update], teacher.stored_parts, preview=preview, signs=(loss_rises("teacher/loss"),)
+    )
     Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
     teacher.eval()
     measured, known = (
@@ -114,9 +127,12 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     unit = "nats_per_image" if isinstance(teacher, CodeTeacher) else "loss_per_token"
     log = MetricsLog(config.out / "metrics.jsonl")
     log.rewind("held_out", -1)
-    log.append({"stage": "held_out", "step": config.iterations, unit: measured, f"training_{unit}": known})
+    memorised = {STATE: {"memorised": MEMORISED}} if measured > MEMORISES * known else {}
+    log.append({"stage": "held_out", "step": config.iterations, unit: measured, f"training_{unit}": known, **memorised})
     what, each = unit.split("_per_")
     say(f"{measured:.2f} {what} per {each} of held-out images, {known:.2f} of those of its training")
+    if memorised:
+        say(f"warning: memorised: {MEMORISED}", sys.stderr)
     folder = config.out / "teacher"
     save_teacher(folder, teacher)
     return folder

@@ -22,12 +22,25 @@ from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.train import CodeUsage, VQLossConfig, kl_loss, measured_deviation, vq_loss
 from dd2.tokenizers.vq import VQTokenizer
+from dd2.training.health import Below, Sign, loss_rises
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.schedule import OptimConfig
 from dd2.training.stage import Stage, Update
 
 MEASURED = 512
 """Images whose latents' deviation a KL tokenizer is scaled by."""
+
+
+SIGNS = (
+    loss_rises("tokenizer/loss"),
+    Sign(
+        "dead codes",
+        "tokenizer/usage",
+        Below(0.5),
+        "so few of the codes are in use; revive them more often (vq_loss.revive_every), or have fewer (tokenizer.codebook_size)",
+    ),
+)
+"""That a tokenizer's training has failed."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +141,8 @@ def _vq_stage(config: TrainTokenizerConfig, tokenizer: TrainableTokenizer, data:
 
     update = Update("tokenizer", list(tokenizer.parameters()), config.optim, loss, accumulate=config.accumulate)
     modules = {"tokenizer": tokenizer, "usage": usage}
-    return Stage(
-        "tokenizer", config.iterations, [update], modules, after=settle, preview=_preview(config, tokenizer, data, device)
-    )
+    preview = _preview(config, tokenizer, data, device)
+    return Stage("tokenizer", config.iterations, [update], modules, after=settle, preview=preview, signs=SIGNS)
 
 
 def _kl_stage(config: TrainTokenizerConfig, tokenizer: KLTokenizer, data: ImageData, device: torch.device) -> Stage:
@@ -140,7 +152,7 @@ def _kl_stage(config: TrainTokenizerConfig, tokenizer: KLTokenizer, data: ImageD
 
     update = Update("tokenizer", list(tokenizer.parameters()), config.optim, loss, accumulate=config.accumulate)
     preview = _preview(config, tokenizer, data, device)
-    return Stage("tokenizer", config.iterations, [update], {"tokenizer": tokenizer}, preview=preview)
+    return Stage("tokenizer", config.iterations, [update], {"tokenizer": tokenizer}, preview=preview, signs=SIGNS)
 
 
 def _preview(config: TrainTokenizerConfig, tokenizer: Tokenizer, data: ImageData, device: torch.device) -> Callable[[], Tensor]:

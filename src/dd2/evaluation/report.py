@@ -25,6 +25,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding
 img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse;margin:1rem 0;font-size:14px}
 td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
 small{color:#777}.best{font-weight:600}.run td{background:#f2f4f7;font-weight:600}.note{color:#555}
+.warning{background:#fff4e0;padding:.4rem .6rem}
 pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}
 """
 
@@ -123,7 +124,8 @@ def _summary(section: Section) -> str:
         faster = (
             f", <b>{numbers['speedup_vs_teacher']:.1f} times faster</b> at batch {numbers['speedup_batch']}, decoding included"
         )
-    return (
+    said = "".join(f'<p class="warning"><b>Warning:</b> {html.escape(text)}</p>' for text in section.numbers["warnings"])
+    return said + (
         f"<p><b>{html.escape(section.run.name)}</b>: gap closed <b>{numbers['gap_closed']:.3f}</b> of the way from independent "
         f"tokens (0) to the teacher itself (1){faster}.</p>"
     )
@@ -169,7 +171,6 @@ def _decides(section: Section) -> str:
         for key, value in section.numbers["evaluation"].items()
     )
     said = "".join(f"<p><b>Not measured:</b> {html.escape(text)}</p>" for text in section.numbers.get("absent", []))
-    said += "".join(f"<p><b>Warning:</b> {html.escape(text)}</p>" for text in section.numbers["warnings"])
     heading = f"What decides the numbers of {html.escape(section.run.name)}"
     return f"{said}<details><summary>{heading}</summary><table>{rows}</table></details>"
 

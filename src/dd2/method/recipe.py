@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dd2.losses import Losses
+from dd2.method import signs
 from dd2.method.config import CSDConfig, RegressConfig, TuneConfig
 from dd2.method.csd import SharedBatches, generated, generator_loss, guidance_loss, match_loss
 from dd2.method.match import sequence_match
@@ -45,7 +46,7 @@ def tune_stages(student: Student, teacher: Teacher, samples: TeacherSamples | Li
         trained = list((student.head if head_only else student).parameters())
         update = Update("student", trained, config.optim, lambda r, h=head_only: loss(r, h), accumulate=config.accumulate)
         if iterations:
-            stages.append(Stage(name, iterations, [update], {"student": student}, preview=preview))
+            stages.append(Stage(name, iterations, [update], {"student": student}, preview=preview, signs=signs.TUNE))
     return stages
 
 
@@ -87,7 +88,8 @@ def regress_stage(
 
     update = Update("generator", list(networks.generator.parameters()), config.optim, loss, accumulate=config.accumulate)
     modules = {"generator": networks.generator, "generator_ema": networks.ema}
-    return Stage("regress", config.iterations, [update], modules, after=average, preview=_preview(networks, teacher))
+    preview = _preview(networks, teacher)
+    return Stage("regress", config.iterations, [update], modules, after=average, preview=preview, signs=signs.REGRESS)
 
 
 def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, config: CSDConfig, averaged: int) -> Stage:
@@ -113,6 +115,7 @@ def match_stage(networks: Networks, teacher: Teacher, samples: TeacherSamples, c
         after=after,
         preview=_preview(networks, teacher),
         validate=(lambda: distance(networks.ema)) if config.validation else None,
+        signs=signs.VALIDATION,
     )
 
 
@@ -203,4 +206,5 @@ def csd_stage(
         measures=lambda: {"generator/ema_lag": ema_lag(networks.ema, generator)},
         validate=(lambda: distance(networks.ema)) if validates else None,
         stream=STREAMS.get(name, name),
+        signs=() if generator_frozen else signs.CSD,
     )

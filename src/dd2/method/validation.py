@@ -1,6 +1,7 @@
 """How good a generator is in the eyes of its teacher: a number to watch during training, and to choose checkpoints by."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,11 +13,39 @@ from dd2.processes import rank, sum_over_processes, world_size
 from dd2.sampling import one_step
 from dd2.student import OneStepNetwork
 from dd2.teachers.base import Teacher
+from dd2.teachers.code import CodeTeacher
 from dd2.teachers.layers import layer_stacks
 from dd2.training.samples import TeacherSamples
 
 FIRST_SEED = 2**61
 """Seeds of validation images, which no evaluation draws."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Sequences in a teacher's eyes.
+
+    Attributes:
+        fit: of their features.
+        spread: variance of features within labels.
+        codes: different ones among them; 0 where there are none.
+    """
+
+    fit: GaussianFit
+    spread: float
+    codes: int
+
+
+def within_labels(features: Tensor, labels: Tensor) -> float:
+    """Total variance of features (N, F) about the means of their labels (N,); about their own mean where none comes twice."""
+    _, groups = labels.to(features.device).unique(return_inverse=True)
+    size = int(groups.max()) + 1
+    if size == len(features):
+        groups, size = torch.zeros_like(groups), 1
+    counts = groups.bincount(minlength=size).double()
+    means = features.new_zeros(size, features.shape[1], dtype=torch.float64).index_add_(0, groups, features.double())
+    means /= counts.unsqueeze(1)
+    return float((features.double() - means[groups]).square().sum() / (len(features) - size))
 
 
 class TeacherDistance:
@@ -44,24 +73,36 @@ class TeacherDistance:
         self.batches = own.split(batch)
 
     @cached_property
-    def reference(self) -> GaussianFit:
+    def reference(self) -> "Look":
         """Of the teacher's sequences."""
-        return self._fit(lambda rows, labels: self.samples.take(rows)[0])
+        return self._look(lambda rows, labels: self.samples.take(rows)[0])
 
-    def __call__(self, generator: OneStepNetwork) -> float:
-        """The distance of a generator now, of the same images each time. All processes must ask; each draws its share."""
+    def __call__(self, generator: OneStepNetwork) -> dict[str, float]:
+        """A generator now, by the same images each time. All processes must ask; each draws its share.
+
+        Returns:
+            "validation" (the distance), "spread" (variance within the labels as a share of the teacher's own) and, where there
+            are codes, "codes_used" (as a share of those in as many of the teacher's sequences).
+        """
 
         def drawn(rows: Tensor, labels: Tensor) -> Tensor:
             seeds = [FIRST_SEED + row for row in rows.tolist()]
             return self.teacher.snap(one_step(generator, self.teacher.conditions(labels), seeds).float())
 
-        return frechet_distance(self._fit(drawn), self.reference)
+        found, reference = self._look(drawn), self.reference
+        numbers = {"validation": frechet_distance(found.fit, reference.fit)}
+        if reference.spread > 0:
+            numbers["spread"] = found.spread / reference.spread
+        if reference.codes:
+            numbers["codes_used"] = found.codes / reference.codes
+        return numbers
 
     @torch.no_grad()
-    def _fit(self, tokens_of: Callable[[Tensor, Tensor], Tensor]) -> GaussianFit:
-        """Of the features of all rows' tokens, given (rows, labels)."""
+    def _look(self, tokens_of: Callable[[Tensor, Tensor], Tensor]) -> "Look":
+        """All rows' tokens, given (rows, labels), in the teacher's features."""
         device = self.teacher.device
-        features = torch.zeros(self.count, 0, device=device)
+        codes = self.teacher.num_codes if isinstance(self.teacher, CodeTeacher) else 0
+        features, counts = torch.zeros(self.count, 0, device=device), torch.zeros(codes, device=device)
         for rows in self.batches:
             labels = self.samples.labels[rows].to(device)
             tokens, cond = tokens_of(rows, labels), self.teacher.conditions(labels)
@@ -69,8 +110,10 @@ class TeacherDistance:
             if not features.shape[1]:
                 features = features.new_zeros(self.count, found.shape[1])  # an inner layer may have another width
             features[rows] = found
-        sum_over_processes([features])
-        return fit_gaussian([features])
+            if isinstance(self.teacher, CodeTeacher):
+                counts += self.teacher.ids(tokens).flatten().bincount(minlength=codes)
+        sum_over_processes([features, counts])
+        return Look(fit_gaussian([features]), within_labels(features, self.samples.labels[: self.count]), int((counts > 0).sum()))
 
     def _features(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """(B, positions, D) of the layer that is looked at."""

@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dd2.errors import InputError, Interrupted, NumericalError
+from dd2.errors import InputError, Interrupted, NumericalError, TrainingFailed
 from dd2.images import save_grid
 from dd2.processes import answering, any_of, rank, say, sum_over_processes, world_size
 from dd2.progress import progress
 from dd2.seeding import seed_of, stream
 from dd2.training import checkpoint
 from dd2.training.checkpoint import CheckpointWriter
+from dd2.training.health import KINDS, STATE, Health
 from dd2.training.layers import prepare_layers
 from dd2.training.metrics import MetricsLog
 from dd2.training.parallel import Parallelism, local_micro_batches, sharded_units, sum_gradients, whole
@@ -54,6 +55,9 @@ class LoopConfig:
     A third more operations for a fraction of the activations' memory."""
     compile: bool = False
     """torch.compile the transformer layers (CUDA only)."""
+    stop_on: tuple[str, ...] = ()
+    """Signs of failure that end the training at once, with exit code 1, in place of a warning: divergence, collapse and the
+    others of docs/healthy-curves.md."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into tensorboard/ (needs the extra `logs`)."""
 
@@ -66,6 +70,8 @@ class LoopConfig:
             raise InputError(f'loop.resume must be "auto" or "never", got {self.resume!r}')
         if self.save_async not in ("auto", "always", "never"):
             raise InputError(f'loop.save_async must be "auto", "always" or "never", got {self.save_async!r}')
+        if unknown := [kind for kind in self.stop_on if kind not in KINDS]:
+            raise InputError(f"loop.stop_on knows {', '.join(KINDS)}, not {unknown[0]}")
         if self.parallel not in ("ddp", "fsdp2"):
             raise InputError(f'loop.parallel must be "ddp" or "fsdp2", got {self.parallel!r}')
 
@@ -99,6 +105,7 @@ class Trainer:
         Raises:
             Interrupted: a signal arrived; the state was saved.
             NumericalError: a loss or gradient is not finite; nothing was saved since the last checkpoint.
+            TrainingFailed: a sign of `loop.stop_on` was seen.
         """
         folder = self.folder / "checkpoints" / stage.name
         done = checkpoint.steps(folder)
@@ -116,6 +123,7 @@ class Trainer:
             return before
         self.log.rewind(stage.name, step)
         self._unseen.clear()
+        health = self._health(stage)
         start, logged, then = time.perf_counter() - before, step, before
         self._writer = CheckpointWriter(folder, self.config.keep, self._saves_in_background)
         with (
@@ -136,15 +144,19 @@ class Trainer:
                 if due or stop or logs or previews:
                     self._refuse_nan(stage)
                 if due and stage.validate:  # not when stopping: there may be seconds left, and no other run has that row
-                    numbers["validation"] = stage.validate()
+                    numbers |= stage.validate()
                 if logs or "validation" in numbers:
                     row = {name: float(value) for name, value in {**numbers, **stage.measures()}.items()}
                     elapsed = round(time.perf_counter() - start, 3)
                     spent = self.times.mean(step - logged) | {"seconds/iteration": (elapsed - then) / (step - logged)}
-                    self.log.append({"stage": stage.name, "step": step, **row, **spent, "seconds": elapsed})
+                    new = health.see({"step": step, **row})
+                    noticed = {STATE: new} if new else {}
+                    self.log.append({"stage": stage.name, "step": step, **row, **spent, "seconds": elapsed, **noticed})
                     logged, then = step, elapsed
+                    for kind, text in new.items():
+                        say(f"\nwarning: {kind} in {stage.name} at step {step}: {text}", sys.stderr)
                     shown = {name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name}
-                    bar.set_postfix(shown, refresh=False)
+                    bar.set_postfix(shown | ({STATE: ", ".join(health.known)} if health.known else {}), refresh=False)
                 if stage.preview and previews:
                     images = stage.preview()  # sharded networks need all processes for it
                     if rank() == 0:
@@ -153,12 +165,23 @@ class Trainer:
                     validation = numbers.get("validation")
                     writer.save(stage, step, time.perf_counter() - start, None if validation is None else float(validation))
                 bar.update()
+                if fatal := [kind for kind in health.known if kind in self.config.stop_on]:
+                    writer.wait()
+                    raise TrainingFailed(
+                        f"{stage.name} stopped at step {step} of {stage.iterations} as loop.stop_on says: {fatal[0]}: "
+                        f"{health.known[fatal[0]]}"
+                    )
                 if stop and not last:
                     writer.wait()  # what is announced as saved has been
                     raise Interrupted(
                         f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; resume with: {self.resume_hint}"
                     )
         return time.perf_counter() - start
+
+    def _health(self, stage: Stage) -> Health:
+        """What is watched of a stage, as far as it has come."""
+        rows = [row for row in self.log.rows() if row["stage"] == stage.name]
+        return Health(stage.signs, stage.iterations, rows)
 
     @property
     def _saves_in_background(self) -> bool:

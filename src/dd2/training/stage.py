@@ -1,12 +1,13 @@
 """What the loop runs: a stage is a list of updates per iteration, each a loss for one network."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from dd2.losses import Losses
+from dd2.training.health import Sign
 from dd2.training.schedule import OptimConfig
 
 
@@ -56,8 +57,10 @@ class Stage:
         after: called with the iteration (from 0) once its updates are done, e.g. for the EMA.
         preview: images (N, channels, H, W) in [-1, 1] that show the present state.
         measures: numbers worth logging that no loss gives, e.g. the lag of the average; asked for when a row is logged.
-        validate: how good the networks are now, the lower the better; asked for at every checkpoint, whose best is kept.
+        validate: how good the networks are now: "validation", the lower the better, and what else it tells; asked for at every
+            checkpoint, whose best is kept.
         stream: names the stage's random streams; the stage's name unless given.
+        signs: that it has failed, looked for whenever it logs.
     """
 
     name: str
@@ -67,5 +70,6 @@ class Stage:
     after: Callable[[int], None] = lambda step: None
     preview: Callable[[], Tensor] | None = None
     measures: Callable[[], Mapping[str, float]] = dict
-    validate: Callable[[], float] | None = None
+    validate: Callable[[], Mapping[str, float]] | None = None
     stream: str = ""
+    signs: Sequence[Sign] = ()

@@ -12,6 +12,7 @@ from dd2.losses import Losses
 from dd2.sampling import one_step
 from dd2.teachers.code import CodeTeacher
 from dd2.training.ema import ema_copy, ema_update
+from dd2.training.health import loss_rises
 from dd2.training.preview import previewed
 from dd2.training.schedule import OptimConfig, ema_rate
 from dd2.training.stage import Stage, Update
@@ -91,4 +92,6 @@ def dd1_stage(student: DD1Student, teacher: CodeTeacher, pairs: Pairs, config: D
     def after(step: int) -> None:
         ema_update(average, student, ema_rate(step, config.ema))
 
-    return Stage("dd1", config.iterations, [update], modules, after=after, preview=preview), average
+    return Stage(
+        "dd1", config.iterations, [update], modules, after=after, preview=preview, signs=(loss_rises("student/loss"),)
+    ), average

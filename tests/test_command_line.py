@@ -1,6 +1,7 @@
 """What people write: YAML's opinions about it, lists, names, options before what has none, and flags without effect."""
 
 import errno
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_any_value_in_any_field_is_read_or_refused(tmp_path_factory, name, value
     file.write_text(yaml.safe_dump(content))
     with result_or_one_line():
         load_config(DistillConfig, str(file))
+
+
+KEYS = "abcdefghi"
+LAUGHS = [f"{key}: &{key} {{{', '.join(f'{x}: *{old}' for x in 'pqrstuvw')}}}" for old, key in itertools.pairwise(KEYS)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("\n".join(["a: &a {x: 1}", *LAUGHS]), "more than 1,000 fields"),  # 8^8 of them
+        ("a: &a {b: *a}", "refers to itself"),
+        ("trust: &a [*a]", "a list inside of its list"),
+        ("a: " + "[" * 5000, "is not valid YAML"),
+        ("teacher: [[1]]", "a list inside of its list"),
+    ],
+)
+def test_files_that_stand_for_too_much(tmp_path, content, said):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(InputError, match=said):
+        load_config(DistillConfig, str(tmp_path / "c.yaml"))
 
 
 @settings(max_examples=100, deadline=None)

@@ -159,3 +159,16 @@ def test_a_damaged_state_is_passed_over(root, capsys):
     (run / "checkpoints" / "csd" / "00000002" / "state.json").write_text("[]")
     assert main(["distill", str(run / "config.yaml")]) == 0
     assert "skipped: checkpoint" in capsys.readouterr().err
+
+
+def test_a_name_is_no_markup(root):
+    """A run's folder, its classes and its records may hold anything; the page shows it as it stands."""
+    evil = "<img src=x onerror=alert(1)>"
+    run = (root / "runs" / "a").rename(root / "runs" / evil)
+    versions = json.loads((run / "versions.json").read_text())
+    (run / "versions.json").write_text(json.dumps({**versions, "machine": evil}))
+    assert main(["evaluate", str(run), "--count", "20", "--no-speed"]) == 0
+    assert main(["report", str(run), "--out", str(root / "r.html")]) == 0
+    for page in ((run / "report.html").read_text(), (root / "r.html").read_text()):
+        assert evil not in page
+        assert "&lt;img src=x onerror=alert(1)&gt;" in page

@@ -29,6 +29,9 @@ OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 RENAMED = {"distill": "csd"}
 """Sections of older configurations, and what they are called now."""
 
+MOST_FIELDS = 1000
+"""Fields of a file: a few lines of YAML can stand for more than any memory holds."""
+
 CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """module:function."""
 
@@ -56,13 +59,19 @@ def read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)  # a safe one; with or without a byte-order mark
     except OSError as error:
         raise InputError(f"configuration {file} cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"configuration {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"configuration {file} must be a mapping of fields to values, not a {type(content).__name__}")
-    return dict(_flatten(content))
+    try:
+        fields = dict(itertools.islice(_flatten(content), MOST_FIELDS + 1))
+    except RecursionError:
+        raise InputError(f"configuration {file} refers to itself; write its fields out") from None
+    if len(fields) > MOST_FIELDS:
+        raise InputError(f"configuration {file} has more than {MOST_FIELDS:,} fields; write it without aliases")
+    return fields
 
 
 def to_arguments(values: dict[str, Any], config_class: type, file: Path) -> list[str]:

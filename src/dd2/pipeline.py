@@ -40,6 +40,7 @@ class OneStepPipeline:
         captions: str = "",
         trust: Sequence[str] = (),
         dtype: Precision = "auto",
+        revision: str | None = None,
     ) -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
 
@@ -49,13 +50,16 @@ class OneStepPipeline:
             captions: for text-conditional models, a file of dd2 text-features; labels are its rows. By default the run's.
             trust: modules of yours that the generator may import, because its teacher was module:function.
             dtype: "float32", "bfloat16", "float16" (CUDA), or "auto": bfloat16 where the device computes in it.
+            revision: of a repository on the Hub: a commit, which never changes, a tag or a branch.
 
         Raises:
             InputError: there is nothing to load, or it is damaged.
         """
         path = Path(name)
         if not path.exists() and str(name).count("/") == 1:
-            path = _download(str(name))
+            path = _download(str(name), revision)
+        elif revision is not None:
+            raise InputError(f"revision {revision} is about repositories on the Hub; {name} is a folder here")
         place = pick_device(device)
         precision = pick_precision(dtype, place)
         return cls(open_generator(path, place, captions, trust), precision)
@@ -87,9 +91,9 @@ class OneStepPipeline:
             return self._ways.decode(generator.snap(tokens) if nearest else tokens, cond).clamp(-1, 1).cpu()
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f'{name} is no folder here; to load it from the Hub, pip install "dd2[hub]"') from error
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))

@@ -33,6 +33,8 @@ def check_value(name: str, value: Any, kind: Any, file: Path) -> None:
     Raises:
         InputError: they differ; the message has the field, the value as YAML reads it, and what to write.
     """
+    if isinstance(value, list) and any(isinstance(entry, list | dict) for entry in value):
+        raise InputError(f"{file}: {name} holds a list inside of its list; give single values")
     choices = [one for part in _parts(kind) if get_origin(part) is Literal for one in get_args(part)]
     kinds = {get_origin(part) or part for part in _parts(kind)}
     found: Any = tuple if isinstance(value, list) else type(value)

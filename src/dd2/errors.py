@@ -4,8 +4,12 @@
 class InputError(ValueError):
     """What the user gave cannot be used.
 
-    The message names what is wrong, where it stands, what was expected and what to do. It is one line.
+    The message names what is wrong, where it stands, what was expected and what to do. It is one line, whatever stands in the
+    names and values that it quotes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class Interrupted(Exception):

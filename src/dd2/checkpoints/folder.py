@@ -56,6 +56,7 @@ def load_weights(folder: Path, module: nn.Module) -> None:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read ({error}); it is missing or damaged: copy it again") from error
+    expected_kinds = {key: value.is_floating_point() for key, value in module.state_dict().items()}
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != expected:
@@ -65,10 +66,26 @@ def load_weights(folder: Path, module: nn.Module) -> None:
             f"{file} does not fit its config.json: {len(wrong)} tensors differ, first {first}: expected "
             f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
         )
+    if numbers := [key for key, value in tensors.items() if not value.is_floating_point() and expected_kinds[key]]:
+        kind = str(tensors[numbers[0]].dtype).removeprefix("torch.")
+        raise InputError(f"{file} holds {kind} in {numbers[0]}, which are no weights; restore the file")
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
     module.load_state_dict(tensors)
+
+
+def check_sizes(sizes: Any, folder: Path) -> None:
+    """Refuse sizes of a model whose weights could not lie in its folder, before memory is asked for them.
+
+    Raises:
+        InputError: one is larger than the file is long.
+    """
+    file = folder / "model.safetensors"
+    limit = file.stat().st_size if file.is_file() else 0
+    for name, value in dataclasses.asdict(sizes).items():
+        if isinstance(value, int) and value > limit > 0:
+            raise InputError(f"{folder / 'config.json'}: {name} {value:,} is more than {file.name} can hold; restore the folder")
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

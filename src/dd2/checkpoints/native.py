@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dd2.checkpoints.folder import config_of, construct, load_weights, read_config, write_model
+from dd2.checkpoints.folder import check_sizes, config_of, construct, load_weights, read_config, write_model
 from dd2.code_student import CodeStudent, CodeStudentConfig, classifier_of
 from dd2.errors import InputError
 from dd2.external import check_trust, load_function
@@ -153,7 +153,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     config = read_config(folder, "tokenizer")
     config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
-    tokenizer = build(construct(config_class, config.get("config"), folder / "config.json"))
+    sizes = construct(config_class, config.get("config"), folder / "config.json")
+    check_sizes(sizes, folder)
+    tokenizer = build(sizes)
     load_weights(folder, tokenizer)
     if (aligned := config.get("aligned")) is not None:
         tokenizer.aligned = construct(DecoderAlignment, aligned, folder / "config.json")
@@ -180,7 +182,7 @@ def load_generator(folder: Path, trust: Sequence[str] = ()) -> Generator:
     """
     config = read_config(folder, "generator")
     method = config.get("method", "dd2")
-    if method not in NETWORKS:
+    if not isinstance(method, str) or method not in NETWORKS:
         raise InputError(f"{folder / 'config.json'}: unknown method {method!r}; this dd2 knows {', '.join(NETWORKS)}")
     kind = NETWORKS[method]
     if code := config.get("code"):
@@ -229,7 +231,11 @@ def _fresh(config: dict[str, Any], folder: Path) -> Teacher:
         raise InputError(
             f"{folder}: a {type(tokenizer).__name__} does not go with family {config['family']}; restore its tokenizer/"
         )
-    teacher = family.build(sizes, tokenizer)
+    check_sizes(sizes, folder)
+    try:
+        teacher = family.build(sizes, tokenizer)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
     if (names := config.get("class_names")) is not None:
         _call(teacher.conditions, names, folder / "config.json")
     return teacher
@@ -265,6 +271,6 @@ def _backbone_family(backbone: Backbone) -> str:
 
 def _known(config: dict[str, Any], families: dict[str, Any], folder: Path) -> str:
     family = config.get("family")
-    if family not in families:
+    if not isinstance(family, str) or family not in families:
         raise InputError(f"{folder / 'config.json'}: unknown family {family!r}; this dd2 knows {', '.join(families)}")
     return family

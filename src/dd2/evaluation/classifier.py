@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd2.checkpoints.folder import construct, load_weights, read_config, write_model
+from dd2.checkpoints.folder import check_sizes, construct, load_weights, read_config, write_model
 from dd2.errors import InputError
 from dd2.files import atomic_folder
 from dd2.processes import first_process_only
@@ -94,7 +94,9 @@ def load_classifier(folder: Path) -> Classifier:
         InputError: it is missing, damaged or something else.
     """
     config = read_config(folder, "classifier")
-    classifier = Classifier(construct(ClassifierConfig, config.get("config"), folder / "config.json"))
+    sizes = construct(ClassifierConfig, config.get("config"), folder / "config.json")
+    check_sizes(sizes, folder)
+    classifier = Classifier(sizes)
     load_weights(folder, classifier)
     names = config.get("class_names", [])
     if not isinstance(names, list) or len(names) not in (0, classifier.config.num_classes):

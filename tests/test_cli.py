@@ -132,7 +132,7 @@ def test_bad_configurations(capsys, tmp_path):
     assert "must be a mapping" in with_content("- 1\n- 2")
     assert "is null" in with_content("seed:")
     assert "is not valid YAML" in with_content("seed: 2026-13-45")
-    assert "there is no field csd" in with_content("csd: 3")
+    assert "csd is a section" in with_content("csd: 3")
     file.write_bytes(b"\xff\xfe\x00")
     assert "is not valid YAML" in refused(capsys, "distill", file)
     assert "there is no field" in refused(capsys, "distill", "digits_tokenizer")
@@ -221,7 +221,7 @@ def test_bad_samples_and_evaluations(capsys, tmp_path, run):
     damaged = tmp_path / "classifier"
     shutil.copytree(embedded("classifier"), damaged)
     (damaged / "model.safetensors").write_bytes(b"short")
-    assert "missing or damaged" in refused(capsys, "evaluate", run, "--features", damaged)
+    assert "is damaged" in refused(capsys, "evaluate", run, "--features", damaged)
     shutil.copy(run / "run.json", other)
     shutil.copy(run / "teacher_samples" / "samples.json", other / "teacher_samples")
     record = json.loads((run / "run.json").read_text())

@@ -104,7 +104,7 @@ def test_pipeline(run):
     assert torch.equal(same, images)
     snapped = pipeline([3, 5, 7], seeds=[4, 5, 6], nearest=True)
     assert 0 < (snapped - images).abs().mean() < 0.3
-    with pytest.raises(InputError, match="classes 0 to 9"):
+    with pytest.raises(InputError, match="its classes are 0 to 9"):
         pipeline([10])
     with pytest.raises(InputError, match="one seed per label"):
         pipeline([1, 2], seeds=[0])
@@ -121,7 +121,7 @@ def test_hub_names_are_downloaded(run, monkeypatch):
     hub.snapshot_download = lambda name, **more: asked.append((name, more)) or str(run / "generator")  # pyright: ignore
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
-    assert asked == [("someone/one-step-digits", {"allow_patterns": ["*.json", "*.safetensors"]})]
+    assert asked == [("someone/one-step-digits", {"revision": None, "allow_patterns": ["*.json", "*.safetensors"]})]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"dd2\[hub\]"):
         OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")

@@ -221,7 +221,7 @@ def test_bad_requests(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
     assert "at least one run" in refused(capsys, "report")
     assert "must end in .html" in refused(capsys, "report", tmp_path, "--out", "x.pdf")
-    assert "no metrics.json" in refused(capsys, "report", tmp_path, "--out", tmp_path / "x.html")
+    assert "metrics.json cannot be read" in refused(capsys, "report", tmp_path, "--out", tmp_path / "x.html")
     assert "no ar_diffusion" in refused(capsys, "distill", "digits_paper", "--out", tmp_path / "d", "--stage1", tmp_path)
 
 

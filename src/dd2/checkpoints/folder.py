@@ -85,7 +85,8 @@ def check_sizes(sizes: Any, folder: Path) -> None:
     limit = file.stat().st_size if file.is_file() else 0
     for name, value in dataclasses.asdict(sizes).items():
         if isinstance(value, int) and value > limit > 0:
-            raise InputError(f"{folder / 'config.json'}: {name} {value:,} is more than {file.name} can hold; one is damaged: restore it")
+            where = folder / "config.json"
+            raise InputError(f"{where}: {name} {value:,} is more than {file.name} can hold; one is damaged: restore it")
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

@@ -70,14 +70,18 @@ class Rises:
     def __call__(self, course: Course) -> str:
         values, steps = (course.smooth, course.steps) if self.noisy else (course.values, course.steps)
         values, steps = values[self.first :], steps[self.first :]
-        if len(values) < 2 or not (best := min(values)) > 0 or values[-1] <= max(self.factor * best, self.of_first * values[0]):
+        if (
+            len(values) < max(2, self.first + 1)
+            or not (best := min(values)) > 0
+            or values[-1] <= max(self.factor * best, self.of_first * values[0])
+        ):
             return ""
         where = steps[values.index(best)]
         return f"has risen to {values[-1]:.3g}, {values[-1] / best:.1f} times its best ({best:.3g} at step {where})"
 
     @property
     def first(self) -> int:
-        """Rows before there is something to compare."""
+        """Rows before there is a median, and then as many before it is believed."""
         return WINDOW - 1 if self.noisy else 0
 
 

@@ -119,6 +119,10 @@ def test_signs_in_the_numbers_of_an_evaluation(generator, closed, said):
     found = signs_of_numbers({"teacher": NUMBERS, "generator": NUMBERS | generator}, closed)
     assert len(found) == len(said)
     assert all(text.startswith(start) for text, start in zip(found, said, strict=True))
+    rows = {"teacher": NUMBERS, "generator": {"frechet": 4.0}}
+    assert signs_of_numbers({**rows, "guidance": {"frechet": 4.2}}, 0.9) == []
+    (lags,) = signs_of_numbers({**rows, "guidance": {"frechet": 9.0}}, 0.9)
+    assert lags.startswith("lagging guidance: what the guidance network draws is 2.2 times as far")
     assert signs_of_numbers({"teacher": {}, "generator": {}}, 0.5) == []  # of a teacher that has no such numbers
 
 
@@ -221,3 +225,26 @@ def test_no_false_alarm_on_healthy_runs(log):
 
 def test_there_are_healthy_runs_to_look_at():
     assert {log.stem for log in HEALTHY} >= {"demo", "digits_long", "digits_var", "digits_mar", "fashion"}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("over", ["velocity", "codes"])
+def test_the_guidance_network_draws(stage1, tmp_path, over):
+    """As the stage-1 model that it starts as; over codes, as the teacher that it starts as."""
+    out = tmp_path / "run"
+    usual = ["--teacher-samples", "2048", "--loop.preview-every", "0", "--csd.iterations", "1", "--csd.guidance.lr", "1e-9"]
+    if over == "velocity":
+        recipe = ["digits_paper", "--stage1", str(stage1), "--tune.iterations", "60"]
+    else:
+        recipe = ["digits", "--regress.iterations", "1", "--regress.pairs", "64", "--regress.guidance-iterations", "0"]
+        recipe += ["--csd.match.prime", "256"]
+    assert main(["distill", *recipe, "--out", str(out), *usual]) == 0
+    assert (
+        main(["evaluate", str(out), "--count", "400", "--no-speed", "--metrics.halves", "2", "--batch", "100", "--guidance"]) == 0
+    )
+    found = json.loads((out / "metrics.json").read_text())["metrics"]
+    like = found["ar_diffusion" if over == "velocity" else "teacher"]
+    assert found["guidance"]["teacher_nll"] == pytest.approx(like["teacher_nll"], rel=0.05)
+    assert found["guidance"]["accuracy"] > found["onestep_marginal"]["accuracy"]
+    assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
+    assert "Guidance network, 16 AR steps" in (tmp_path / "r.html").read_text()

@@ -11,6 +11,7 @@ from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import kept_steps
 from dd2.checkpoints.runs import FinishedRun, open_run
 from dd2.commands.evaluate_images import evaluate_images
+from dd2.commands.guidance import guidance_of
 from dd2.commands.run_folder import read_seconds
 from dd2.config import flat
 from dd2.device import pick_device
@@ -177,7 +178,7 @@ def evaluation_of(run: Path, numbers: dict[str, Any], trust: tuple[str, ...]) ->
     same["precision"] = made.get("precision", "float32")
     same |= {name: tuple(made.get(name, ())) for name in ("steps", "skip", "teacher_steps")}
     at = {name: made.get(f"teacher_at.{name}") for name in OtherSampling.__dataclass_fields__}
-    same["teacher_at"] = OtherSampling(**at)
+    same |= {"teacher_at": OtherSampling(**at), "guidance": made.get("guidance", False)}
     return EvaluateConfig(run=run, trust=trust, **same)
 
 
@@ -195,7 +196,8 @@ def comparison(config: EvaluateConfig, run: FinishedRun, ways: Ways, network: Fe
     precision = name_of(ways.precision)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, precision, config.metrics)
     marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"
-    rows = config.steps, config.skip, config.teacher_steps, config.teacher_at
+    guidance = guidance_of(config.run, run) if config.guidance else None
+    rows = config.steps, config.skip, config.teacher_steps, config.teacher_at, guidance
     return scorer, methods(ways, run.teacher, marginal, made_of, *rows)
 
 

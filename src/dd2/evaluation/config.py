@@ -12,8 +12,8 @@ from dd2.sampling import Prefix
 from dd2.teachers.filtering import OtherSampling
 
 OF_RUNS = (
-    *("count", "steps", "prefix", "skip", "teacher_steps", "marginal", "path_length", "epsilon", "curve", "precision"),
-    *("speed", "trust"),
+    *("count", "steps", "prefix", "skip", "teacher_steps", "guidance", "marginal", "path_length", "epsilon", "curve"),
+    *("precision", "speed", "trust"),
 )
 """Fields that decide what is drawn of a run."""
 
@@ -48,6 +48,9 @@ class EvaluateConfig:
     teacher_at: OtherSampling = field(default_factory=OtherSampling)
     """Adds a row: the teacher as it samples with these settings, such as those its own paper evaluates it with (VAR: cfg_scale
     1.5, top_k 900, top_p 0.95), where it was distilled with others."""
+    guidance: bool = False
+    """Adds a row: the guidance network of the newest checkpoint, drawing step by step as the AR model that it is. Worse than the
+    generator, it lags behind it (App. C.3)."""
     marginal: Over = "class"
     """Token frequencies of onestep*: of each class, or of the whole data set (App. E.5)."""
     features: str = "digits"

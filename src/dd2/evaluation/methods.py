@@ -61,6 +61,7 @@ def methods(
     skips: Sequence[int] = (),
     teacher_steps: Sequence[int] = (),
     teacher_at: OtherSampling | None = None,
+    guidance: Teacher | None = None,
 ) -> dict[str, Method]:
     """What is compared, by name, in the order in which it is shown.
 
@@ -73,6 +74,7 @@ def methods(
         skips: also the teacher without its last m AR steps, for each m.
         teacher_steps: also the teacher in so many AR steps, where their number is free.
         teacher_at: also the teacher with other settings.
+        guidance: also the guidance network, as the AR model that it is.
 
     Raises:
         InputError: a number of steps is not possible, or needs a teacher over codes.
@@ -99,6 +101,10 @@ def methods(
         found["generator_nearest"] = Method("Generator, one step, nearest codes", nearest, generator)
     if ways.generator.student.has_two_passes:
         found["generator_two_passes"] = Method("Generator, two passes of its own", whole(ways.two_passes()), generator)
+    if guidance is not None:
+        drawn = replace(ways, teacher=guidance, sampling=Sampling()).by_teacher()
+        decides = {"weights": weights_digest(guidance.backbone), **aligned}
+        found["guidance"] = Method(f"Guidance network, {all_steps}", whole(drawn), decides)
     for k in sorted({k for k in steps if k > 1}):
         decides = {**generator, "prefix": ways.prefix}
         found[few_steps(k)] = Method(f"Generator and teacher, {k} steps", whole(ways.few_steps(k)), decides)

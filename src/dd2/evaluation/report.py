@@ -43,6 +43,7 @@ METRICS: dict[Any, Shape] = {
         **dict.fromkeys(("features", "prefix", "marginal"), str),
         **{f"{name}?": [int] for name in ("steps", "skip", "teacher_steps")},
         "precision?": str,
+        "guidance?": bool,
         "reference": {"reference": str},
     },
     "speed?": [{"batch": int, "seconds_per_image": {str: float}, "speedup": float}],

@@ -25,8 +25,9 @@ from dd2.commands.dd1 import DD1RunConfig
 from dd2.commands.distill_config import DistillConfig
 from dd2.commands.train_teacher import TrainTeacherConfig
 from dd2.commands.train_tokenizer import TrainTokenizerConfig
-from dd2.config import find_yaml, flat, load_config, to_yaml
+from dd2.config import find_yaml, load_config, to_yaml
 from dd2.errors import InputError
+from dd2.fields import flat
 from dd2.generator import Generator
 from dd2.student import Student
 from dd2.teachers.code import require_codes

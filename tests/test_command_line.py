@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from dd2.cli import COMMANDS, main
 from dd2.commands.distill_config import DistillConfig
 from dd2.commands.sample import SampleConfig, parse_labels
-from dd2.config import field_types, flat, load_config
+from dd2.config import load_config
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
+from dd2.fields import field_types, flat
 from dd2.resources import memory_said, system_said
 from dd2.teachers.conditions import ClassLabels
 from edges import result_or_one_line

@@ -14,10 +14,10 @@ from PIL import Image
 from dd2.checkpoints.native import save_teacher
 from dd2.checkpoints.runs import embedded
 from dd2.cli import main
-from dd2.config import with_fields
 from dd2.data import digits
 from dd2.evaluation.features import classifier_features
 from dd2.evaluation.gallery import interpolations, nearest_training
+from dd2.fields import with_fields
 from dd2.generator import Generator
 from dd2.reproduce import benches
 from dd2.reproduce.benches import Bench, open_bench

@@ -19,8 +19,9 @@ from dd2 import seeding
 from dd2.checkpoints.native import load_generator, load_teacher, save_teacher
 from dd2.commands.distill import distill
 from dd2.commands.distill_config import DistillConfig
-from dd2.config import load_config, with_fields
+from dd2.config import load_config
 from dd2.errors import InputError
+from dd2.fields import with_fields
 from dd2.losses import noised
 from dd2.method.config import AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.csd import generated, generator_loss, guidance_loss
@@ -516,7 +517,7 @@ TABLES_10_AND_11: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TABLES_10_AND_11)
 def test_the_full_size_configurations_are_the_papers(name):
-    from dd2.config import flat
+    from dd2.fields import flat
 
     config = load_config(DistillConfig, name)
     found, expected = flat(config), dict(TABLES_10_AND_11[name])

@@ -3,13 +3,12 @@
 import contextlib
 import dataclasses
 import difflib
-import functools
 import io
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -18,6 +17,7 @@ import tyro
 import yaml
 
 from dd2.errors import InputError
+from dd2.fields import field_of, field_types, flatten, plain, with_fields
 from dd2.values import check_value
 
 C = TypeVar("C")
@@ -66,7 +66,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"configuration {file} must be a mapping of fields to values, not a {type(content).__name__}")
     try:
-        fields = dict(itertools.islice(_flatten(content), MOST_FIELDS + 1))
+        fields = dict(itertools.islice(flatten(content), MOST_FIELDS + 1))
     except RecursionError:
         raise InputError(f"configuration {file} refers to itself; write its fields out") from None
     if len(fields) > MOST_FIELDS:
@@ -161,70 +161,7 @@ def _values_of(flag: str, typed: Sequence[str]) -> set[str]:
 
 def to_yaml(config: Any) -> str:
     """A configuration as YAML with every field resolved; reading it back gives the same configuration."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-
-
-def field_types(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and types of all fields, those of nested dataclasses in their place."""
-    hints = get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from field_types(kind, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, kind
-
-
-def defaults(config_class: Any) -> dict[str, Any]:
-    """{"section.field": value} of the fields that have a default, in plain YAML types."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):
-        if field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            made = field.default_factory()
-            found[field.name] = dataclasses.asdict(made) if dataclasses.is_dataclass(made) else made  # pyright: ignore
-    return dict(_flatten(_plain(found)))
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """A configuration as {"section.field": value} in plain YAML types."""
-    return dict(_flatten(_plain(dataclasses.asdict(config))))
-
-
-def field_of(config: Any, name: str) -> Any:
-    """The value of a field by its dotted name."""
-    return functools.reduce(getattr, name.split("."), config)
-
-
-def with_fields(config: C, values: dict[str, Any]) -> C:
-    """A configuration with some fields changed, by dotted name."""
-    nested: dict[str, dict[str, Any]] = {}
-    own: dict[str, Any] = {}
-    for name, value in values.items():
-        head, _, rest = name.partition(".")
-        if rest:
-            nested.setdefault(head, {})[rest] = value
-        else:
-            own[head] = value
-    own |= {head: with_fields(getattr(config, head), inner) for head, inner in nested.items()}
-    return dataclasses.replace(config, **own)  # pyright: ignore[reportArgumentType]
-
-
-def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def _negated(flag: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dd2.config import field_of, flat, with_fields
+from dd2.fields import field_of, flat, with_fields
 
 C = TypeVar("C")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dd2.config import field_types
+from dd2.fields import field_types
 
 NO_MEMORY = re.compile(
     r"out of memory|allocate memory|not enough memory|DefaultCPUAllocator|can't start new thread", re.IGNORECASE

@@ -13,7 +13,6 @@ from dd2.checkpoints.runs import FinishedRun, open_run
 from dd2.commands.evaluate_images import evaluate_images
 from dd2.commands.guidance import guidance_of
 from dd2.commands.run_folder import read_seconds
-from dd2.config import flat
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
@@ -27,6 +26,7 @@ from dd2.evaluation.report import Section, write_run_report
 from dd2.evaluation.score import Scorer
 from dd2.evaluation.speed import speed_numbers
 from dd2.evaluation.summary import summary
+from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say

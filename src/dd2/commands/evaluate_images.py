@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dd2.config import flat
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.features import FeatureNetwork
@@ -15,6 +14,7 @@ from dd2.evaluation.images import ImageSet
 from dd2.evaluation.metrics import scores, warnings
 from dd2.evaluation.reference import image_bank, open_reference
 from dd2.evaluation.summary import described
+from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.processes import rank, say
 

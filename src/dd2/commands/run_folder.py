@@ -10,10 +10,11 @@ from typing import IO, Any
 import torch
 
 from dd2.checkpoints.record import RunRecord
-from dd2.config import RENAMED, defaults, flat, read_yaml, to_yaml, with_fields
+from dd2.config import RENAMED, read_yaml, to_yaml
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
+from dd2.fields import defaults, flat, with_fields
 from dd2.files import atomic_folder, writable_folder, write_atomic
 from dd2.places import FIELDS, in_place, with_absolute
 from dd2.processes import first_process_only

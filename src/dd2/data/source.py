@@ -72,9 +72,10 @@ class ImageFolder:
         counts = {split: len(items) for split, items in self._layout.items.items()}
         names = ", ".join(self.class_names[:4]) + (", …" if self.num_classes > 4 else "")
         by = "held out, one in 20" if self._layout.own else "for tests, as its folders say"
+        classes = f"{self.num_classes:,} class{'' if self.num_classes == 1 else 'es'} ({names})"
         return (
-            f"data {self._pictures.path}: {self._pictures.said()}, {self.num_classes:,} classes ({names}); "
-            f"{counts['train']:,} to train on, {counts['test']:,} {by}"
+            f"data {self._pictures.path}: {self._pictures.said()}, {classes}; {counts['train']:,} to train on, "
+            f"{counts['test']:,} {by}"
         )
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ def signs(metrics: Mapping[str, Mapping[str, float]], closed: float) -> list[str
     if share("teacher_nll") < 0.97:
         nats = f"{generator['teacher_nll']:.1f} against {teacher['teacher_nll']:.1f} nats"
         said.append(f"collapse: sequences are likelier to the teacher than its own ({nats}): they are its most usual ones")
-    lag = metrics.get("guidance", {}).get("frechet", 0.0) / generator["frechet"] if "frechet" in generator else 0.0
+    own = generator.get("frechet", 0.0)
+    lag = metrics["guidance"]["frechet"] / own if own > 0 and "guidance" in metrics else 0.0
     if lag > 1.1:
         said.append(
             f"lagging guidance: what the guidance network draws is {lag:.1f} times as far from the reference as what the "

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -175,7 +176,11 @@ def test_configurations_behind_options(tmp_path, capsys):
 def test_settings_of_a_teacher_that_does_not_draw_are_refused(method, flags, names):
     with pytest.raises(InputError, match=f"^{names} would have no effect"):
         load_config(SampleConfig, "", ["run", "--method", method, *flags.split()])
-    assert load_config(SampleConfig, "", ["run", "--method", "teacher", *flags.split()]).method == "teacher"
+    if names == "prefix":
+        with pytest.raises(InputError, match="it is about --steps 2 or more"):
+            load_config(SampleConfig, "", ["run", "--method", "teacher", *flags.split()])
+    else:
+        assert load_config(SampleConfig, "", ["run", "--method", "teacher", *flags.split()]).method == "teacher"
     assert load_config(SampleConfig, "", ["run", "--steps", "2", *flags.split()]).steps == 2
 
 
@@ -257,3 +262,56 @@ def test_a_real_process_without_memory_leaves_nothing_half_written(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("dd2: out of memory")
     assert "Traceback" not in done.stderr
     assert not [file for file in (tmp_path / "run").rglob("*") if file.name.endswith((".tmp", ".partial"))]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--images", ""], "--images is empty; is a variable of the shell not set"),
+        (["--images="], "--images is empty"),
+        (["--images", "x", "--reference", ""], "--reference is empty"),
+        (["run", "--images", "x", "--reference", "r"], "the run run would have no effect on images"),
+        (["run", "--prefix", "generated"], "prefix would have no effect, as steps are 1"),
+        (["run", "--epsilon", "0.01"], "epsilon would have no effect, as path_length is 0"),
+        (["run", "--allow-duplicates"], "allow_duplicates would have no effect"),
+        (["r\udce9n"], "is no UTF-8"),
+    ],
+)
+def test_evaluations_that_would_not_do_what_they_say(words, said):
+    with pytest.raises(InputError, match=said):
+        load_config(EvaluateConfig, "", words)
+
+
+def test_the_empty_text_is_a_default_of_some_fields(tmp_path):
+    assert load_config(DistillConfig, "", ["--captions", "", "--stage1="]).captions == ""
+    (tmp_path / "c.yaml").write_text("out: ''")
+    with pytest.raises(InputError, match="out is empty"):
+        load_config(DistillConfig, str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_text("csd: {k: 2}\ncsd.k: 3")
+    with pytest.raises(InputError, match=r"csd\.k stands there twice"):
+        load_config(DistillConfig, str(tmp_path / "c.yaml"))
+
+
+def test_names_that_are_other_numbers_are_told_apart(capsys):
+    conditions = ClassLabels(3)
+    conditions.call(["1", "2", "3"])
+    assert parse_labels(("1",), conditions, 1) == [1]
+    assert "label 1 is a number here, that of the class called 2" in capsys.readouterr().err
+    for text in ("+-1", "--1", "1.0", "0x1"):
+        with pytest.raises(InputError):
+            parse_labels((text,), conditions, 1)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("redirect", ["2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_closed_and_full_streams_end_no_work(tmp_path, redirect):
+    command = f"{sys.executable} -m dd2 reference {tmp_path}/x.npz {tmp_path}/s.npz {redirect}"
+    np.savez(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), np.uint8))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "s.npz").stat().st_size > 1000
+    again = f"{sys.executable} -m dd2 reference {tmp_path}/s.npz {tmp_path}/t.npz"
+    done = subprocess.run(["bash", "-c", again], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "holds statistics already" in done.stderr
+    assert main(["reference", str(tmp_path / "x.npz"), str(tmp_path / "x.npz")]) == 2  # its own images

@@ -135,3 +135,32 @@ def test_folders_in_place_of_files(tmp_path):
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(b"")
     assert "a distributed checkpoint of torch" in refused(tmp_path / "dcp")
+
+
+def test_bytes_that_are_not_those_that_were_written(tmp_path):
+    torch.save({"a": torch.ones(2000)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    at = whole.index(torch.ones(8).numpy().tobytes()) + 400
+    (tmp_path / "a.pt").write_bytes(whole[:at] + bytes(100) + whole[at + 100 :])
+    assert "is damaged: the checksum of" in refused(tmp_path / "a.pt")
+
+
+def test_which_of_several_weights_are_taken_is_said(capsys):
+    content = {"model": {"a.b": torch.zeros(1), "c": torch.ones(1)}, "ema": {"a.b": torch.ones(1), "c": torch.ones(1)}}
+    assert float(read_state(content, (("model",), ("ema",)))["a.b"]) == 0
+    assert "holds several sets of weights; those under model are taken, not ema" in capsys.readouterr().err
+
+
+def test_tensors_that_are_not_plain():
+    dense = torch.ones(2, 2)
+    for values in (dense.to_sparse(), dense.to_sparse_csr(), dense.to("meta"), torch.full((2, 2), 1e300, dtype=torch.float64)):
+        with pytest.raises(InputError, match="key a "):
+            take({"a": values}, {"a": Origin("a")}, {"a": (2, 2)}, lambda key: False, "model", lambda key: "")
+
+
+def test_files_are_known_by_content_whatever_they_are_called(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "torch.safetensors")
+    assert torch.equal(read_file(tmp_path / "torch.safetensors", "cpu")["a"], torch.ones(1))
+    for content in (b'{"error": "not found"}', b"<?xml version='1.0'?><Error/>", b"Entry not found"):
+        (tmp_path / "x.pt").write_bytes(content)
+        assert "error message of a server" in refused(tmp_path / "x.pt")

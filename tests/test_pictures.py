@@ -91,6 +91,29 @@ def test_what_a_folder_lists(tmp_path, capsys):
     assert ImageSet(tmp_path / "d").digest()
 
 
+def test_two_links_to_one_folder_are_two_classes(tmp_path):
+    put(tmp_path / "d" / "real")
+    (tmp_path / "d" / "alias").symlink_to(tmp_path / "d" / "real")
+    assert open_data(str(tmp_path / "d"), 8, 1).class_names == ("alias", "real")
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "gone.png").symlink_to(tmp_path / "nothing")
+    for name, said in (("pipe", "neither a folder nor a file"), ("loop", "there is no such")):
+        with pytest.raises(InputError, match=said):
+            ImageSet(tmp_path / name)
+    assert main(["evaluate", "--images", str(tmp_path / "loop"), "--reference", str(tmp_path / "d")]) == 2
+    with pytest.raises(InputError, match=r"gone\.png cannot be read"):
+        ImageSet(tmp_path / "d")
+    (tmp_path / "d" / "gone.png").unlink()
+    (tmp_path / "d" / "empty.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"empty\.png cannot be read as an image \(of no known format\)"):
+        ImageSet(tmp_path / "d")
+
+
 @pytest.mark.e2e
 def test_a_name_that_is_not_utf8_is_scored_like_any(tmp_path, capsys):
     images, real = put(tmp_path / "x", 40), put(tmp_path / "r", 40, level=30)
@@ -174,6 +197,7 @@ def test_layouts(case):
         (["train/cat/0", "train/dog/0", "test/0", "test/1"], "test/ holds 2 images and no class folders"),
         (["train/cat/0", "test/unknown/0"], "unknown is a class of the test images alone"),
         (["test/cat/0", "val/cat/0"], "and no train/"),
+        (["set/val/cat/0", "set/val/dog/0"], "has val alone, and no train/"),
         (["train/cat/0", "more/dog/0"], "has train beside more"),
         (["train/cat/0", "test/cat/0", "x"], "has images beside test, train, such as x"),
         (["cat/0", "dog/sub/0"], "several depths (1 like cat/0, 1 like dog/sub/0)"),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dd2.checkpoints.runs import embedded
 from dd2.cli import main
@@ -172,3 +173,28 @@ def test_a_name_is_no_markup(root):
     for page in ((run / "report.html").read_text(), (root / "r.html").read_text()):
         assert evil not in page
         assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+@pytest.mark.parametrize("name", ["versions.json", "run.json"])
+def test_a_run_that_lost_a_record_is_known_all_the_same(root, name):
+    run = (root / "runs" / "a").rename(root / "runs" / "b")
+    (run / name).unlink()
+    assert main(["distill", str(run / "config.yaml")]) == 0
+    assert [folder.name for folder in (root / "runs").iterdir()] == ["b"]
+    assert (run / name).is_file()
+
+
+def test_an_empty_configuration_is_named(root, capsys):
+    config = root / "runs" / "a" / "config.yaml"
+    config.write_text("")
+    assert main(["distill", str(config), *TINY]) == 2
+    assert f"{config} is empty, so nobody knows what this run was" in capsys.readouterr().err
+
+
+def test_images_that_are_no_numbers_are_not_black(root, capsys):
+    file = root / "runs" / "a" / "generator" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value * 1e20 if key.endswith(".weight") else value for key, value in tensors.items()}, file)
+    assert main(["sample", str(root / "runs" / "a"), "--count", "2", "--out", "x.npz", "--precision", "float32"]) == 1
+    assert "an image holds NaN or infinity" in capsys.readouterr().err
+    assert not Path("x.npz").exists()

@@ -144,7 +144,7 @@ def _run(arguments: list[str]) -> int:
     places = positional(config_class)
     leading = list(itertools.takewhile(lambda text: not text.startswith("-"), rest))
     # Where a command has fields without a flag, its configuration is told by its ending; so it is behind options.
-    chosen = [text for text in leading if not places or text.endswith(YAML)]
+    chosen = [text for text in leading if not places or (text.endswith(YAML) and not os.path.isdir(text))]
     chosen += [text for before, text in itertools.pairwise(rest) if _behind_options(before, text) and text not in leading]
     if len(chosen) > 1:
         raise InputError(f"unexpected argument {chosen[1]}; usage: {_usage(name, places)}")

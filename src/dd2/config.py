@@ -17,7 +17,7 @@ import tyro
 import yaml
 
 from dd2.errors import InputError
-from dd2.fields import field_of, field_types, flatten, plain, with_fields
+from dd2.fields import defaults, field_of, field_types, flatten, plain, with_fields
 from dd2.values import check_value
 
 C = TypeVar("C")
@@ -66,11 +66,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"configuration {file} must be a mapping of fields to values, not a {type(content).__name__}")
     try:
-        fields = dict(itertools.islice(flatten(content), MOST_FIELDS + 1))
+        found = list(itertools.islice(flatten(content), MOST_FIELDS + 1))
     except RecursionError:
         raise InputError(f"configuration {file} refers to itself; write its fields out") from None
-    if len(fields) > MOST_FIELDS:
+    if len(found) > MOST_FIELDS:
         raise InputError(f"configuration {file} has more than {MOST_FIELDS:,} fields; write it without aliases")
+    fields = dict(found)
+    if len(fields) < len(found):
+        names = [name for name, _ in found]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"configuration {file} is not valid YAML: {twice} stands there twice; keep one of them")
     return fields
 
 
@@ -214,6 +219,7 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
         kept = {field: value for field, value in values.items() if field not in typed_fields}
         arguments = to_arguments(kept, config_class, file)
     overrides = _with_spaces(overrides, config_class)
+    _refuse_empty(overrides, config_class)
     try:
         config = _parse(config_class, _in_places(arguments, overrides), command)
     except InputError as error:
@@ -225,9 +231,27 @@ def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (),
     return config
 
 
+def _refuse_empty(words: Sequence[str], config_class: Any) -> None:
+    """Refuse the empty text where it is not a field's default: to a path it would be the working directory.
+
+    Raises:
+        InputError: a word, or a flag's value, is empty, as where a shell's variable is not set.
+    """
+    usual = defaults(config_class)
+    for before, word in itertools.pairwise(["", *words]):
+        flag, given, value = word.partition("=")
+        name = (flag if given else before).removeprefix("--").replace("-", "_")
+        if (word == "" or (given and word.startswith("--") and not value)) and usual.get(name) != "":
+            raise InputError(f"{f'--{name}' if name else 'an argument'} is empty; is a variable of the shell not set?")
+
+
+OF_RUNS = ("versions.json", "run.json", "metrics.jsonl", "checkpoints", "teacher_samples")
+"""What lies beside the configuration in a run's folder, some of it from the start."""
+
+
 def _own_folder(file: Path, config_class: Any) -> dict[str, Any]:
     """{"out": the folder} of the configuration that lies in a run's folder: a run is where it lies, whatever it was called."""
-    own = file.name == "config.yaml" and (file.parent / "versions.json").is_file()
+    own = file.name == "config.yaml" and any((file.parent / name).exists() for name in OF_RUNS)
     return {"out": str(file.parent)} if own and "out" in dict(field_types(config_class)) else {}
 
 
@@ -269,14 +293,17 @@ def _parse(config_class: type[C], arguments: Sequence[str], command: str) -> C:
 
 
 def _finite(config: C) -> C:
-    """The same, whose numbers are all finite.
+    """The same, whose numbers are all finite, and whose names can be written down.
 
     Raises:
-        InputError: one is NaN or infinite.
+        InputError: one is NaN or infinite, or no UTF-8.
     """
     for name, _ in field_types(type(config)):
         value = field_of(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
+        parts = value if isinstance(value, tuple) else (value,)
+        if any("\ud800" <= c <= "\udfff" for part in parts if isinstance(part, str | Path) for c in str(part)):
+            raise InputError(f"{name} {value} is no UTF-8, which safetensors cannot open: rename it")
+        for number in parts:
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{name} must be a finite number, got {number}")
     return config

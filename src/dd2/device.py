@@ -25,6 +25,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not available here; use auto, cpu, or cuda on a machine with a GPU") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is none that dd2 runs on; use auto, cpu, or cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events, synchronisation and NCCL refer to the current one
     return device

@@ -11,6 +11,8 @@ def prepare() -> None:
     for is written in escapes.
     """
     os.environ["MPLBACKEND"] = "Agg"
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (closed ones are None, and everything writes to them)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a closed one is None
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

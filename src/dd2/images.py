@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dd2.errors import NumericalError
 from dd2.files import write_atomic
 
 
@@ -18,7 +19,10 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def pixels(images: Tensor) -> Tensor:
     """As `to_uint8`, where the images are."""
-    return byte_levels(images.detach()).to(torch.uint8).permute(0, 2, 3, 1)
+    levels = byte_levels(images.detach())
+    if not torch.isfinite(levels).all():
+        raise NumericalError("an image holds NaN or infinity, which would be black: the network that drew it is broken")
+    return levels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def byte_levels(images: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def world_size() -> int:
 def _place() -> tuple[int, int]:
     """Number of this process and of all."""
     told = [os.environ.get(name, "") for name in JOB]
-    if not all(told) or not (told[0].isdigit() and told[1].isdigit()):
+    if not all(told) or not all(text.isascii() and text.isdigit() for text in (told[0], told[1], told[3])):
         return 0, 1
     number, size = int(told[0]), int(told[1])
     return (number, size) if number < size else (0, 1)

@@ -37,6 +37,8 @@ def check_value(name: str, value: Any, kind: Any, file: Path) -> None:
         raise InputError(f"{file}: {name} holds a list inside of its list; give single values")
     choices = [one for part in _parts(kind) if get_origin(part) is Literal for one in get_args(part)]
     kinds = {get_origin(part) or part for part in _parts(kind)}
+    if value == "" and Path in kinds:
+        raise InputError(f"{file}: {name} is empty; give a path, or leave it out")
     found: Any = tuple if isinstance(value, list) else type(value)
     if kinds & SERVES.get(found, {found}) or (_number(value) is not None and kinds & {float, tuple}):
         return

@@ -47,12 +47,12 @@ def _describe_folder(folder: Path) -> dict[str, str]:
         config: dict[str, Any] = json.loads((inner / "config.json").read_text())
         sizes = {**config.get("config", {}), **{f"head.{key}": value for key, value in config.get("head", {}).items()}}
         # A generator of a user's own teacher names code in place of a family.
-        family = f"of the code {config['code']}" if "code" in config else str(config["family"])
+        family = f"of the code {config['code']}" if "code" in config else str(config.get("family", config["kind"]))
         role = f" ({config['role']})" if "role" in config else ""
         described = {"what": f"dd2 {config['kind']} folder {inner}{role}", "family": family}
         if names := config.get("class_names"):
             described["classes"] = ", ".join(map(str, names[:12])) + (f", … ({len(names)})" if len(names) > 12 else "")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{inner / 'config.json'} does not describe a model of dd2 ({error}); restore it") from error
     beside = inner / "tokenizer" / "config.json"
     if beside.is_file() and (aligned := read_config(beside.parent, "tokenizer").get("aligned")):

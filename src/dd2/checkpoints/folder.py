@@ -19,7 +19,7 @@ def read_kind(folder: Path) -> str:
     """What a folder's config.json says it holds; empty where it says nothing."""
     try:
         return str(json.loads((folder / "config.json").read_text()).get("kind", ""))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
 
 
@@ -34,7 +34,7 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
         raise InputError(f"{folder} is not a {kind} folder: it has no config.json; give a folder written by dd2")
     try:
         config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); restore the folder from where it came") from error
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:
@@ -66,10 +66,11 @@ def load_weights(folder: Path, module: nn.Module) -> None:
             f"{file} does not fit its config.json: {len(wrong)} tensors differ, first {first}: expected "
             f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
         )
-    if numbers := [key for key, value in tensors.items() if not value.is_floating_point() and expected_kinds[key]]:
+    small = {key for key, value in tensors.items() if not value.is_floating_point() or value.element_size() < 2}
+    if numbers := sorted(key for key in small if expected_kinds[key]):
         kind = str(tensors[numbers[0]].dtype).removeprefix("torch.")
         raise InputError(f"{file} holds {kind} in {numbers[0]}, which are no weights; restore the file")
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value.to(module.state_dict()[key].dtype)).all()]
     if broken:
         raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
     module.load_state_dict(tensors)

@@ -49,14 +49,26 @@ def read_nested(source: Source, nests: Iterable[tuple[str, ...]], device: str = 
     """
     content = source if isinstance(source, Mapping) else read_file(Path(source), device)
     name = "the given dictionary" if isinstance(source, Mapping) else str(source)
+    nests = tuple(nests)
+    held = [".".join(nest) for nest in nests if nest and _is_state(_under(content, nest))]
+    if len(held) > 1:
+        note(f"{name} holds several sets of weights; those under {held[0]} are taken, not {', '.join(held[1:])}")
     for nest in (*nests, ()):
-        found: Any = content
-        for key in nest:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+        found = _under(content, nest)
+        if _is_state(found):
             return _unwrapped({str(key): value for key, value in found.items()}, name), ".".join(nest)
     places = ", ".join(".".join(nest) for nest in nests)
     raise InputError(f"{name} holds no state dict (looked at its top level and under {places}); its keys are {_some(content)}")
+
+
+def _under(content: Any, nest: tuple[str, ...]) -> Any:
+    for key in nest:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def _is_state(found: Any) -> bool:
+    return isinstance(found, Mapping) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
 
 
 def take(
@@ -99,10 +111,12 @@ def take(
 
 def _check_numbers(values: Tensor, key: str, what: str) -> None:
     """Refuse what is no set of weights as the models have them."""
+    if values.layout != torch.strided or values.is_nested or values.is_meta:
+        raise InputError(f"{what}: key {key} is no plain tensor (it is sparse, nested or empty); save it as one")
     if not values.is_floating_point() or values.element_size() < 2:
         kind = str(values.dtype).removeprefix("torch.")
         raise InputError(f"{what}: key {key} holds {kind}: quantised weights need scales that nobody reads; give the original")
-    if not torch.isfinite(values).all():
+    if not torch.isfinite(values.float()).all():
         raise InputError(f"{what}: key {key} holds NaN or infinity; the file is damaged, or its training had diverged")
 
 

@@ -18,6 +18,9 @@ SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 NO_CHECKPOINTS = {
     b"<!doctype html": "is a web page: the download asked for a log-in, or the file has moved; fetch it in a browser",
     b"<html": "is a web page: the download asked for a log-in, or the file has moved; fetch it in a browser",
+    b'{"error': "is an error message of a server, no checkpoint: the download has failed; fetch it again",
+    b"<?xml": "is an error message of a server, no checkpoint: the download has failed; fetch it again",
+    b"entry not found": "is an error message of a server, no checkpoint: the download has failed; fetch it again",
     b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run git lfs pull where it came from",
 }
 """How files that are often taken for checkpoints begin, in lower case, and what they are."""
@@ -34,14 +37,18 @@ def read_file(file: Path, device: str) -> Mapping[str, Any]:
         InputError: it is missing, damaged, something else, or holds other things than plain data.
     """
     head = _head(file)
-    if file.suffix == ".safetensors" or _is_safetensors(head, file.stat().st_size):
+    by_torch = head.startswith((b"PK", b"\x80"))
+    if (file.suffix == ".safetensors" and not by_torch) or _is_safetensors(head, file.stat().st_size):
         return _read_safetensors(file, device)
     try:
         if _is_torchscript(file):
             raise InputError(f"{file} holds a TorchScript program, not a state dict; give the checkpoint that it was made of")
+        if device != "meta":
+            _check_sums(file)
         # LlamaGen's trainer keeps its argparse arguments beside the weights: plain data, which cannot run code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+        with torch.serialization.safe_globals([argparse.Namespace]), open(file, "rb") as opened:
+            mapped = zipfile.is_zipfile(file) and file.suffix != ".safetensors"  # of which torch has a reader by the name alone
+            content = torch.load(file if mapped else opened, map_location=device, weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"it holds a {found[1]}" if found else "it is damaged, or it holds other Python objects"
@@ -56,6 +63,22 @@ def read_file(file: Path, device: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _check_sums(file: Path) -> None:
+    """Refuse a torch file with bytes that are not those that were written: torch itself does not look.
+
+    Raises:
+        InputError: there are such.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise InputError(
+                f"{file} is damaged: the checksum of {broken} is wrong; fetch it again (or save it with checksums: "
+                "torch.serialization.set_crc32_options)"
+            )
 
 
 def _head(file: Path) -> bytes:

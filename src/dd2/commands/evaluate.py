@@ -30,7 +30,7 @@ from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
-from dd2.provenance import commit, machine
+from dd2.provenance import commit, machine, read_versions
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import OtherSampling
@@ -60,6 +60,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     spent = read_seconds(config.run)
     if not spent or not (config.run / "versions.json").is_file():
         raise InputError(f"{config.run} lacks seconds.json or versions.json; run dd2 distill on it again, which writes them")
+    read_versions(config.run / "versions.json")  # refuses a damaged one before anything is drawn
     for k in config.steps:
         first_redrawn_step(run.teacher, run.sampling, k)  # refuses before anything is drawn
     for m in config.skip:

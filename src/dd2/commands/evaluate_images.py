@@ -1,6 +1,7 @@
 """dd2 evaluate --images: anybody's images against a reference."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dd2.processes import rank, say
 def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
     """Score a set of images; what `evaluate` does with --images."""
     assert config.images is not None
-    path = config.images.resolve()
+    path = Path(os.path.realpath(config.images))
     images = ImageSet(path)
     say(images.said())
     balance = _checked_draws(config, images)

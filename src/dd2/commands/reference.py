@@ -38,6 +38,8 @@ class ReferenceConfig:
         """Refuse other file types."""
         if self.out.suffix != ".npz" or self.batch < 1:
             raise InputError(f"out must end in .npz and batch be at least 1, got {self.out} and {self.batch}")
+        if self.out.exists() and self.images.exists() and self.out.samefile(self.images):
+            raise InputError(f"out {self.out} is the images themselves; name another file")
 
 
 def reference(config: ReferenceConfig) -> Path:
@@ -46,6 +48,10 @@ def reference(config: ReferenceConfig) -> Path:
     network = open_features(config.features, device)
     writable_folder(config.out.parent, "output folder")
     made = open_reference(config.images, network, device, Path(f"{config.out}.features"), config.batch)
+    if "count" not in made.described or "features" in made.described:
+        raise InputError(
+            f"{config.images} holds statistics already; give images, or take it as it is with dd2 evaluate --reference"
+        )
     made.described.update(features=network.name, features_digest=network.digest)
     if rank() != 0:
         return config.out

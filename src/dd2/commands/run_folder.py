@@ -73,6 +73,8 @@ def _start(out: Path, config: Any, command: str, record: RunRecord | None) -> No
             raise InputError(f"{out} holds a run; go on with it by --resume auto, or choose another --out")
         # A field that is missing there is younger than that run, which had its default.
         kept, now = with_absolute(read_yaml(file)), flat(config)
+        if not kept:
+            raise InputError(f"{file} is empty, so nobody knows what this run was; restore it, or choose another --out")
         if older := [name for name in kept if name.partition(".")[0] in RENAMED]:
             raise InputError(
                 f"{out} holds a run of an older dd2 ({older[0]} has another name now), and cannot go on; choose another --out"

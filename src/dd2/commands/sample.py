@@ -69,12 +69,14 @@ class SampleConfig(OtherSampling):
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**62 or self.first < 0:
-            raise InputError(f"seed must be in 0 to 2^62 - 1 and first not negative, got {self.seed} and {self.first}")
+        if not 0 <= self.seed < 2**62 or self.first < 0 or self.seed + self.first + self.count > 2**62:
+            raise InputError(f"seed, first and their images' seeds must be in 0 to 2^62 - 1, got {self.seed} and {self.first}")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":
             raise InputError(f"steps {self.steps} goes with method generator only, not {self.method}")
+        if self.method == "teacher" and self.prefix != "snapped":
+            raise InputError("prefix would have no effect: it is about --steps 2 or more; leave it out")
         by_teacher = self.method == "teacher" or self.steps > 1
         if not by_teacher and (unused := [*self.given, *(["prefix"] if self.prefix != "snapped" else [])]):
             raise InputError(

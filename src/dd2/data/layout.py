@@ -70,6 +70,8 @@ def _around(parts: list[list[str]]) -> int:
     """How many folders lie around all pictures, the last that could be a class not counted."""
     depth = 0
     while len({tuple(folders[: depth + 1]) for folders in parts}) == 1 and min(map(len, parts)) - depth > 2:
+        if SPLITS.get(parts[0][depth].lower()) == "test":
+            break  # who has no more than these does not mean to train on them
         depth += 1
     return depth
 

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dd2.errors import InputError
 
@@ -41,6 +42,7 @@ READ_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
+    tokenize.TokenError,
     Image.DecompressionBombError,
 )
 """What reading a damaged, encrypted or foreign picture or archive raises: every format of Pillow's has its own."""
@@ -67,6 +69,8 @@ class Pictures:
         self._zip: zipfile.ZipFile | None = None
         if not path.exists():
             raise InputError(f"{what} {path} does not exist; give a folder or a zip of pictures")
+        if not (path.is_dir() or path.is_file()):
+            raise InputError(f"{what} {path} is neither a folder nor a file; give a folder or a zip of pictures")
         if path.is_dir():
             found = list(_files_below(path))
         else:
@@ -105,7 +109,7 @@ class Pictures:
             with Image.open(io.BytesIO(content)) as file:
                 file.load()
                 if file.mode in ("I", "F"):
-                    kind = "32-bit integers" if file.mode == "I" else "floating-point numbers"
+                    kind = "integers of more than 8 bits" if file.mode == "I" else "floating-point numbers"
                     raise InputError(f"{self.what} {self.path}: {name} holds {kind}, whose range is unknown; bring it to 8 bits")
                 if file.mode.startswith("I;16"):
                     image = Image.fromarray(np.round(np.array(file, dtype=np.float64) / 257).astype(np.uint8))
@@ -131,7 +135,7 @@ class Pictures:
         )
 
     def _unreadable(self, name: str, error: BaseException) -> InputError:
-        why = " ".join(str(error).split())
+        why = "of no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         return InputError(
             f"{self.what} {self.path}: {name} cannot be read as an image{f' ({why})' if why else ''}; remove or replace it"
         )
@@ -152,16 +156,15 @@ class Pictures:
 
 
 def _files_below(root: Path) -> Iterator[str]:
-    """Names of all files, through links to folders; a folder that is met again, as in a loop of links, is not entered again."""
-    seen: set[tuple[int, int]] = set()
+    """Names of all files, through links to folders; one that lies in itself, as in a loop of links, is not entered again."""
+    above: dict[str, frozenset[tuple[int, int]]] = {}
     for folder, inner, names in os.walk(root, followlinks=True):
-        inner.sort()  # which of two links to one folder is entered must not hang on the disk's order
         status = os.stat(folder)
-        known = (status.st_dev, status.st_ino)
-        if known in seen:
+        known, parents = (status.st_dev, status.st_ino), above.get(os.path.dirname(folder), frozenset())
+        if known in parents:
             inner.clear()
             continue
-        seen.add(known)
+        above[folder] = parents | {known}
         inside = Path(folder).relative_to(root).as_posix()
         yield from (name if inside == "." else f"{inside}/{name}" for name in names)
 

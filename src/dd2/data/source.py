@@ -58,7 +58,7 @@ class ImageFolder:
 
     def __init__(self, path: Path, image_size: int, channels: int) -> None:
         if channels not in MODES:
-            raise InputError(f"images from {path} can have 1 or 3 channels, not {channels}; set tokenizer.image_channels")
+            raise InputError(f"images from {path} can have 1 or 3 channels, not {channels}: set image_channels")
         self.image_size, self.channels = image_size, channels
         self._pictures = Pictures(path, "data")
         if not self._pictures.names:

@@ -86,7 +86,9 @@ class ImageSet:
             return file_digest(self.path)
         content = hashlib.sha256()
         for name in self._names:
-            content.update(os.fsencode(f"{name} {file_digest(self.path / name)}\n"))
+            assert self._pictures is not None
+            known = hashlib.sha256(self._pictures.read(name)).hexdigest()
+            content.update(os.fsencode(f"{name} {known}\n"))
         return content.hexdigest()
 
     @property

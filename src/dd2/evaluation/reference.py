@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ def open_reference(path: Path, network: FeatureNetwork, device: torch.device, ca
     Raises:
         InputError: there is no such reference, or it cannot be read.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path.suffix == ".npz" and path.is_file() and "mu.npy" in _names(path):
         return _statistics(path, network, device, batch, cache)
     images = ImageSet(path, "reference")

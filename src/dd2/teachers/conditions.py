@@ -1,6 +1,7 @@
 """What an image is conditioned on: integer labels for people, condition tensors for transformers."""
 
 import difflib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dd2.errors import InputError
+from dd2.processes import note
 from dd2.teachers.captions import Captions
 
 
@@ -49,8 +51,10 @@ class Conditions(ABC):
             InputError: there is no such label.
         """
         text = str(wanted).strip()
-        if text.isascii() and text.lstrip("+-").isdigit():
+        if re.fullmatch("[+-]?[0-9]+", text):
             if 0 <= int(text) < self.num_labels:
+                if text in self.class_names and self.class_names[int(text)] != text:
+                    note(f"label {text} is a number here, that of the class called {self.class_names[int(text)]}")
                 return int(text)
             raise InputError(f"label {text} is not a class of this model; its classes are 0 to {self.num_labels - 1}")
         names = [name.casefold() for name in self.class_names]

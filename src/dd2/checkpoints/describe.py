@@ -47,7 +47,11 @@ def _describe_folder(folder: Path) -> dict[str, str]:
         config: dict[str, Any] = json.loads((inner / "config.json").read_text())
         sizes = {**config.get("config", {}), **{f"head.{key}": value for key, value in config.get("head", {}).items()}}
         # A generator of a user's own teacher names code in place of a family.
-        family = f"of the code {config['code']}" if "code" in config else str(config.get("family", config["kind"]))
+        family = (
+            f"of the code {config['code']}"
+            if "code" in config
+            else str(config["kind" if config["kind"] == "classifier" else "family"])
+        )
         role = f" ({config['role']})" if "role" in config else ""
         described = {"what": f"dd2 {config['kind']} folder {inner}{role}", "family": family}
         if names := config.get("class_names"):

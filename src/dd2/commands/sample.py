@@ -70,7 +70,7 @@ class SampleConfig(OtherSampling):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**62 or self.first < 0 or self.seed + self.first + self.count > 2**62:
-            raise InputError(f"seed, first and their images' seeds must be in 0 to 2^62 - 1, got {self.seed} and {self.first}")
+            raise InputError(f"seed must be in 0 to 2^62 - 1, with first and count added too, got {self.seed} and {self.first}")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":

@@ -11,7 +11,7 @@ from torch import Tensor
 from dd2.checkpoints import llamagen, mar, var
 from dd2.checkpoints.folder import construct, read_config
 from dd2.checkpoints.foreign import parameters, read_state
-from dd2.checkpoints.foreign_file import read_file
+from dd2.checkpoints.foreign_file import folder_said, read_file
 from dd2.errors import InputError
 from dd2.tokenizers.base import DecoderAlignment
 
@@ -42,7 +42,10 @@ def describe(path: Path) -> dict[str, str]:
 def _describe_folder(folder: Path) -> dict[str, str]:
     inner = next((f for f in (folder, folder / "generator", folder / "teacher") if (f / "config.json").is_file()), None)
     if inner is None:
-        raise InputError(f"{folder} is no folder of dd2: neither it nor its generator/ or teacher/ has a config.json")
+        raise InputError(
+            f"{folder} is no folder of dd2: neither it nor its generator/ or teacher/ has a config.json; it is "
+            f"{folder_said(folder)}"
+        )
     try:
         config: dict[str, Any] = json.loads((inner / "config.json").read_text())
         sizes = {**config.get("config", {}), **{f"head.{key}": value for key, value in config.get("head", {}).items()}}

@@ -84,7 +84,7 @@ def _check_sums(file: Path) -> None:
 def _head(file: Path) -> bytes:
     """The first bytes of a file that may be a checkpoint."""
     if file.is_dir():
-        raise InputError(f"checkpoint {file} is {_folder_said(file)}")
+        raise InputError(f"checkpoint {file} is {folder_said(file)}")
     if not file.is_file():
         raise InputError(f"checkpoint {file} does not exist; give a .pth, .pt or .safetensors file")
     try:
@@ -100,7 +100,7 @@ def _head(file: Path) -> bytes:
     return head
 
 
-def _folder_said(folder: Path) -> str:
+def folder_said(folder: Path) -> str:
     """What a folder in place of a file is, and what to give."""
     names = sorted(path.name for path in folder.iterdir())
     inside = [name for name in names if name.endswith(SUFFIXES)]

@@ -47,6 +47,8 @@ class ImageSet:
             raise self._pictures.none() if self._pictures else InputError(f"{what} {path}: arr_0 holds no images")
         first = np.array(self._array[0]) if self._array is not None else self._decode(0)
         self.shape: tuple[int, ...] = first.shape
+        if len(self) < 2:
+            raise InputError(f"{what} {path}: there is one image in it, and a distance needs at least 2")
 
     def said(self) -> str:
         """What was found."""

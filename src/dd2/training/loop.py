@@ -123,7 +123,7 @@ class Trainer:
             return before
         self.log.rewind(stage.name, step)
         self._unseen.clear()
-        health = self._health(stage)
+        health = self._health(stage, step)
         start, logged, then = time.perf_counter() - before, step, before
         self._writer = CheckpointWriter(folder, self.config.keep, self._saves_in_background)
         with (
@@ -165,12 +165,11 @@ class Trainer:
                     validation = numbers.get("validation")
                     writer.save(stage, step, time.perf_counter() - start, None if validation is None else float(validation))
                 bar.update()
-                if fatal := [kind for kind in health.known if kind in self.config.stop_on]:
+                seen = [f"{kind}: {text}" for kind, text in health.known.items() if kind in self.config.stop_on]
+                if self.config.stop_on and any_of(bool(seen)):  # a process without the log knows less than the first one
                     writer.wait()
-                    raise TrainingFailed(
-                        f"{stage.name} stopped at step {step} of {stage.iterations} as loop.stop_on says: {fatal[0]}: "
-                        f"{health.known[fatal[0]]}"
-                    )
+                    why = seen[0] if seen else "as another process saw"
+                    raise TrainingFailed(f"{stage.name} stopped at step {step} of {stage.iterations} as loop.stop_on says: {why}")
                 if stop and not last:
                     writer.wait()  # what is announced as saved has been
                     raise Interrupted(
@@ -178,9 +177,9 @@ class Trainer:
                     )
         return time.perf_counter() - start
 
-    def _health(self, stage: Stage) -> Health:
-        """What is watched of a stage, as far as it has come."""
-        rows = [row for row in self.log.rows() if row["stage"] == stage.name]
+    def _health(self, stage: Stage, step: int) -> Health:
+        """What is watched of a stage, as far as it has come: up to `step`."""
+        rows = [row for row in self.log.rows() if row["stage"] == stage.name and row["step"] <= step]
         return Health(stage.signs, stage.iterations, rows)
 
     @property

@@ -198,3 +198,13 @@ def test_images_that_are_no_numbers_are_not_black(root, capsys):
     assert main(["sample", str(root / "runs" / "a"), "--count", "2", "--out", "x.npz", "--precision", "float32"]) == 1
     assert "an image holds NaN or infinity" in capsys.readouterr().err
     assert not Path("x.npz").exists()
+
+
+def test_sizes_that_no_weights_have(root, capsys):
+    """Refused before memory is asked for them."""
+    run = root / "runs" / "a"
+    record = json.loads((run / "run.json").read_text())
+    record["head"]["depth"] = 10**9
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["export", str(run), str(root / "x")]) == 2
+    assert "run.json: depth 1,000,000,000 is more than generator_ema.safetensors can hold" in capsys.readouterr().err

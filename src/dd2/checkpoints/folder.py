@@ -76,18 +76,21 @@ def load_weights(folder: Path, module: nn.Module) -> None:
     module.load_state_dict(tensors)
 
 
-def check_sizes(sizes: Any, folder: Path) -> None:
-    """Refuse sizes of a model whose weights could not lie in its folder, before memory is asked for them.
+def check_sizes(sizes: Any, weights: Path, where: Path) -> None:
+    """Refuse sizes of a model whose weights could not lie in a file, before memory is asked for them.
+
+    Args:
+        sizes: a dataclass.
+        weights: the file of its weights.
+        where: the file that says the sizes.
 
     Raises:
-        InputError: one is larger than the file is long.
+        InputError: a size is larger than the file is long.
     """
-    file = folder / "model.safetensors"
-    limit = file.stat().st_size if file.is_file() else 0
+    limit = weights.stat().st_size if weights.is_file() else 0
     for name, value in dataclasses.asdict(sizes).items():
         if isinstance(value, int) and value > limit > 0:
-            where = folder / "config.json"
-            raise InputError(f"{where}: {name} {value:,} is more than {file.name} can hold; one is damaged: restore it")
+            raise InputError(f"{where}: {name} {value:,} is more than {weights.name} can hold; one is damaged: restore it")
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

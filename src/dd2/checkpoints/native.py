@@ -154,7 +154,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = read_config(folder, "tokenizer")
     config_class, build = TOKENIZERS[_known(config, TOKENIZERS, folder)]
     sizes = construct(config_class, config.get("config"), folder / "config.json")
-    check_sizes(sizes, folder)
+    check_sizes(sizes, folder / "model.safetensors", folder / "config.json")
     tokenizer = build(sizes)
     load_weights(folder, tokenizer)
     if (aligned := config.get("aligned")) is not None:
@@ -231,7 +231,7 @@ def _fresh(config: dict[str, Any], folder: Path) -> Teacher:
         raise InputError(
             f"{folder}: a {type(tokenizer).__name__} does not go with family {config['family']}; restore its tokenizer/"
         )
-    check_sizes(sizes, folder)
+    check_sizes(sizes, folder / "model.safetensors", folder / "config.json")
     try:
         teacher = family.build(sizes, tokenizer)
     except InputError as error:

@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
+from dd2.checkpoints.folder import check_sizes
 from dd2.checkpoints.native import network_of, save_generator
-from dd2.checkpoints.record import RunRecord
+from dd2.checkpoints.record import FILE, RunRecord
 from dd2.checkpoints.runs import open_record_teacher
 from dd2.config import OutPath, RunFolder
 from dd2.errors import InputError
@@ -61,7 +62,9 @@ def export(config: ExportConfig) -> Path:
     if record.head is None:
         raise InputError(f"{config.run} is a run of dd2 {record.command}; its generator/ folder is all there is to ship")
     teacher = open_record_teacher(record, config.run, torch.device("cpu"), trust=config.trust)
-    student = network_of(teacher, record.masked or record.codes or record.head)
+    sizes = record.masked or record.codes or record.head
+    check_sizes(sizes, file, config.run / FILE)
+    student = network_of(teacher, sizes)
     load_network(file, student)
     save_generator(config.out, Generator.of(student, teacher), getattr(torch, config.dtype))
     say(f"wrote {config.out}: {_file_name(config.average)} of {checkpoint}")

@@ -95,7 +95,7 @@ def load_classifier(folder: Path) -> Classifier:
     """
     config = read_config(folder, "classifier")
     sizes = construct(ClassifierConfig, config.get("config"), folder / "config.json")
-    check_sizes(sizes, folder)
+    check_sizes(sizes, folder / "model.safetensors", folder / "config.json")
     classifier = Classifier(sizes)
     load_weights(folder, classifier)
     names = config.get("class_names", [])

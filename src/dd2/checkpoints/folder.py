@@ -56,8 +56,8 @@ def load_weights(folder: Path, module: nn.Module) -> None:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read ({error}); it is missing or damaged: copy it again") from error
-    expected_kinds = {key: value.is_floating_point() for key, value in module.state_dict().items()}
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    own = module.state_dict()
+    expected = {key: tuple(value.shape) for key, value in own.items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != expected:
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
@@ -67,10 +67,10 @@ def load_weights(folder: Path, module: nn.Module) -> None:
             f"{expected.get(first, 'no such tensor')}, found {found.get(first, 'none')}"
         )
     small = {key for key, value in tensors.items() if not value.is_floating_point() or value.element_size() < 2}
-    if numbers := sorted(key for key in small if expected_kinds[key]):
+    if numbers := sorted(key for key in small if own[key].is_floating_point()):
         kind = str(tensors[numbers[0]].dtype).removeprefix("torch.")
         raise InputError(f"{file} holds {kind} in {numbers[0]}, which are no weights; restore the file")
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value.to(module.state_dict()[key].dtype)).all()]
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value.to(own[key].dtype)).all()]
     if broken:
         raise InputError(f"{file} holds NaN or infinity in {broken[0]}; the training that wrote it had diverged")
     module.load_state_dict(tensors)

@@ -259,6 +259,19 @@ def test_nan_on_one_process_stops_all(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints" / "fit") == [2, 4]
 
 
+def test_a_sign_of_failure_stops_all(tmp_path, flags):
+    """After the same iteration, also the process that writes no log."""
+    failing = ["--csd.generator.lr", "0.1", "--csd.generator.decay", "constant", "--csd.generator.warmup", "0"]
+    job = [*flags, *failing, "--loop.stop-on", "average behind", "--align.iterations", "0", "--align.then-iterations", "0"]
+    process = start(2, "distill", "--out", tmp_path / "run", *job)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode != 0
+    assert errors.count("dd2: csd stopped at step 6 of 6 as loop.stop_on says: average behind: generator/ema_lag is") == 2
+    assert "dd2/cli.py" not in errors  # the only traceback is torchrun's own
+    assert not (tmp_path / "run" / "generator").exists()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints" / "csd")[-1] == 6
+
+
 @pytest.mark.long
 def test_micro_batches_must_divide_among_processes(tmp_path, flags):
     process = start(2, "distill", "--out", tmp_path / "run", *flags, "--tune.accumulate", 3)

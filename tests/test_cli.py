@@ -25,8 +25,7 @@ from dd2.commands.dd1 import DD1RunConfig
 from dd2.commands.distill_config import DistillConfig
 from dd2.commands.train_teacher import TrainTeacherConfig
 from dd2.commands.train_tokenizer import TrainTokenizerConfig
-from dd2.config import find_yaml, load_config, to_yaml
-from dd2.errors import InputError
+from dd2.config import find_yaml, load_config
 from dd2.fields import flat
 from dd2.generator import Generator
 from dd2.student import Student
@@ -34,6 +33,7 @@ from dd2.teachers.code import require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.training.loop import LoopConfig
 from dd2.training.samples import TeacherSamples
+from dd2.yaml_files import to_yaml
 from models import HANG, TINY_HEAD, tiny_teacher
 
 
@@ -516,20 +516,6 @@ def test_what_notebooks_and_terminals_set_does_no_harm(environment):
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, timeout=HANG)
     assert done.returncode == 0, done.stderr.decode()
     assert b"--csd.iterations" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("csd:\n  k: 3\nout: a\ncsd:\n  batch: 8\n", "csd stands there twice (line 4)"),
-        ("csd:\n  k: 3\n  k: 5\n", "k stands there twice (line 3)"),
-    ],
-)
-def test_what_stands_twice_in_a_file_is_refused(tmp_path, text, said):
-    (tmp_path / "twice.yaml").write_text(text)
-    with pytest.raises(InputError) as error:
-        load_config(DistillConfig, str(tmp_path / "twice.yaml"))
-    assert said in str(error.value)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):

@@ -11,6 +11,19 @@ Shape = type | dict[Any, "Shape"] | list["Shape"]
 entries, {"name?": shape} perhaps with it, {str: shape} with any others; [shape] a list of such."""
 
 
+def parsed(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or deeper than anybody writes.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_record(file: Path, shape: dict[Any, Shape], remedy: str) -> dict[str, Any]:
     """A JSON object that has what its readers need.
 
@@ -23,8 +36,8 @@ def read_record(file: Path, shape: dict[Any, Shape], remedy: str) -> dict[str, A
         InputError: it cannot be read, is no JSON, or an entry is missing or of another type; the message names it.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parsed(file)
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"{file} cannot be read ({why}); {remedy}") from error
     if wrong := _wrong(found, shape, ""):

@@ -1,7 +1,6 @@
 """What a checkpoint is, from its tensors' names and shapes."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from dd2.checkpoints.folder import construct, read_config
 from dd2.checkpoints.foreign import parameters, read_state
 from dd2.checkpoints.foreign_file import folder_said, read_file
 from dd2.errors import InputError
+from dd2.records import parsed
 from dd2.tokenizers.base import DecoderAlignment
 
 NESTS = (*var.TRANSFORMER_NESTS, *var.VQVAE_NESTS, *mar.MAR_NESTS, *llamagen.NESTS)
@@ -47,19 +47,16 @@ def _describe_folder(folder: Path) -> dict[str, str]:
             f"{folder_said(folder)}"
         )
     try:
-        config: dict[str, Any] = json.loads((inner / "config.json").read_text())
+        config: dict[str, Any] = parsed(inner / "config.json")
         sizes = {**config.get("config", {}), **{f"head.{key}": value for key, value in config.get("head", {}).items()}}
         # A generator of a user's own teacher names code in place of a family.
-        family = (
-            f"of the code {config['code']}"
-            if "code" in config
-            else str(config["kind" if config["kind"] == "classifier" else "family"])
-        )
+        named = "kind" if config["kind"] == "classifier" else "family"
+        family = f"of the code {config['code']}" if "code" in config else str(config[named])
         role = f" ({config['role']})" if "role" in config else ""
         described = {"what": f"dd2 {config['kind']} folder {inner}{role}", "family": family}
         if names := config.get("class_names"):
             described["classes"] = ", ".join(map(str, names[:12])) + (f", … ({len(names)})" if len(names) > 12 else "")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{inner / 'config.json'} does not describe a model of dd2 ({error}); restore it") from error
     beside = inner / "tokenizer" / "config.json"
     if beside.is_file() and (aligned := read_config(beside.parent, "tokenizer").get("aligned")):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,13 +14,14 @@ from torch import nn
 
 from dd2.errors import InputError
 from dd2.files import save_tensors
+from dd2.records import parsed
 
 
 def read_kind(folder: Path) -> str:
     """What a folder's config.json says it holds; empty where it says nothing."""
     try:
-        return str(json.loads((folder / "config.json").read_text()).get("kind", ""))
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return str(parsed(folder / "config.json").get("kind", ""))
+    except (OSError, ValueError, AttributeError):
         return ""
 
 
@@ -33,8 +35,8 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder} is not a {kind} folder: it has no config.json; give a folder written by dd2")
     try:
-        config = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        config = parsed(file)
+    except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}); restore the folder from where it came") from error
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:
@@ -91,6 +93,25 @@ def check_sizes(sizes: Any, weights: Path, where: Path) -> None:
     for name, value in dataclasses.asdict(sizes).items():
         if isinstance(value, int) and value > limit > 0:
             raise InputError(f"{where}: {name} {value:,} is more than {weights.name} can hold; one is damaged: restore it")
+
+
+def names_said(names: Sequence[str]) -> dict[str, Any]:
+    """What a config.json says of the names of classes; nothing where there are none."""
+    return {"class_names": list(names)} if names else {}
+
+
+def names_in(config: dict[str, Any], classes: int, file: Path) -> tuple[str, ...]:
+    """The names of classes that a config.json holds; none where it says nothing.
+
+    Raises:
+        InputError: they are not as many texts as classes.
+    """
+    names = config.get("class_names")
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != classes:
+        raise InputError(f"{file}: class_names must be {classes} texts, one for each class")
+    return tuple(names)
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:

@@ -50,13 +50,12 @@ def read_nested(source: Source, nests: Iterable[tuple[str, ...]], device: str = 
     content = source if isinstance(source, Mapping) else read_file(Path(source), device)
     name = "the given dictionary" if isinstance(source, Mapping) else str(source)
     nests = tuple(nests)
-    held = [".".join(nest) for nest in nests if nest and _is_state(_under(content, nest))]
-    if len(held) > 1:
-        note(f"{name} holds several sets of weights; those under {held[0]} are taken, not {', '.join(held[1:])}")
-    for nest in (*nests, ()):
-        found = _under(content, nest)
-        if _is_state(found):
-            return _unwrapped({str(key): value for key, value in found.items()}, name), ".".join(nest)
+    states = {".".join(nest): found for nest in (*nests, ()) if _is_state(found := _under(content, nest))}
+    if states:
+        place, *others = states
+        if others:
+            note(f"{name} holds several sets of weights; those under {place} are taken, not {', '.join(others)}")
+        return _unwrapped({str(key): value for key, value in states[place].items()}, name), place
     places = ", ".join(".".join(nest) for nest in nests)
     raise InputError(f"{name} holds no state dict (looked at its top level and under {places}); its keys are {_some(content)}")
 

@@ -16,7 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dd2.checkpoints.folder import check_sizes, config_of, construct, load_weights, read_config, write_model
+from dd2.checkpoints.folder import (
+    check_sizes,
+    config_of,
+    construct,
+    load_weights,
+    names_in,
+    names_said,
+    read_config,
+    write_model,
+)
 from dd2.code_student import CodeStudent, CodeStudentConfig, classifier_of
 from dd2.errors import InputError
 from dd2.external import check_trust, load_function
@@ -27,7 +36,7 @@ from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import require_codes
-from dd2.teachers.conditions import ClassLabels, Conditions
+from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.families import FAMILIES
 from dd2.teachers.head import HeadTeacher
 from dd2.tokenizers.autoencoder import VQConfig
@@ -108,7 +117,7 @@ def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.floa
         "family": _backbone_family(teacher.backbone),
         "config": config_of(teacher.backbone),
     }
-    config |= _names_of(teacher.conditions)
+    config |= names_said(teacher.conditions.class_names)
     weights = nn.ModuleDict(teacher.stored_parts)
     with atomic_folder(folder) as partial:
         write_model(partial, weights, config, dtype)
@@ -138,7 +147,7 @@ def save_generator(
         config["code"] = code
     else:
         config |= {"family": _backbone_family(student.backbone), "config": config_of(student.backbone)}
-        config |= _names_of(generator.conditions)
+        config |= names_said(generator.conditions.class_names)
     with atomic_folder(folder) as partial:
         write_model(partial, student, config, dtype)
         if not code:
@@ -236,23 +245,10 @@ def _fresh(config: dict[str, Any], folder: Path) -> Teacher:
         teacher = family.build(sizes, tokenizer)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    if (names := config.get("class_names")) is not None:
-        _call(teacher.conditions, names, folder / "config.json")
+    labels = teacher.conditions
+    if names := names_in(config, labels.num_classes if isinstance(labels, ClassLabels) else 0, folder / "config.json"):
+        labels.class_names = names
     return teacher
-
-
-def _names_of(conditions: Conditions) -> dict[str, Any]:
-    """What a config.json says of the labels' names."""
-    return {"class_names": list(conditions.class_names)} if conditions.class_names else {}
-
-
-def _call(conditions: Conditions, names: Any, file: Path) -> None:
-    if not isinstance(conditions, ClassLabels) or not isinstance(names, list):
-        raise InputError(f"{file}: class_names must be a list, of a model that is conditioned on classes")
-    try:
-        conditions.call(names)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
 
 
 def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
 from dd2.files import writable_folder, write_atomic
 from dd2.processes import say
+from dd2.records import parsed
 from dd2.teachers.code import CodeTeacher, require_codes
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -156,7 +157,7 @@ def measured_rate(file: Path, model: str, precision: str) -> tuple[float, str]:
         InputError: the file is none of dd2 bench train, or has no row of the precision.
     """
     try:
-        found = json.loads(file.read_text())
+        found = parsed(file)
         rows = [row for row in found["rows"] if row["precision"] == precision] if found["bench"] == "train" else None
         rates = {str(row["model"]): 1e9 * float(row["gflops_per_second"]) for row in rows or ()}
         device = str(found["machine"]["device"])

@@ -3,8 +3,7 @@
 import copy
 from pathlib import Path
 
-from safetensors import safe_open
-
+from dd2.checkpoints.foreign_file import read_file
 from dd2.checkpoints.native import network_of
 from dd2.checkpoints.runs import FinishedRun
 from dd2.code_student import CodeGuidance, has_own_classifier
@@ -33,7 +32,7 @@ def guidance_of(path: Path, run: FinishedRun) -> Teacher:
     if not folders:
         raise InputError(f"{path} keeps no checkpoint of stage 2, so its guidance network is gone; leave out --guidance")
     file = folders[0] / "guidance.safetensors"
-    if _has_head(file):
+    if any(name.startswith("head.") for name in read_file(file, "meta")):  # a velocity network, rather than one over codes
         sizes = run.record.masked or run.record.head
         student = None if sizes is None else network_of(run.teacher, sizes)
         if not isinstance(student, Student):
@@ -53,12 +52,3 @@ def guidance_of(path: Path, run: FinishedRun) -> Teacher:
 def _steps(path: Path, stage: str) -> list[int]:
     folder = path / "checkpoints" / stage
     return [step for step in steps(folder) if (folder / f"{step:08d}" / "guidance.safetensors").is_file()]
-
-
-def _has_head(file: Path) -> bool:
-    """Whether it is a velocity network rather than one over codes."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            return any(name.startswith("head.") for name in tensors.keys())  # noqa: SIM118  (no mapping)
-    except Exception as error:
-        raise InputError(f"{file} cannot be read ({error}); it is damaged: leave out --guidance") from error

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 
 from dd2.checkpoints.record import RunRecord
-from dd2.config import RENAMED, read_yaml, to_yaml
+from dd2.config import RENAMED
 from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.external import is_code
@@ -21,6 +21,7 @@ from dd2.processes import first_process_only
 from dd2.provenance import provenance, read_versions
 from dd2.records import read_record
 from dd2.training.loop import LoopConfig
+from dd2.yaml_files import read_yaml, to_yaml
 
 _locks: dict[Path, IO[str]] = {}
 """Held until the process ends."""

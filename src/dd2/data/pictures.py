@@ -123,16 +123,19 @@ class Pictures:
 
     def said(self) -> str:
         """How many pictures there are, and what was left out."""
-        others = ", ".join(f"{count:,} {ending}" for ending, count in sorted(self.left_out.items()))
-        return f"{len(self.names):,} image{'' if len(self.names) == 1 else 's'}" + (f" (left out: {others})" if others else "")
+        others = f" (left out: {self._others})" if self.left_out else ""
+        return f"{len(self.names):,} image{'' if len(self.names) == 1 else 's'}{others}"
 
     def none(self) -> InputError:
         """The error that there are no pictures, with what there is."""
-        others = ", ".join(f"{count:,} {ending}" for ending, count in sorted(self.left_out.items()))
         return InputError(
-            f"{self.what} {self.path}: there are no images in it{f', only {others}' if others else ''}; known are "
+            f"{self.what} {self.path}: there are no images in it{f', only {self._others}' if self.left_out else ''}; known are "
             f"{' '.join(SUFFIXES)}"
         )
+
+    @property
+    def _others(self) -> str:
+        return ", ".join(f"{count:,} {ending}" for ending, count in sorted(self.left_out.items()))
 
     def _unreadable(self, name: str, error: BaseException) -> InputError:
         why = "of no known format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())

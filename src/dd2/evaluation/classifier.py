@@ -2,13 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dd2.checkpoints.folder import check_sizes, construct, load_weights, read_config, write_model
+from dd2.checkpoints.folder import check_sizes, construct, load_weights, names_in, names_said, read_config, write_model
 from dd2.errors import InputError
 from dd2.files import atomic_folder
 from dd2.processes import first_process_only
@@ -80,9 +79,7 @@ class Classifier(nn.Module):
 @first_process_only
 def save_classifier(folder: Path, classifier: Classifier, dtype: torch.dtype = torch.float32) -> None:
     """Write a classifier folder."""
-    config: dict[str, Any] = {"kind": "classifier", "config": asdict(classifier.config)}
-    if classifier.class_names:
-        config["class_names"] = list(classifier.class_names)
+    config = {"kind": "classifier", "config": asdict(classifier.config), **names_said(classifier.class_names)}
     with atomic_folder(folder) as partial:
         write_model(partial, classifier, config, dtype)
 
@@ -98,10 +95,5 @@ def load_classifier(folder: Path) -> Classifier:
     check_sizes(sizes, folder / "model.safetensors", folder / "config.json")
     classifier = Classifier(sizes)
     load_weights(folder, classifier)
-    names = config.get("class_names", [])
-    if not isinstance(names, list) or len(names) not in (0, classifier.config.num_classes):
-        raise InputError(
-            f"{folder / 'config.json'}: class_names must be {classifier.config.num_classes} texts, one for each class"
-        )
-    classifier.class_names = tuple(map(str, names))
+    classifier.class_names = names_in(config, sizes.num_classes, folder / "config.json")
     return classifier.eval().requires_grad_(False)

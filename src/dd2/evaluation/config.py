@@ -104,14 +104,14 @@ class EvaluateConfig:
             raise InputError(
                 f"{', '.join(drawn)} would have no effect on images, which are all scored and not drawn; leave it out"
             )
-        unused = {
-            "prefix": self.prefix != "snapped" and max(self.steps, default=1) == 1,
-            "epsilon": self.epsilon != 1e-4 and not self.path_length,
-            "allow_duplicates": self.allow_duplicates and self.images is None,
+        without_effect = {
+            ("prefix", "steps are 1"): self.prefix != "snapped" and max(self.steps, default=1) == 1,
+            ("epsilon", "path_length is 0"): self.epsilon != 1e-4 and not self.path_length,
+            ("allow_duplicates", "a run draws every seed once"): self.allow_duplicates and self.images is None,
         }
-        if found := [name for name, is_so in unused.items() if is_so]:
-            why = {"prefix": "steps are 1", "epsilon": "path_length is 0", "allow_duplicates": "a run draws every seed once"}
-            raise InputError(f"{found[0]} would have no effect, as {why[found[0]]}; leave it out")
+        for (name, why), found in without_effect.items():
+            if found:
+                raise InputError(f"{name} would have no effect, as {why}; leave it out")
         if self.images is not None and self.reference == "teacher":
             raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
         if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):

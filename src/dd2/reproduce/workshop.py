@@ -14,7 +14,6 @@ from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import train_teacher
 from dd2.commands.train_tokenizer import train_tokenizer
-from dd2.config import read_yaml
 from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.metrics import MetricConfig
@@ -23,6 +22,7 @@ from dd2.files import atomic_folder, write_atomic
 from dd2.places import with_absolute
 from dd2.records import read_record
 from dd2.reproduce.benches import Bench
+from dd2.yaml_files import read_yaml
 
 Changes = tuple[tuple[str, Any], ...]
 """Fields by dotted name that differ from the bench's configuration."""

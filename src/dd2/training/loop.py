@@ -124,7 +124,7 @@ class Trainer:
         self.log.rewind(stage.name, step)
         self._unseen.clear()
         health = self._health(stage, step)
-        start, logged, then = time.perf_counter() - before, step, before
+        start, logged, then, fatal = time.perf_counter() - before, step, before, self._fatal(health)
         self._writer = CheckpointWriter(folder, self.config.keep, self._saves_in_background)
         with (
             self._signals(),
@@ -153,6 +153,7 @@ class Trainer:
                     noticed = {STATE: new} if new else {}
                     self.log.append({"stage": stage.name, "step": step, **row, **spent, "seconds": elapsed, **noticed})
                     logged, then = step, elapsed
+                    fatal = self._fatal(health)
                     for kind, text in new.items():
                         say(f"\nwarning: {kind} in {stage.name} at step {step}: {text}", sys.stderr)
                     shown = {name: f"{value:.3g}" for name, value in row.items() if "/lr" not in name}
@@ -165,17 +166,23 @@ class Trainer:
                     validation = numbers.get("validation")
                     writer.save(stage, step, time.perf_counter() - start, None if validation is None else float(validation))
                 bar.update()
-                seen = [f"{kind}: {text}" for kind, text in health.known.items() if kind in self.config.stop_on]
-                if self.config.stop_on and any_of(bool(seen)):  # a process without the log knows less than the first one
+                if fatal:
                     writer.wait()
-                    why = seen[0] if seen else "as another process saw"
-                    raise TrainingFailed(f"{stage.name} stopped at step {step} of {stage.iterations} as loop.stop_on says: {why}")
+                    where = f"at step {step} of {stage.iterations}"
+                    raise TrainingFailed(f"{stage.name} stopped {where} as loop.stop_on says: {fatal}")
                 if stop and not last:
                     writer.wait()  # what is announced as saved has been
                     raise Interrupted(
                         f"interrupted: {stage.name} saved at step {step} of {stage.iterations}; resume with: {self.resume_hint}"
                     )
         return time.perf_counter() - start
+
+    def _fatal(self, health: Health) -> str:
+        """The sign that training stops on, on all processes alike; empty where there is none."""
+        seen = [f"{kind}: {text}" for kind, text in health.known.items() if kind in self.config.stop_on]
+        if not self.config.stop_on or not any_of(bool(seen)):
+            return ""
+        return seen[0] if seen else "as another process saw"  # one without the log knows less than the first
 
     def _health(self, stage: Stage, step: int) -> Health:
         """What is watched of a stage, as far as it has come: up to `step`."""

@@ -92,6 +92,5 @@ def dd1_stage(student: DD1Student, teacher: CodeTeacher, pairs: Pairs, config: D
     def after(step: int) -> None:
         ema_update(average, student, ema_rate(step, config.ema))
 
-    return Stage(
-        "dd1", config.iterations, [update], modules, after=after, preview=preview, signs=(loss_rises("student/loss"),)
-    ), average
+    signs = (loss_rises("student/loss"),)
+    return Stage("dd1", config.iterations, [update], modules, after=after, preview=preview, signs=signs), average

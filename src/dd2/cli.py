@@ -50,10 +50,15 @@ COMMANDS = {
         "AlignDecoderConfig",
         "align_decoder",
     ),
+    "push": Command("put a generator on the Hugging Face Hub", "commands.push", "PushConfig", "push"),
+    "serve": Command("a page in the browser, or a JSON endpoint", "commands.serve", "ServeConfig", "serve"),
     "export": Command("a generator to ship, from any checkpoint of a run", "commands.export", "ExportConfig", "export"),
     "report": Command("one page about evaluated runs", "commands.report", "ReportConfig", "report"),
     "reproduce": Command(
         "the paper's tables at sizes that one machine can run", "reproduce.command", "ReproduceConfig", "reproduce"
+    ),
+    "own-data": Command(
+        "from a folder of images to a measured one-step generator", "own_data.command", "OwnDataConfig", "own_data"
     ),
     "reference": Command("statistics of real images, for dd2 evaluate", "commands.reference", "ReferenceConfig", "reference"),
     "convert var": Command("official VAR files to a teacher folder", "checkpoints.convert", "ConvertVarConfig", "convert_var"),

@@ -87,5 +87,7 @@ class Generator:
 
     def _standardised(self, teacher: Teacher) -> Teacher:
         """The teacher in the standardisation of the network."""
+        if torch.compiler.is_compiling():  # it was set by a call before, and a graph holds no writing
+            return teacher
         teacher.backbone.normalise_by(self.student.backbone.token_mean, self.student.backbone.token_std)
         return teacher

@@ -1,99 +1,367 @@
 """A distilled generator for use: labels and seeds in, images out."""
 
-from collections.abc import Sequence
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 import dd2.baselines  # noqa: F401  (folders may hold their networks)
-from dd2.checkpoints.runs import open_generator
+from dd2.checkpoints.record import FILE, RunRecord
+from dd2.checkpoints.runs import FinishedRun, open_generator, open_run
 from dd2.device import pick_device
 from dd2.errors import InputError
+from dd2.evaluation.path_length import slerp
 from dd2.generator import Generator
+from dd2.images import picture, to_uint8
 from dd2.precision import Precision, pick_precision
-from dd2.sampling import Ways
+from dd2.sampling import Draw, Ways
+from dd2.seeding import image_noise
+from dd2.shipping.card import Card
+from dd2.shipping.hub import download, upload
+from dd2.shipping.package import write_package
+from dd2.teachers.base import Teacher
+
+BATCH = 64
+"""Images at a time unless told otherwise."""
+
+OutputType = Literal["pil", "np", "pt"]
+
+SEEDS = 2**62
+"""Seeds are below it."""
+
+
+@dataclass(frozen=True)
+class OneStepOutput:
+    """What a call gives.
+
+    Attributes:
+        images: of each label, as `output_type` says: a list of Pillow images; numpy (B, H, W, channels) or torch (B, channels,
+            H, W), float32 in [0, 1] on the CPU.
+        tokens: (B, n, C) standardised, on the CPU, in the AR order.
+        labels, seeds: as they were drawn, as numbers.
+        seconds: that drawing and decoding took.
+    """
+
+    images: list[Image] | np.ndarray | Tensor
+    tokens: Tensor
+    labels: list[int]
+    seeds: list[int]
+    seconds: float
 
 
 class OneStepPipeline:
-    """One forward pass per batch of images.
+    """Images of labels in one forward pass, or in a few with the teacher.
+
+        pipe = OneStepPipeline.from_pretrained("runs/mine")
+        pipe(labels=[3, "seven"], seeds=[0, 1]).images[0].save("three.png")
 
     Args:
         generator: the distilled network and its tokenizer, on one device.
         dtype: the arithmetic that it draws in.
+        open_run: gives the run with its teacher, for more than one step; None where there is no teacher.
     """
 
-    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        dtype: torch.dtype = torch.float32,
+        open_run: Callable[[], FinishedRun] | None = None,
+    ) -> None:
         self.generator = generator
-        self._ways = Ways(generator).in_precision(dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The arithmetic that it draws in."""
-        return self._ways.precision
+        self._dtype, self._open_run = dtype, open_run
+        self._one_step = Ways(generator).in_precision(dtype)
 
     @classmethod
     def from_pretrained(
         cls,
         name: str | Path,
+        revision: str | None = None,
         device: str = "auto",
+        dtype: Precision = "auto",
+        token: str | None = None,
+        *,
+        local_files_only: bool = False,
         captions: str = "",
         trust: Sequence[str] = (),
-        dtype: Precision = "auto",
-        revision: str | None = None,
     ) -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
 
         Args:
             name: a path, or "owner/name" on the Hub (needs `pip install "dd2[hub]"`).
+            revision: of a repository on the Hub: a commit, which never changes, a tag or a branch.
             device: auto, cpu, cuda or cuda:N.
+            dtype: "float32", "bfloat16", "float16" (CUDA), or "auto": bfloat16 where the device computes in it.
+            token: of an account on the Hub; by default the one that `hf auth login` kept.
+            local_files_only: take a repository from the cache alone.
             captions: for text-conditional models, a file of dd2 text-features; labels are its rows. By default the run's.
             trust: modules of yours that the generator may import, because its teacher was module:function.
-            dtype: "float32", "bfloat16", "float16" (CUDA), or "auto": bfloat16 where the device computes in it.
-            revision: of a repository on the Hub: a commit, which never changes, a tag or a branch.
 
         Raises:
             InputError: there is nothing to load, or it is damaged.
         """
-        path = Path(name)
-        if not path.exists() and str(name).count("/") == 1:
-            path = _download(str(name), revision)
-        elif revision is not None:
-            raise InputError(f"revision {revision} is about repositories on the Hub; {name} is a folder here")
         place = pick_device(device)
         precision = pick_precision(dtype, place)
-        return cls(open_generator(path, place, captions, trust), precision)
+        path = located(name, revision, token, local_files_only=local_files_only)
+        generator = open_generator(path, place, captions, trust)
+        opened = functools.partial(open_run, path, place, captions, trust) if (path / FILE).is_file() else None
+        return cls(generator, precision, opened)
 
-    def __call__(self, labels: Sequence[int | str], seeds: Sequence[int] | None = None, *, nearest: bool = False) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.generator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic that it draws in."""
+        return self._one_step.precision
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Number of each label -> its name; the number again where nobody has named the classes."""
+        conditions = self.generator.conditions
+        names = conditions.class_names or tuple(map(str, range(conditions.num_labels)))
+        return dict(enumerate(names))
+
+    def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
+        """The numbers of labels that are named by number or name, in any case.
+
+        Raises:
+            InputError: one is not a class.
+        """
+        wanted = [labels] if isinstance(labels, int | str) else labels
+        return [self.generator.conditions.label(label) for label in wanted]
+
+    @property
+    def max_inference_steps(self) -> int:
+        """1 where the teacher is not at hand; with it, one more than its AR steps."""
+        if self._open_run is None:
+            return 1
+        ways = self._with_teacher
+        return ways.known_teacher.num_steps(ways.sampling) + 1
+
+    def __call__(
+        self,
+        labels: int | str | Sequence[int | str],
+        seeds: Sequence[int] | None = None,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int = 1,
+        guidance_scale: float | None = None,
+        output_type: OutputType = "pil",
+        nearest: bool = False,
+        batch_size: int = BATCH,
+    ) -> OneStepOutput:
         """Draw one image per label.
 
         Args:
-            labels: B classes by number or name, or rows of the captions.
-            seeds: B seeds, one per image; 0 … B - 1 by default.
+            labels: classes by number or name, or rows of the captions; one, or B of them.
+            seeds: B seeds, one per image, below 2^62; by default 0 … B - 1.
+            generator: random numbers that the seeds are drawn from, in their place; one, or one per image.
+            num_inference_steps: 1: the generator alone. k: the teacher redraws the last k - 1 of its AR steps (Alg. 4).
+            guidance_scale: of the teacher in those steps; by default as it was distilled. One step has its guidance built in.
+            output_type: "pil", "np" or "pt".
             nearest: snap tokens to their nearest codes before decoding.
-
-        Returns:
-            Images (B, channels, H, W) in [-1, 1], on the CPU.
+            batch_size: images at a time, which bounds the memory.
 
         Raises:
-            InputError: a label is not a class, or the seeds are not one per image.
+            InputError: a label is not a class, the seeds are not one per image, or what is asked for has no effect or no teacher.
         """
-        seeds = range(len(labels)) if seeds is None else seeds
-        if len(seeds) != len(labels):
-            raise InputError(f"one seed per label is needed: {len(labels)} labels, {len(seeds)} seeds")
-        generator = self.generator
-        if len(labels) == 0:
+        numbers = self.get_label_ids(labels)
+        chosen = _seeds(seeds, generator, len(numbers))
+        ways = self._ways(num_inference_steps, guidance_scale)
+        return self._drawn(ways, ways.few_steps(num_inference_steps), numbers, chosen, batch_size, output_type, nearest=nearest)
+
+    def teacher(
+        self,
+        labels: int | str | Sequence[int | str],
+        seeds: Sequence[int] | None = None,
+        *,
+        guidance_scale: float | None = None,
+        output_type: OutputType = "pil",
+        batch_size: int = BATCH,
+    ) -> OneStepOutput:
+        """The teacher's images of the same labels, step by step, to compare with. Arguments and errors as a call."""
+        numbers = self.get_label_ids(labels)
+        chosen = _seeds(seeds, None, len(numbers))
+        ways = self._guided(guidance_scale)
+        return self._drawn(ways, ways.by_teacher(), numbers, chosen, batch_size, output_type)
+
+    def _drawn(
+        self,
+        ways: Ways,
+        draw: Draw,
+        labels: list[int],
+        seeds: list[int],
+        batch: int,
+        output_type: OutputType,
+        *,
+        nearest: bool = False,
+    ) -> OneStepOutput:
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
+        if batch < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch}")
+        if not labels:
             raise InputError("labels are empty; give one class per image")
-        numbers = [generator.conditions.label(label) for label in labels]
-        with torch.inference_mode():
-            cond = generator.conditions(torch.tensor(numbers, device=generator.device))
-            tokens = self._ways.one_step()(cond, seeds)
-            return self._ways.decode(generator.snap(tokens) if nearest else tokens, cond).clamp(-1, 1).cpu()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what was asked of it before is not this call's
+        start = time.perf_counter()
+        drawn = [(tokens.cpu(), images.cpu()) for tokens, images in ways.batches(draw, labels, seeds, batch, nearest=nearest)]
+        tokens, images = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return OneStepOutput(_as(images, output_type), tokens, labels, seeds, time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def interpolate(
+        self, a: int, b: int, n: int, label: int | str = 0, *, output_type: OutputType = "pil"
+    ) -> list[Image] | np.ndarray | Tensor:
+        """A walk from the image of seed a to that of seed b in n images of one label, ends included.
+
+        The noise turns along the great circle between the two, so that each image in between is one of the model's own.
+
+        Raises:
+            InputError: the label is not a class, or n is below 2.
+        """
+        if n < 2:
+            raise InputError(f"n must be at least 2, the two ends, got {n}")
+        (number,) = self.get_label_ids(label)
+        shape = self.generator.student.backbone.token_shape
+        ends = image_noise(_seeds([a, b], None, 2), shape).flatten(1).to(self.device)
+        noise = slerp(ends[:1], ends[1:], torch.linspace(0, 1, n, device=self.device)).view(n, *shape)
+        ways, drawn = self._one_step, []
+        for part in noise.split(BATCH):
+            cond = self.generator.conditions(torch.full((len(part),), number, device=self.device))
+            drawn.append(ways.decode(ways.of_noise(part, cond), cond).cpu())
+        return _as(torch.cat(drawn), output_type)
+
+    def save_pretrained(self, folder: str | Path, *, teacher: bool = False, card: Card | None = None) -> None:
+        """Write a package folder: the generator, its tokenizer and a model card, and the teacher if asked for.
+
+        Args:
+            folder: where to; it must not exist, or be empty.
+            teacher: ship it too, so that more than one step can be drawn.
+            card: what the card says.
+
+        Raises:
+            InputError: the folder is in use, or there is no teacher that could be shipped.
+        """
+        shipped = self._teacher if teacher else None
+        if teacher and shipped is None:
+            raise InputError("there is no teacher here to ship; load a run folder of dd2 distill")
+        whole = {"teacher": shipped[0], "record": shipped[1]} if shipped else {}
+        write_package(Path(folder), self.generator, card or Card(), **whole)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a one-step generator",
+        teacher: bool = False,
+        card: Card | None = None,
+    ) -> str:
+        """Write a package and put it on the Hub (needs `pip install "dd2[hub]"`).
+
+        Args:
+            repo_id: "owner/name"; made where there is none.
+            private: of a new repository, for the owner alone.
+            revision: a branch; made where there is none.
+            token: of an account; by default the one that `hf auth login` kept.
+            commit_message: of the commit.
+            teacher, card: as `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: as `save_pretrained`, or the Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "package"
+            self.save_pretrained(folder, teacher=teacher, card=replace(card or Card(), name=repo_id))
+            return upload(folder, repo_id, private=private, revision=revision, token=token, message=commit_message)
+
+    @functools.cached_property
+    def _teacher(self) -> tuple[Teacher, RunRecord] | None:
+        """The teacher, opened when it is first needed."""
+        if self._open_run is None:
+            return None
+        run = self._open_run()
+        return run.teacher, run.record
+
+    @functools.cached_property
+    def _with_teacher(self) -> Ways:
+        """The networks with the teacher."""
+        if self._teacher is None:
+            raise InputError(
+                "the teacher is unknown here, so there is one step only: load a run folder, or a package that holds the teacher"
+            )
+        teacher, record = self._teacher
+        return Ways(self.generator, teacher, record.sampling).in_precision(self._dtype)
+
+    def _ways(self, steps: int, guidance_scale: float | None) -> Ways:
+        if steps != 1:
+            return self._guided(guidance_scale)
+        if guidance_scale is not None:
+            raise InputError(
+                "guidance_scale has no effect in one step, whose guidance was decided when it was distilled; leave it out, or "
+                "give num_inference_steps"
+            )
+        return self._one_step
+
+    def _guided(self, guidance_scale: float | None) -> Ways:
+        ways = self._with_teacher
+        if guidance_scale is None:
+            return ways
+        sampling = replace(ways.sampling, cfg_scale=float(guidance_scale))
+        ways.known_teacher.check(sampling)
+        return replace(ways, sampling=sampling)
 
 
-def _download(name: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError(f'{name} is no folder here; to load it from the Hub, pip install "dd2[hub]"') from error
-    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+def located(name: str | Path, revision: str | None = None, token: str | None = None, *, local_files_only: bool = False) -> Path:
+    """The folder of a name: a path, or a repository on the Hub, which is brought here.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path = Path(name)
+    if not path.exists() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return download(str(name), revision, token, local_files_only=local_files_only, subject=str(name))
+    if revision is not None or token is not None or local_files_only:
+        what = "revision" if revision is not None else "token" if token is not None else "local_files_only"
+        raise InputError(f"{what} is about repositories on the Hub; {name} is a folder here")
+    return path
+
+
+def _seeds(seeds: Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
+    """One per image."""
+    if seeds is not None and generator is not None:
+        raise InputError("seeds and generator both decide the noise; give one of them")
+    if generator is not None:
+        sources = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+        found = [int(torch.randint(SEEDS, (1,), generator=source, device=source.device)) for source in sources]
+    else:
+        found = list(range(count)) if seeds is None else [int(seed) for seed in seeds]
+    if len(found) != count:
+        raise InputError(f"one seed per label is needed: {count} labels, {len(found)} seeds")
+    if wrong := [seed for seed in found if not 0 <= seed < SEEDS]:
+        raise InputError(f"seeds must be in 0 to 2^62 - 1, got {wrong[0]}")
+    return found
+
+
+def _as(images: Tensor, output_type: OutputType) -> list[Image] | np.ndarray | Tensor:
+    """Images (B, channels, H, W) in about [-1, 1] as the user wants them."""
+    if output_type == "pil":
+        return [picture(levels) for levels in to_uint8(images)]
+    unit = (images.float() / 2 + 0.5).clamp(0, 1)
+    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()

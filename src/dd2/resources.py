@@ -2,6 +2,7 @@
 
 import errno
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ def memory_said(error: BaseException, config_class: Any) -> str:
     hint = f"; what needs less: {'; '.join(changes)}" if changes else ""
     plan = ". dd2 plan tells before what fits" if "csd.batch" in names else ""
     return f"out of memory{f' ({asked[0]})' if asked else ''}; {KEPT}{hint}{plan}"
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now; of a CPU, what Linux says could be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 def _stage_2_first(name: str) -> bool:

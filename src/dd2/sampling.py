@@ -4,7 +4,7 @@ All return standardised tokens (B, n, C) and take one seed per image; the comman
 `Ways` alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,6 +17,7 @@ from dd2.precision import autocast
 from dd2.seeding import one_each
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
+from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.head import EULER_STEPS, draw_by_head, token_noise
 
@@ -129,6 +130,33 @@ class Ways:
         """Standardised tokens (B, n, C), drawn under cond (B, ...), to images (B, channels, H, W) in about [-1, 1]."""
         with autocast(tokens.device, self.precision):
             return self.generator.decode(tokens, cond).float()
+
+    @property
+    def conditions(self) -> Conditions:
+        """What labels stand for."""
+        return self.generator.conditions if self.teacher is None else self.teacher.conditions
+
+    @torch.inference_mode()
+    def batches(
+        self, draw: Draw, labels: Sequence[int], seeds: Sequence[int], batch: int, *, nearest: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of labels with a seed each, a batch at a time, so that memory is bounded.
+
+        Args:
+            draw: one of the ways below.
+            labels, seeds: one of each per image.
+            batch: images at a time; they do not depend on it, up to rounding.
+            nearest: decode the nearest codes of what was drawn.
+
+        Yields:
+            Standardised tokens (B, n, C) and images (B, channels, H, W) in about [-1, 1], on the device.
+        """
+        for start in range(0, len(labels), batch):
+            chosen = slice(start, start + batch)
+            cond = self.conditions(torch.tensor(labels[chosen], device=self.generator.device))
+            tokens = draw(cond, seeds[chosen])
+            tokens = self.generator.snap(tokens) if nearest else tokens
+            yield tokens, self.decode(tokens, cond)
 
     def one_step(self) -> Draw:
         """The generator alone."""

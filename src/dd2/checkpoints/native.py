@@ -140,6 +140,12 @@ def save_generator(
         dtype: storage format.
         role: what the network is.
     """
+    with atomic_folder(folder) as partial:
+        write_generator(partial, generator, dtype, role)
+
+
+def write_generator(folder: Path, generator: Generator, dtype: torch.dtype = torch.float32, role: Role = "generator") -> None:
+    """The files of `save_generator`, into a folder that exists."""
     student, code = generator.student, generator.code
     method = _family_of(student, {name: kind.network for name, kind in NETWORKS.items()})
     config: dict[str, Any] = {"kind": "generator", "role": role, "method": method, "head": config_of(student)}
@@ -148,10 +154,9 @@ def save_generator(
     else:
         config |= {"family": _backbone_family(student.backbone), "config": config_of(student.backbone)}
         config |= names_said(generator.conditions.class_names)
-    with atomic_folder(folder) as partial:
-        write_model(partial, student, config, dtype)
-        if not code:
-            _write_tokenizer(partial / "tokenizer", generator.tokenizer, dtype)
+    write_model(folder, student, config, dtype)
+    if not code:
+        _write_tokenizer(folder / "tokenizer", generator.tokenizer, dtype)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

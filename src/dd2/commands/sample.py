@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted
 from dd2.files import writable_folder
+from dd2.pipeline import located
 from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
@@ -32,7 +33,7 @@ class SampleConfig(OtherSampling):
     """
 
     run: RunFolder
-    """Run folder of dd2 distill or dd2 demo, or a generator folder (one step only)."""
+    """Run folder of dd2 distill or dd2 demo, a generator folder (one step only), or owner/name on the Hugging Face Hub."""
     out: Path = Path("samples.png")
     """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
     labels: tuple[str, ...] = ("all",)
@@ -94,12 +95,10 @@ def sample(config: SampleConfig) -> None:
     """
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)  # refuses before anything is read
-    ways = _opened(config, device).in_precision(precision)
+    ways = _opened(replace(config, run=located(config.run)), device).in_precision(precision)
     if config.precision != "auto" and ways.precision != precision:
         say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
-    generator = ways.generator
-    conditions = generator.conditions if ways.teacher is None else ways.teacher.conditions
-    labels = parse_labels(config.labels, conditions, config.count, config.first)
+    labels = parse_labels(config.labels, ways.conditions, config.count, config.first)
     draw = _draw(config, ways)
     seeds = list(range(config.seed + config.first, config.seed + config.first + config.count))
     if config.out.suffix and config.out.is_dir():
@@ -108,15 +107,15 @@ def sample(config: SampleConfig) -> None:
         raise InputError(f"out {config.out} is not empty: its old images would mix with the new; choose another --out")
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
     writer = open_writer(config.out, config.first, keep_partial=True)
+    drawn = ways.batches(draw, labels, seeds, config.batch, nearest=config.decoding == "nearest")
+    done = 0
     try:
-        with answering([signal.SIGTERM], _stop), writer, progress("sample", config.count, "img") as bar, torch.inference_mode():
-            for start in range(0, config.count, config.batch):
-                chosen = slice(start, start + config.batch)
-                cond = conditions(torch.tensor(labels[chosen], device=device))
-                tokens = draw(cond, seeds[chosen])
-                tokens = generator.snap(tokens) if config.decoding == "nearest" else tokens
-                writer.add(ways.decode(tokens, cond), labels[chosen], seeds[chosen])
-                bar.update(len(cond))
+        with answering([signal.SIGTERM], _stop), writer, progress("sample", config.count, "img") as bar:
+            for _, images in drawn:
+                chosen = slice(done, done + len(images))
+                writer.add(images, labels[chosen], seeds[chosen])
+                done += len(images)
+                bar.update(len(images))
     except KeyboardInterrupt:
         raise Interrupted(_stopped(config, writer.kept)) from None
     say(f"wrote {config.count} images to {config.out} ({name_of(ways.precision)})")

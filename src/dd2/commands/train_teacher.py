@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from dd2.teachers.conditions import ClassLabels
 from dd2.teachers.families import TeacherSizes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.train import teacher_loss
+from dd2.training.checkpoint import best_step, load_network
 from dd2.training.health import STATE, loss_rises
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
@@ -34,6 +36,9 @@ HELD_OUT = 4096
 """Images that likelihood or loss is measured on at the end, held out and of the training set: a teacher whose two numbers are far
 apart has memorised."""
 
+
+JUDGED = 1024
+"""Held-out images, at most, that a checkpoint is judged by (keep best)."""
 
 MEMORISES = 1.15
 """Held-out images that are so much worse for a teacher than those of its training have been memorised."""
@@ -66,6 +71,9 @@ class TrainTeacherConfig(TeacherSizes):
     """Sequences per micro-batch."""
     accumulate: int = 1
     """Micro-batches per optimiser step."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that become the teacher: the last ones, or those of the checkpoint (loop.save_every) that knew held-out images
+    best, which few images need."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.05))
     """Optimiser."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -113,12 +121,26 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
         teacher.train()
         return images
 
+    def held_out_now() -> dict[str, float]:
+        teacher.eval()
+        known = measure(teacher, held_out[:JUDGED], held_out_labels[:JUDGED], config.batch)
+        teacher.train()
+        return {"validation": known}
+
     teacher.train()
     update = Update("teacher", trained, config.optim, loss, accumulate=config.accumulate)
     stage = Stage(
-        "teacher", config.iterations, [update], teacher.stored_parts, preview=preview, signs=(loss_rises("teacher/loss"),)
+        "teacher",
+        config.iterations,
+        [update],
+        teacher.stored_parts,
+        preview=preview,
+        validate=held_out_now if config.keep == "best" else None,
+        signs=(loss_rises("teacher/loss"),),
     )
     Trainer(config.out, config.seed, config.loop, device, hint).run(stage)
+    if config.keep == "best":
+        _take_best(config.out / "checkpoints" / stage.name, teacher)
     teacher.eval()
     measured, known = (
         measure(teacher, some[:HELD_OUT], of[:HELD_OUT], config.batch)
@@ -136,6 +158,14 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     folder = config.out / "teacher"
     save_teacher(folder, teacher)
     return folder
+
+
+def _take_best(checkpoints: Path, teacher: Teacher) -> None:
+    """Load the checkpoint that knew held-out images best."""
+    step = best_step(checkpoints)
+    for name, part in teacher.stored_parts.items():
+        load_network(checkpoints / f"{step:08d}" / f"{name}.safetensors", part)
+    say(f"held-out images were known best at step {step:,}, whose weights are kept")
 
 
 @torch.no_grad()

@@ -44,6 +44,11 @@ class IdxImages:
         height, width = self._splits["train"][0].shape[1:]
         return height, width
 
+    @property
+    def num_training(self) -> int:
+        """Images to train on."""
+        return len(self._splits["train"][1])
+
     @staticmethod
     def found_in(path: Path) -> bool:
         """Whether a directory or zip holds such files."""

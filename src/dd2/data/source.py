@@ -29,6 +29,11 @@ class ImageData(Protocol):
     num_classes: int
     class_names: tuple[str, ...]
 
+    @property
+    def num_training(self) -> int:
+        """Images of the split "train"."""
+        ...
+
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random augmented images (size, channels, H, W) in [-1, 1] and labels (size,)."""
         ...
@@ -39,6 +44,10 @@ class Digits:
 
     num_classes = digits.NUM_CLASSES
     class_names: tuple[str, ...] = digits.CLASS_NAMES
+
+    @property
+    def num_training(self) -> int:
+        return len(digits.load("train")[0])
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         return digits.batch(split, size, random)
@@ -66,6 +75,10 @@ class ImageFolder:
         self._layout = layout(self._pictures.names, f"data {path}")
         self.class_names = self._layout.class_names
         self.num_classes = len(self.class_names)
+
+    @property
+    def num_training(self) -> int:
+        return len(self._layout.items["train"])
 
     def said(self) -> str:
         """What was found."""

@@ -245,7 +245,7 @@ class LlamaGenBackbone(Backbone):
         codes = self.to_codes(tokens[:, max(read - given, 0) :])
         x = self.tok_embeddings(codes).float()  # the residual stream stays float32 under autocast
         if read == 0:
-            x = torch.cat([self.cls_embedding(cond).view(len(cond), given, -1), x], 1)
+            x = torch.cat([self.cls_embedding(cond).view(cond.shape[0], given, -1), x], 1)
         x = self.drop(x)
         held = slice(read, read + x.shape[1])
         words = self.cls_embedding.words(cond) if isinstance(self.cls_embedding, CaptionEmbedding) else None

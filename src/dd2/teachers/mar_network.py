@@ -198,7 +198,7 @@ class MAR(nn.Module):
         x = torch.cat([x[:, : config.buffer], rows], 1)
         mask = None
         if not bool(there.all()):
-            mask = torch.cat([there.new_ones(len(there), config.buffer), there], 1)[:, None, None]
+            mask = torch.cat([there.new_ones(there.shape[0], config.buffer), there], 1)[:, None, None]
         return self.encoder_norm(self.encoder_blocks.run(x, mask)), positions, there
 
     def features(self, tokens: Tensor, known: Tensor | None, labels: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class MAR(nn.Module):
         encoded, positions, there = self.encode(tokens, known, labels)
         inner = self.decoder_embed(encoded)
         if positions is not None and there is not None:
-            rows = self.mask_token.to(inner.dtype).expand(len(inner), self.n, -1)
+            rows = self.mask_token.to(inner.dtype).expand(inner.shape[0], self.n, -1)
             index = positions.unsqueeze(-1).expand(-1, -1, config.decoder_width)
             placed = torch.where(there.unsqueeze(-1), inner[:, config.buffer :], rows.gather(1, index))
             inner = torch.cat([inner[:, : config.buffer], rows.scatter(1, index, placed)], 1)

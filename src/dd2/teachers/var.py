@@ -144,7 +144,7 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(cond).view(len(x), 1, 2, -1).unbind(2)
+        scale, shift = self.ada_lin(cond).view(x.shape[0], 1, 2, -1).unbind(2)
         return _norm(x) * (scale + 1) + shift
 
 

@@ -106,6 +106,8 @@ class Tokenizer(nn.Module, ABC):
 
     def decode_tiled(self, codes: Tensor) -> Tensor:
         """As `decode_codes`, float32, as many images at a time as memory is meant for."""
+        if torch.compiler.is_compiling():  # a graph is for any number of images: who runs it chooses
+            return self.decode_codes(codes).float()
         limit = DECODED_AT_ONCE["cuda" if codes.device.type == "cuda" else "cpu"]
         tiles = codes.split(max(1, limit // self.largest_activation))
         return torch.cat([self.decode_codes(tile).float() for tile in tiles])

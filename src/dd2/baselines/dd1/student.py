@@ -104,7 +104,7 @@ class DD1Student(OwnTokenStudent):
 
         def before(index: int, x: Tensor) -> Tensor:
             given = x.shape[1] - flags.shape[1]  # the condition's positions: data
-            own = torch.cat([self.flag.weight[1].expand(len(x), given, -1), flags], 1)
+            own = torch.cat([self.flag.weight[1].expand(x.shape[0], given, -1), flags], 1)
             return x + (own if index == 0 else 0) + self.flag_maps[index](own)
 
         features = self.own.own_features(tokens, cond, before) + self.flag_maps[-1](flags)
@@ -125,7 +125,7 @@ class DD1Student(OwnTokenStudent):
             raise InputError("this DD1 student was trained for one pass; train it with --heads.second-step")
         first = self.as_generator(noise, cond)
         start = self.backbone.order.steps[self.config.second_step].start
-        data = self.before(start, len(noise))
+        data = self.before(start, noise.shape[0])
         second = self._drawn(torch.where(data.unsqueeze(-1), first, noise), data, cond)
         return torch.where(data.unsqueeze(-1), first, second)
 

@@ -1,0 +1,1 @@
+"""A generator behind a page in the browser, or a JSON endpoint, of this machine."""

@@ -1,0 +1,190 @@
+"""What the page and the endpoint draw with: one pipeline, one drawing at a time, limits, and drawings that can be stopped."""
+
+import shlex
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dd2.errors import InputError
+from dd2.images import one_picture, png, to_uint8
+from dd2.pipeline import SEEDS, OneStepPipeline
+from dd2.precision import name_of
+
+Who = Literal["generator", "teacher"]
+
+AT_ONCE = 8
+"""Images between two looks at whether somebody still wants them."""
+
+FRAMES = 32
+"""Of a walk, at most."""
+
+
+class Busy(Exception):
+    """Too many drawings wait already."""
+
+
+class Stopped(Exception):
+    """Whoever asked has left."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        images: at most.
+        waiting: drawings that may wait for the one that runs.
+    """
+
+    images: int = 36
+    waiting: int = 4
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images and what they took.
+
+    Attributes:
+        levels: uint8 (B, H, W, channels).
+        labels, seeds: of each.
+        seconds: for all.
+    """
+
+    levels: np.ndarray
+    labels: list[int]
+    seeds: list[int]
+    seconds: float
+
+    def grid(self) -> bytes:
+        """One PNG of all, the same as dd2 sample writes."""
+        return png(one_picture(self.levels))
+
+
+class Studio:
+    """Draws for many, one after the other.
+
+    Args:
+        pipeline: what draws.
+        name: under which the command line finds it.
+        limits: of a request.
+    """
+
+    def __init__(self, pipeline: OneStepPipeline, name: str | Path, limits: Limits | None = None) -> None:
+        self.pipeline, self.name, self.limits = pipeline, str(name), limits or Limits()
+        self.steps = pipeline.max_inference_steps
+        self._turn, self._count, self._asked = threading.Lock(), threading.Lock(), 0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher can be drawn from too."""
+        return self.steps > 1
+
+    def draw(
+        self,
+        labels: Sequence[int | str],
+        seeds: Sequence[int],
+        steps: int = 1,
+        guidance_scale: float | None = None,
+        who: Who = "generator",
+        stop: threading.Event | None = None,
+    ) -> Drawing:
+        """Draw, once it is this request's turn.
+
+        Args:
+            labels, seeds: one of each per image.
+            steps, guidance_scale: as `OneStepPipeline` knows them; of the teacher, the guidance alone.
+            who: draws.
+            stop: set by somebody else, ends it within a few images.
+
+        Raises:
+            InputError: what is asked for does not exist, or is too much.
+            Busy: too many wait.
+            Stopped: `stop` was set.
+        """
+        if not 1 <= len(labels) <= self.limits.images:
+            raise InputError(f"images must be 1 to {self.limits.images} a request, got {len(labels)}")
+        numbers = self.pipeline.get_label_ids(labels)
+        parts = []
+        with self._in_turn(stop):
+            for start in range(0, len(numbers), AT_ONCE):
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                chosen = slice(start, start + AT_ONCE)
+                some, of = numbers[chosen], list(seeds[chosen])
+                if who == "teacher":
+                    parts.append(self.pipeline.teacher(some, of, guidance_scale=guidance_scale, output_type="pt"))
+                else:
+                    more = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+                    parts.append(self.pipeline(some, of, output_type="pt", **more))
+        images = torch.cat([_signed(part.images) for part in parts])
+        return Drawing(to_uint8(images), numbers, list(seeds), sum(part.seconds for part in parts))
+
+    def walk(self, a: int, b: int, frames: int, label: int | str, stop: threading.Event | None = None) -> bytes:
+        """A PNG of frames from one seed's image to another's. Errors as `draw`."""
+        if not 2 <= frames <= FRAMES:
+            raise InputError(f"frames must be 2 to {FRAMES}, got {frames}")
+        with self._in_turn(stop):
+            images = self.pipeline.interpolate(a, b, frames, label, output_type="pt")
+        return png(one_picture(to_uint8(_signed(images)), columns=min(frames, 8)))
+
+    def warm_up(self) -> None:
+        """Draw once, so that the first visitor's times are not those of allocations."""
+        self.draw([0], [0])
+        if self.has_teacher:
+            self.draw([0], [0], who="teacher")
+
+    def command(
+        self, label: int | str, seed: int, count: int, steps: int, guidance_scale: float | None = None, who: Who = "generator"
+    ) -> str:
+        """The command that draws the same PNG."""
+        words = ["dd2", "sample", self.name, "--labels", str(label), "--seed", str(seed), "--count", str(count)]
+        words += ["--steps", str(steps)] if who == "generator" else ["--method", "teacher"]
+        words += [] if guidance_scale is None else ["--cfg-scale", f"{guidance_scale:g}"]
+        words += ["--batch", str(AT_ONCE), "--precision", name_of(self.pipeline.dtype), "--out", f"{who}.png"]
+        return shlex.join(words)
+
+    @contextmanager
+    def _in_turn(self, stop: threading.Event | None) -> Iterator[None]:
+        with self._count:
+            if self._asked > self.limits.waiting:
+                raise Busy(f"{self._asked} drawings are under way or wait; try again in a moment")
+            self._asked += 1
+        try:
+            while not self._turn.acquire(timeout=0.1):
+                if stop is not None and stop.is_set():
+                    raise Stopped
+            try:
+                yield
+            finally:
+                self._turn.release()
+        finally:
+            with self._count:
+                self._asked -= 1
+
+
+def seed_of(text: object) -> int:
+    """A seed that somebody typed.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        seed = int(str(text).strip()) if len(str(text)) < 40 else -1
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < SEEDS - 1000:
+        raise InputError(f"seed must be a whole number from 0 to 2^62 - 1000, got {str(text)[:40]!r}")
+    return seed
+
+
+def _signed(images: object) -> Tensor:
+    """Images in [0, 1] back to [-1, 1]."""
+    assert isinstance(images, Tensor)
+    return images * 2 - 1

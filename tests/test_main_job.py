@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dd2 import OneStepPipeline
 from dd2.cli import main
 from dd2.commands.train_classifier import TrainClassifierConfig
 from dd2.config import load_config
-from dd2.errors import InputError
 from dd2.evaluation.config import EvaluateConfig
 from dd2.training.metrics import MetricsLog
 
@@ -96,35 +95,11 @@ def test_a_run_documents_itself(run):
 
 def test_pipeline(run):
     pipeline = OneStepPipeline.from_pretrained(run, device="cpu")
-    images = pipeline([3, 5, 7], seeds=[4, 5, 6])
-    assert images.shape == (3, 1, 16, 16)
-    assert -1 <= images.min() < images.max() <= 1
-    torch.testing.assert_close(pipeline([5], seeds=[5]), images[1:2], atol=1e-3, rtol=0)
-    same = OneStepPipeline.from_pretrained(run / "generator", device="cpu")([3, 5, 7], seeds=[4, 5, 6])
-    assert torch.equal(same, images)
-    snapped = pipeline([3, 5, 7], seeds=[4, 5, 6], nearest=True)
-    assert 0 < (snapped - images).abs().mean() < 0.3
-    with pytest.raises(InputError, match="its classes are 0 to 9"):
-        pipeline([10])
-    with pytest.raises(InputError, match="one seed per label"):
-        pipeline([1, 2], seeds=[0])
-    with pytest.raises(InputError, match="does not exist"):
-        OneStepPipeline.from_pretrained(run / "no" / "thing")
-
-
-def test_hub_names_are_downloaded(run, monkeypatch):
-    import sys
-    import types
-
-    asked = []
-    hub = types.ModuleType("huggingface_hub")
-    hub.snapshot_download = lambda name, **more: asked.append((name, more)) or str(run / "generator")  # pyright: ignore
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
-    assert asked == [("someone/one-step-digits", {"revision": None, "allow_patterns": ["*.json", "*.safetensors"]})]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"dd2\[hub\]"):
-        OneStepPipeline.from_pretrained("someone/one-step-digits", device="cpu")
+    images = pipeline([3, "five", 7], seeds=[4, 5, 6], output_type="np").images
+    same = OneStepPipeline.from_pretrained(run / "generator", device="cpu")([3, 5, 7], seeds=[4, 5, 6], output_type="np")
+    np.testing.assert_array_equal(same.images, images)
+    snapped = pipeline([3, 5, 7], seeds=[4, 5, 6], nearest=True, output_type="np").images
+    assert 0 < np.abs(np.subtract(snapped, images)).mean() < 0.15
 
 
 @pytest.mark.long

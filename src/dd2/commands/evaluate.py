@@ -25,7 +25,7 @@ from dd2.evaluation.reference import Reference, open_reference
 from dd2.evaluation.report import Section, write_run_report
 from dd2.evaluation.score import Scorer
 from dd2.evaluation.speed import speed_numbers
-from dd2.evaluation.summary import summary
+from dd2.evaluation.summary import OWN_DECODER, summary
 from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.precision import name_of, pick_precision
@@ -114,7 +114,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             "seeds": f"one per image, derived from {config.seed}",
             "rounding": "uint8, round(127.5 x + 127.5)",
             "sampling": run.sampling.described(),
-            "decoder": str(run.generator.tokenizer.aligned or "the tokenizer's own"),
+            "decoder": str(run.generator.tokenizer.aligned or OWN_DECODER),
             "decoding": "tokens as drawn" + ("; nearest codes in generator_nearest" if "generator_nearest" in compared else ""),
         },
         "absent": absent(run.teacher),

@@ -4,6 +4,9 @@ from typing import Any
 
 from dd2.evaluation.columns import COLUMNS
 
+OWN_DECODER = "the tokenizer's own"
+"""What decoded the images, where it was not trained further."""
+
 SHOWN = ("frechet", "precision", "recall", "teacher_nll", "accuracy")
 """The columns of the terminal's table."""
 
@@ -49,6 +52,6 @@ def described(numbers: dict[str, Any]) -> str:
         balance = f"{decides['images_per_label']:g} images per label; seeds: {decides['seeds']}"
         precision = decides.get("precision", "float32")
         lines.append(f"{balance}; drawn in {precision}; {decides['rounding']}; teacher: {shown}")
-        lines.append(f"decoder: {decides['decoder']}")
+        lines.append(f"decoder: {decides.get('decoder') or OWN_DECODER}")
     lines += [f"not measured: {text}" for text in numbers.get("absent", [])]
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

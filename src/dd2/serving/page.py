@@ -24,6 +24,9 @@ THEME = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monos
 
 Updates = Iterator[tuple[Any, ...]]
 
+HIGH = 340
+"""Pixels of the pictures, about."""
+
 WIDE = 280
 """Pixels that sliders and pictures need; columns of a phone go below each other."""
 
@@ -104,12 +107,13 @@ def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[str]) 
         for place, who in enumerate(rows):
             drawn = studio.draw([number] * images, range(first, first + images), passes, who=who, stop=stop)
             seconds[who] = drawn.seconds
-            file = _kept(files, f"{who}_class{number}_seed{first}.png", drawn.grid())
+            name = f"{who}_class{number}_seed{first}"
+            file, shown_file = _kept(files, f"{name}.png", drawn.grid()), _kept(files, f"{name}_large.png", drawn.enlarged(HIGH))
             shown = f"**{drawn.seconds:.3g} s** for {images} image{'s' if images > 1 else ''}"
             if who == "teacher":
                 shown += f", {drawn.seconds / max(seconds['generator'], 1e-9):.1f} times the generator's"
             command = studio.command(number, first, images, passes, who=who)
-            update = [file, shown, gr.update(value=file, interactive=True), command]
+            update = [shown_file, shown, gr.update(value=file, interactive=True), command]
             yield tuple([gr.skip()] * (4 * place) + update + [gr.skip()] * (4 * (len(rows) - place - 1)))
 
     with gr.Row():
@@ -171,7 +175,7 @@ def _picture(what: str) -> gr.Image:
         type="filepath",
         interactive=False,
         buttons=["fullscreen"],
-        height=360,
+        height=HIGH + 20,
         elem_classes="pixels",
         alt_text=what,
     )

@@ -49,6 +49,7 @@ def free_port(port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((HOST, port))
+        found.listen(CONNECTIONS)  # who comes before the server runs waits a moment
     except OSError as error:
         found.close()
         raise InputError(f"port {port} cannot be used ({error.strerror}); choose another --port") from error

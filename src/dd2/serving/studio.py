@@ -1,5 +1,6 @@
 """What the page and the endpoint draw with: one pipeline, one drawing at a time, limits, and drawings that can be stopped."""
 
+import math
 import shlex
 import threading
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,11 @@ class Drawing:
     def grid(self) -> bytes:
         """One PNG of all, the same as dd2 sample writes."""
         return png(one_picture(self.levels))
+
+    def enlarged(self, pixels: int) -> bytes:
+        """The same, enlarged by a whole number to about so many pixels for the eye; never smaller."""
+        height = self.levels.shape[1] * math.ceil(math.sqrt(len(self.levels)))
+        return png(one_picture(self.levels, zoom=max(1, pixels // height)))
 
 
 class Studio:

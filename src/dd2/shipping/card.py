@@ -11,9 +11,10 @@ import yaml
 from dd2 import __version__
 from dd2.errors import InputError
 from dd2.evaluation.columns import COLUMNS
+from dd2.evaluation.report import METRICS
 from dd2.evaluation.summary import SHOWN, described
 from dd2.generator import Generator
-from dd2.records import parsed
+from dd2.records import read_record
 from dd2.teachers.conditions import ClassLabels
 
 ARXIV = "2510.21003"
@@ -30,7 +31,7 @@ LICENCES = frozenset(
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-METRICS = {"frechet": "frechet_distance", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
+CALLED = {"frechet": "frechet_distance", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
 """Columns of metrics.json, and what the card's metadata calls them; fid only where the features are Inception's."""
 
 
@@ -68,13 +69,13 @@ class Card:
 
 
 def measured(run: Path) -> dict[str, Any] | None:
-    """metrics.json of a run, where it was evaluated."""
-    try:
-        numbers = parsed(run / "metrics.json")
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(numbers, dict) and {"metrics", "methods", "evaluation", "gap_closed"} <= numbers.keys()
-    return numbers if whole else None
+    """metrics.json of a run, where it was evaluated.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    file = run / "metrics.json"
+    return read_record(file, METRICS, "make it again by dd2 evaluate") if file.is_file() else None
 
 
 def card_text(card: Card, generator: Generator, *, has_teacher: bool, has_picture: bool) -> str:
@@ -124,7 +125,7 @@ def _entries(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     own, inception = numbers["metrics"]["generator"], "inception" in str(numbers["features"]).lower()
     settings = {"images": numbers["count"], "features": numbers["features"], "steps": 1}
     found = []
-    for key, called in METRICS.items():
+    for key, called in CALLED.items():
         value = own.get(key)
         if isinstance(value, int | float) and math.isfinite(value):
             kind = "fid" if key == "frechet" and inception else called

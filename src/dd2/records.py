@@ -45,6 +45,18 @@ def read_record(file: Path, shape: dict[Any, Shape], remedy: str) -> dict[str, A
     return found
 
 
+def read_list(file: Path, shape: Shape, remedy: str) -> list[Any]:
+    """As `read_record`, of a JSON list whose entries have a shape."""
+    try:
+        found = parsed(file)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{file} cannot be read ({why}); {remedy}") from error
+    if wrong := _wrong(found, [shape], ""):
+        raise InputError(f"{file} is of another kind ({wrong}); {remedy}")
+    return found
+
+
 def _wrong(value: Any, shape: Shape, where: str) -> str:
     """What is wrong with a value; empty where nothing is."""
     here = where or "it"

@@ -14,6 +14,7 @@ from dd2.device import pick_device
 from dd2.errors import InputError
 from dd2.evaluation.features import FeatureNetwork, open_features
 from dd2.evaluation.gallery import interpolations, nearest_training, titled
+from dd2.evaluation.latency import read_points
 from dd2.evaluation.report import METRICS, Section, page
 from dd2.external import check_trust, is_code
 from dd2.files import write_atomic
@@ -44,6 +45,8 @@ class ReportConfig:
     data: str = ""
     """Images that the teacher was trained on ("digits", a folder or a zip), for the nearest ones; by default those of the
     embedded teacher, and none for others."""
+    points: Path | None = None
+    """Others' models for the plot of quality against latency: a JSON list of {"name", "seconds" (an image), "frechet"}."""
     seed: int = 0
     """Seed of the samples that are compared with training images, and of the walks."""
     precision: Precision | None = None
@@ -67,9 +70,10 @@ def report(config: ReportConfig) -> None:
     Raises:
         InputError: a run has not been evaluated.
     """
+    others = read_points(config.points) if config.points else []
     sections = [_section(config, run.resolve()) for run in config.runs]
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.out, page(sections))
+    write_atomic(config.out, page(sections, others))
     say(f"wrote {config.out}")
 
 

@@ -24,6 +24,7 @@ COLUMNS = {
     "recall": Column("recall", ".3f"),
     "density": Column("density", ".3f"),
     "coverage": Column("coverage", ".3f"),
+    "within_class_spread": Column("within-class spread", ".3g"),
     "teacher_nll": Column("teacher NLL", ".1f"),
     "accuracy": Column("accuracy", ".3f"),
 }

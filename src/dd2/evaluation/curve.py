@@ -8,7 +8,7 @@ from typing import Any
 from dd2.checkpoints.runs import FinishedRun
 from dd2.errors import InputError
 from dd2.evaluation.methods import Method
-from dd2.evaluation.plots import figure_png
+from dd2.evaluation.plots import INK, figure_of, figure_png
 from dd2.evaluation.reference import Reference
 from dd2.evaluation.score import Scorer, gap_closed, likelihood_and_accuracy
 from dd2.frechet import fit_gaussian, frechet_distance
@@ -111,10 +111,7 @@ def curve_plot(curves: dict[str, list[list[dict[str, Any]]]], floor: float, wors
         floor, worst: drawn as lines.
         by: "seconds" or "step".
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = figure_of(7, 4)
     for index, (label, runs) in enumerate(curves.items()):
         for number, rows in enumerate(runs):
             x = [row[by] for row in rows]
@@ -123,6 +120,5 @@ def curve_plot(curves: dict[str, list[list[dict[str, Any]]]], floor: float, wors
     axes.axhline(floor, color="0.5", linestyle="--", label="teacher against itself (floor)")
     axes.axhline(worst, color="tab:red", linestyle=":", label="independent tokens (onestep*)")
     axes.set(xlabel={"seconds": "seconds of training", "step": "generator steps"}[by], ylabel="Fréchet distance", yscale="log")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, labelcolor=INK, facecolor="none")
     return figure_png(figure)

@@ -4,7 +4,14 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+INK = "#7b7b7b"
+"""Grey that can be read on white and on black."""
+
+SMOOTHED = 20
+"""Points that a curve needs for a moving average; the mean of fewer is a flat line that says nothing."""
 
 PANELS = (
     ("tune", "student/loss", "Stage 1: velocity regression (GTS)"),
@@ -66,22 +73,46 @@ def explained(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def curves(rows: list[dict[str, Any]]) -> bytes:
-    """PNG of the panels that have data; grey is what was logged, blue its moving average."""
-    from matplotlib.figure import Figure
-
+    """PNG of the panels that have data; grey is what was logged, blue its moving average where the points are many enough."""
     panels = [(title, _series(rows, stage, number)) for stage, number, title in PANELS]
     panels = [(title, series) for title, series in panels if len(series) > 1]
-    figure = Figure(figsize=(12, 3.2 * max(1, -(-len(panels) // 3))), layout="constrained")
+    rows = max(1, -(-len(panels) // 3))
+    figure = _blank(12, 3.2 * rows)
     for index, (title, series) in enumerate(panels):
-        axes = figure.add_subplot(-(-len(panels) // 3), 3, index + 1)
+        axes = _axes(figure, rows, 3, index + 1)
         steps, values = zip(*series, strict=True)
-        axes.plot(steps, values, color="0.75", linewidth=0.8)
-        axes.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
+        if len(values) < SMOOTHED:
+            axes.plot(steps, values, color="tab:blue", linewidth=1.2, marker="o", markersize=3)
+        else:
+            axes.plot(steps, values, color="0.65", linewidth=0.8)
+            axes.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("iteration", fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
     return figure_png(figure)
+
+
+def figure_of(width: float, height: float) -> tuple["Figure", "Axes"]:
+    """A figure of inches with one pair of axes, for light and dark pages alike: no background, and grey writing."""
+    figure = _blank(width, height)
+    return figure, _axes(figure, 1, 1, 1)
+
+
+def _blank(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _axes(figure: "Figure", rows: int, columns: int, number: int) -> "Axes":
+    axes = figure.add_subplot(rows, columns, number, facecolor="none")
+    axes.tick_params(colors=INK, which="both")
+    for part in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        part.set_color(INK)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+    axes.grid(alpha=0.3)
+    return axes
 
 
 def figure_png(figure: "Figure") -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dd2.evaluation.columns import COLUMNS
 from dd2.evaluation.gallery import titled
+from dd2.evaluation.latency import Point, latency_plot, latency_rows, points_of
 from dd2.evaluation.plots import curves, explained
 from dd2.files import write_atomic
 from dd2.images import png
@@ -21,12 +22,17 @@ from dd2.records import Shape
 from dd2.training.metrics import MetricsLog
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-img{max-width:100%;image-rendering:pixelated}table{border-collapse:collapse;margin:1rem 0;font-size:14px}
-td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-small{color:#777}.best{font-weight:600}.run td{background:#f2f4f7;font-weight:600}.note{color:#555}
-.warning{background:#fff4e0;padding:.4rem .6rem}
-pre{background:#f6f6f6;padding:1rem;overflow:auto;font-size:13px}
+:root{color-scheme:light dark;--ink:#1a1a1a;--page:#fff;--line:#ddd;--soft:#f2f4f7;--quiet:#5c5c5c;--alarm:#fff4e0}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e8e8e8;--page:#141414;--line:#3a3a3a;--soft:#23262b;--quiet:#a8a8a8;--alarm:#40300f}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:var(--ink);background:var(--page)}
+img{max-width:100%;image-rendering:pixelated}img.plot{image-rendering:auto}
+.wide{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0;font-size:14px}
+td,th{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:right}
+td:first-child,th:first-child{text-align:left;min-width:9rem}
+small,.note{color:var(--quiet)}.best{font-weight:600}.run td{background:var(--soft);font-weight:600}
+.warning{background:var(--alarm);padding:.4rem .6rem}
+pre{background:var(--soft);padding:1rem;overflow:auto;font-size:13px}
 """
 
 
@@ -89,17 +95,23 @@ def write_run_report(section: Section) -> None:
     write_atomic(section.run / "report.html", page([section]))
 
 
-def page(sections: Sequence[Section]) -> str:
-    """The report as one HTML page without any outside reference."""
+def page(sections: Sequence[Section], others: Sequence[Point] = ()) -> str:
+    """The report as one HTML page without any outside reference, light or dark as the reader's system is.
+
+    Args:
+        sections: the runs.
+        others: points of others' models for the plot of quality against latency.
+    """
     names = ", ".join(section.run.name for section in sections)
     samples = png(titled(_blocks(sections)))
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dd2: {html.escape(names)}</title>
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>dd2: {html.escape(names)}</title>
 <link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
 <h1>{"One-step generator" if len(sections) == 1 else "One-step generators"}: {html.escape(names)}</h1>
 {"".join(_summary(section) for section in sections)}
 <h2>Samples</h2><p class="note">The same labels in the same places.</p><img alt="samples of all methods" src="{_inline(samples)}">
 <h2>Numbers</h2>{_table(sections)}{_definitions(sections[0].numbers)}{"".join(map(_decides, sections))}
-{_speed(sections)}{"".join(map(_further, sections))}
+{_latency(sections, others)}{_speed(sections)}{"".join(map(_further, sections))}
 <h2>Curves</h2>{"".join(map(_curves_of, sections))}<ul>{_explanations(sections)}</ul>
 <h2>How it was made</h2>{"".join(map(_made, sections))}
 </body></html>
@@ -146,7 +158,7 @@ def _table(sections: Sequence[Section]) -> str:
             distinct = section.numbers["distinct_sequences"].get(name)
             cell = "–" if distinct is None else f"{distinct:,}"
             body += f"<tr{' class=best' if name == 'generator' else ''}><td>{html.escape(title)}</td>{row}<td>{cell}</td></tr>"
-    return f"<table><tr><th>method</th>{head}<th>distinct</th></tr>{body}</table>"
+    return f'<div class="wide"><table><tr><th>method</th>{head}<th>distinct</th></tr>{body}</table></div>'
 
 
 def _with_interval(values: dict[str, float], key: str, kind: str) -> str:
@@ -162,7 +174,8 @@ def _definitions(numbers: dict[str, Any]) -> str:
 {numbers["count"]:,} samples of each method and of the reference ({reference}); with the teacher as reference, its own row is the
 floor: {numbers["count"]:,} other samples of its own. Teacher NLL: nats per image that the teacher assigns to the (nearest-code)
 sequences; lower than the teacher's own means less varied, higher means less plausible. Distinct: different token sequences
-among them. ±: half the width of the 95 % interval for other samples of the same method.</p>"""
+among them. Within-class spread: mean squared distance of features to their class's mean; less than the teacher's is less variety
+within a class. ±: half the width of the 95 % interval for other samples of the same method.</p>"""
 
 
 def _decides(section: Section) -> str:
@@ -173,7 +186,20 @@ def _decides(section: Section) -> str:
     )
     said = "".join(f"<p><b>Not measured:</b> {html.escape(text)}</p>" for text in section.numbers.get("absent", []))
     heading = f"What decides the numbers of {html.escape(section.run.name)}"
-    return f"{said}<details><summary>{heading}</summary><table>{rows}</table></details>"
+    return f"{said}<details><summary>{heading}</summary><div class=wide><table>{rows}</table></div></details>"
+
+
+def _latency(sections: Sequence[Section], others: Sequence[Point]) -> str:
+    """Distance against seconds, where there is more than one way to draw that was timed."""
+    points = [point for section in sections for point in points_of(section.run.name, section.numbers)]
+    if len(points) < 2:
+        return ""
+    given = " Points of other models are as their file gives them." if others else ""
+    return f"""<h2>Quality against latency</h2><p class="note">One image at a time (the smallest batch that was timed), decoding
+included, on this machine; lower and further left is better.{given}</p>
+<img class="plot" alt="quality against latency" src="{_inline(latency_plot([*points, *others]))}">
+<div class="wide"><table><tr><th>method</th><th>ms an image</th><th>Fréchet distance</th></tr>
+{latency_rows([*points, *others])}</table></div>"""
 
 
 def _speed(sections: Sequence[Section]) -> str:
@@ -191,8 +217,9 @@ def _speed(sections: Sequence[Section]) -> str:
     )
     if not rows:
         return f"<h2>Time</h2>{spent}"
-    return f"""<h2>Speed</h2><table><tr><th>run</th><th>batch</th><th>teacher, ms/image</th><th>generator, ms/image</th>
-<th>of which decoding</th><th>ratio</th></tr>{rows}</table>
+    return f"""<h2>Speed</h2><div class="wide"><table>
+<tr><th>run</th><th>batch</th><th>teacher, ms/image</th><th>generator, ms/image</th>
+<th>of which decoding</th><th>ratio</th></tr>{rows}</table></div>
 <p class="note">Whole images, both in turns in one process; medians. At large batches arithmetic decides, of which one pass has
 hardly less than all cached steps; at small ones the teacher waits for every token.</p>{spent}"""
 
@@ -207,7 +234,7 @@ def _further(section: Section) -> str:
 
 def _curves_of(section: Section) -> str:
     name = html.escape(section.run.name)
-    return f'<h3>{name}</h3><img alt="training curves of {name}" src="{_inline(section.curves)}">'
+    return f'<h3>{name}</h3><img class="plot" alt="training curves of {name}" src="{_inline(section.curves)}">'
 
 
 def _explanations(sections: Sequence[Section]) -> str:

@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Both set up .venv first.
+# Two commands matter: `make demo` and `make test`. Both set up .venv first; what tests need beyond the demo comes with `make test`.
 #
 #   PYTHON=python3.12          which Python makes .venv
 #   TORCH_INDEX=URL            a wheel index of PyTorch, to choose a CPU or CUDA build (see README)
@@ -8,21 +8,26 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-fast test-long lint bench assets digits-var digits-mar clean
+.PHONY: setup setup-dev demo test test-fast test-long lint bench docs wheel assets digits-var digits-mar clean
 
 setup: .venv/ready
+setup-dev: .venv/ready-dev
 
 # torch first, alone and pinned; the second install finds it satisfied and cannot replace it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/ready-dev: .venv/ready
 	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/dd2 demo
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -33,14 +38,22 @@ test: lint
 	$(PYTEST)
 
 # Without what runs from end to end: under a minute.
-test-fast: setup
+test-fast: setup-dev
 	$(PYTEST) -m 'not e2e and not long'
 
 # Trainings of minutes, at fixed seeds: what they must reach.
-test-long: setup
+test-long: setup-dev
 	$(PYTEST) -m long
 
-bench: setup
+# The documentation as a site, in site/; a link to nowhere is an error.
+docs: setup-dev
+	$(BIN)/mkdocs build --strict
+
+# The wheel, built and used in an empty environment.
+wheel:
+	bash tools/check_wheel.sh $(PYTHON) "$$(grep '^torch' constraints.txt)"
+
+bench: setup-dev
 	$(BIN)/python benchmarks/proposition1.py
 	$(BIN)/python benchmarks/training_step.py
 
@@ -66,4 +79,4 @@ digits-mar: setup
 	$(BIN)/dd2 evaluate runs/digits_mar --steps 1 2 4 --teacher-steps 8 4 2 --batch 100
 
 clean:
-	rm -rf .venv runs build dist src/*.egg-info
+	rm -rf .venv runs build dist site src/*.egg-info

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place that says it
 __all__ = ["OneStepPipeline", "__version__"]
 
 if TYPE_CHECKING:

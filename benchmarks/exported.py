@@ -1,4 +1,4 @@
-"""Size and speed of exported graphs beside PyTorch: python benchmarks/exported.py runs/demo runs/fashion --out docs/results/exported
+"""Size and speed of exported graphs beside PyTorch: python benchmarks/exported.py runs/demo --out docs/results/exported
 
 The one pass, decoding included, float32, the three taking turns; onnxruntime and PyTorch on the same number of threads.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     rows = [row for run in given.runs for row in measured(run)]
     made = provenance("benchmarks/exported.py", torch.device("cpu"))
     write_atomic(given.out.with_suffix(".json"), json.dumps({"rows": rows, "made": made}, indent=2) + "\n")
-    head = "| run | batch | PyTorch, ms | torch.export, ms | ONNX Runtime, ms | ONNX against PyTorch |\n|---|---:|---:|---:|---:|---:|\n"
+    head = "| run | batch | PyTorch, ms | torch.export, ms | ONNX Runtime, ms | PyTorch / ONNX |\n" + "|---" + "|---:" * 5 + "|\n"
     lines = [
         f"| {row['run']} | {row['batch']} | {1000 * row['eager']:.2f} | {1000 * row['torch']:.2f} | {1000 * row['onnx']:.2f} | "
         f"{row['eager'] / row['onnx']:.2f}× |"

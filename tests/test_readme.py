@@ -69,7 +69,7 @@ def test_the_commands_of_use(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code
     exec(code[1], names)
-    assert names["images"].shape == (3, 1, 16, 16)
+    assert [image.size for image in names["images"]] == [(16, 16)] * 3
 
 
 def test_commands_that_need_hardware_or_data_parse(tmp_path, monkeypatch):

@@ -120,6 +120,7 @@ def test_a_hub_download_takes_no_code_and_the_revision_asked_for(tmp_path, monke
     asked: list[dict] = []
     hub = types.ModuleType("huggingface_hub")
     hub.snapshot_download = lambda name, **more: asked.append({"name": name, **more}) or str(tmp_path)  # pyright: ignore
+    hub.errors = types.SimpleNamespace()  # pyright: ignore
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     for revision in (None, "0123abc"):
         with pytest.raises(InputError):  # there is nothing in it

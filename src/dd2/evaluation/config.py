@@ -47,7 +47,7 @@ class EvaluateConfig:
     """Each adds a row: a masked teacher (MAR) in so many AR steps, from 2 to its tokens; 1 is onestep*."""
     teacher_at: OtherSampling = field(default_factory=OtherSampling)
     """Adds a row: the teacher as it samples with these settings, such as those its own paper evaluates it with (VAR: cfg_scale
-    1.5, top_k 900, top_p 0.95), where it was distilled with others."""
+    1.5, top_k 900, top_p 0.96), where it was distilled with others."""
     guidance: bool = False
     """Adds a row: the guidance network of the newest checkpoint, drawing step by step as the AR model that it is. Worse than the
     generator, it lags behind it (App. C.3)."""

@@ -137,7 +137,7 @@ def run_onnx(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 

@@ -1,0 +1,38 @@
+"""Fill the table of docs/memory-and-time.md: python tools/plan_table.py (a minute; nothing is computed)."""
+
+import re
+from pathlib import Path
+
+from dd2.checkpoints.released import sketch
+from dd2.commands.plan import GB, PlanConfig, needs
+from dd2.config import load_config
+
+PAGE = Path("docs/memory-and-time.md")
+MODELS = (
+    *("var_d16", "var_d20", "var_d24", "var_d30", "var_d36_512"),
+    *("llamagen_b", "llamagen_l", "llamagen_xl_384", "llamagen_t2i_xl", "mar_b", "mar_l", "mar_h"),
+)
+GPUS = 8
+
+
+def main() -> None:
+    """Plan every configuration and rewrite the table."""
+    lines = [
+        "| configuration | teacher | memory of a GPU | s an iteration | iterations | stage 2, GPU hours |",
+        "|---" + "|---:" * 5 + "|",
+    ]
+    for name in MODELS:
+        config = load_config(PlanConfig, name, ["--model", name, "--gpus", str(GPUS)])
+        found = needs(config, sketch(name))
+        iterations = config.csd.iterations + config.align.then_iterations
+        hours = GPUS * found.seconds * iterations / 3600
+        lines.append(
+            f"| `{name}` ({config.loop.parallel}) | {found.parameters['teacher'] / 1e6:,.0f} M | {found.total / GB:.0f} GB | "
+            f"{found.seconds:.1f} | {iterations:,} | {hours:,.0f} |"
+        )
+    marked = re.compile(r"(<!-- plans -->\n).*?(<!-- /plans -->)", re.DOTALL)
+    PAGE.write_text(marked.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

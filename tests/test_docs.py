@@ -1,4 +1,4 @@
-"""The documentation: its commands are run, or it says why not; its notebook runs from top to bottom; no link of its site is dead."""
+"""The documentation: commands are run, or it says why not; its notebook runs from top to bottom; its site has no dead link."""
 
 import os
 import re

@@ -49,6 +49,8 @@ def test_every_room_is_on_a_floor():
 def test_no_import_goes_up(file):
     if file.name in ("__init__.py", "__main__.py") and file.parent == SOURCE:
         return  # the package's front door
+    if file.parent.name == "diffusers":
+        return  # written into packages, for diffusers to run
     floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
     here = room(file)
     for module in imports(file):
@@ -89,8 +91,10 @@ def test_evaluation_measures_by_nothing_that_is_trained_on():
 
 
 def test_a_generator_is_a_network():
-    """Streams of random numbers are called `random`."""
+    """Streams of random numbers are called `random`; but where people call us by diffusers' words."""
     for file in FILES:
+        if room(file) == "pipeline" or file.parent.name == "diffusers":
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.arg) and node.annotation is not None:
                 assert "torch.Generator" not in ast.unparse(node.annotation) or node.arg == "random", f"{file}: {node.arg}"

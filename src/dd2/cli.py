@@ -73,7 +73,7 @@ COMMANDS = {
         "encode captions for a text-conditional teacher", "commands.text_features", "TextFeaturesConfig", "text_features"
     ),
     "env": Command("versions, devices and paths, for a report of a fault", "commands.env", "EnvConfig", "env"),
-    "completion": Command("what makes a shell complete all this", "commands.completion", "CompletionConfig", "completion"),
+    "completion": Command("what makes a shell complete all this", "completion", "CompletionConfig", "completion"),
     "inspect": Command("what a checkpoint is: family, sizes, flags, parameters", "commands.inspect", "InspectConfig", "inspect"),
     "train-tokenizer": Command(
         "train a tokenizer on your images", "commands.train_tokenizer", "TrainTokenizerConfig", "train_tokenizer"

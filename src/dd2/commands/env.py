@@ -27,7 +27,7 @@ EXTRAS = {
 }
 """Extra -> packages whose versions tell it."""
 
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+SETTINGS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 """Environment variables that change what dd2 does. None of them is a secret."""
 
 
@@ -49,7 +49,7 @@ def env(config: EnvConfig) -> dict[str, str]:
         **_gpus(),
         "installed at": os.path.dirname(dd2.__file__),
         "working directory": os.getcwd(),
-        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
     width = max(map(len, found))
     for name, value in found.items():

@@ -105,7 +105,7 @@ def write_graph(out: Path, generator: Generator, kind: Format, dtype: torch.dtyp
         NumericalError: the graph computes something else; nothing was written.
     """
     if kind == "onnx":
-        _needed("onnx", "onnxscript", "onnxruntime")
+        _need_onnx()
     # ONNX has no mixed types in one operation, which autocast makes: its graph is converted as a whole.
     one_pass = OnePass(generator, torch.float32 if kind == "onnx" else dtype).eval()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -113,8 +113,8 @@ def write_graph(out: Path, generator: Generator, kind: Format, dtype: torch.dtyp
         with _quiet():
             try:
                 _to_torch(one_pass, made) if kind == "torch" else _to_onnx(one_pass, made, half=dtype == torch.float16)
-                run = {"torch": _run_torch, "onnx": run_onnx}[kind](made)
-                difference = _difference(one_pass, run, average=dtype != torch.float32)
+                computed = {"torch": _run_torch, "onnx": run_onnx}[kind](made)
+                difference = _difference(one_pass, computed, average=dtype != torch.float32)
             except (InputError, NumericalError, MemoryError):
                 raise
             except Exception as error:  # whatever the exporters and runtimes raise
@@ -133,7 +133,7 @@ def write_graph(out: Path, generator: Generator, kind: Format, dtype: torch.dtyp
 
 def run_onnx(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     """The function that an ONNX file computes, by onnxruntime on the CPU."""
-    _needed("onnxruntime")
+    _need_onnx()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -188,22 +188,23 @@ def _to_onnx(one_pass: OnePass, out: Path, *, half: bool) -> None:
     onnx.save(convert_float_to_float16(program.model_proto, keep_io_types=True, op_block_list=whole), out)
 
 
-def _difference(one_pass: OnePass, run: Callable[[Tensor, Tensor], Tensor], *, average: bool) -> float:
+def _difference(one_pass: OnePass, computed: Callable[[Tensor, Tensor], Tensor], *, average: bool) -> float:
     found = []
     for count in CHECKED:
         inputs = one_pass.example(count, seed=count)
         with torch.no_grad():
-            apart = (run(*inputs) - one_pass(*inputs)).abs()
+            apart = (computed(*inputs) - one_pass(*inputs)).abs()
         found.append(float(apart.mean() if average else apart.max()))
     return max(found, key=lambda value: math.inf if math.isnan(value) else value)
 
 
-def _needed(*modules: str) -> None:
-    for name in modules:
-        try:
-            __import__(name)
-        except ImportError as error:
-            raise InputError(f'--format onnx needs {name}: pip install "dd2[onnx]"') from error
+def _need_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f'--format onnx needs {error.name}: pip install "dd2[onnx]"') from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.head import token_noise
 from dd2.training.samples import TeacherSamples, sample_seed
+from dd2.training.store import taken
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Pairs:
         tokens (size, n, C), and labels (size,).
         """
         rows = self.samples.random_rows(size, random)
-        kept, labels = self.samples.kept[rows].to(random.device), self.samples.labels[rows].to(random.device)
+        kept, labels = taken(self.samples.kept, rows).to(random.device), self.samples.labels[rows].to(random.device)
         data = kept.long() if isinstance(self.teacher, CodeTeacher) else self.teacher.restored(kept)
         return token_noise(self.teacher.backbone, [sample_seed(self.seed, int(row)) for row in rows]), data, labels
 

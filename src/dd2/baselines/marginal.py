@@ -9,6 +9,7 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.seeding import image_uniforms
 from dd2.training.samples import TeacherSamples
+from dd2.training.store import taken
 
 Over = Literal["class", "dataset"]
 """Whose frequencies: each class's own, or those of the whole data set (App. E.5)."""
@@ -45,7 +46,7 @@ class MarginalSampler:
         uniforms = image_uniforms(seeds, (kept.shape[1],))
         chosen = (uniforms * self.counts[own].unsqueeze(1)).long().clamp_max(self.counts[own].unsqueeze(1) - 1)
         rows = self.rows[self.starts[own].unsqueeze(1) + chosen]  # (B, n)
-        return kept[rows, torch.arange(kept.shape[1])]
+        return taken(kept, (rows, torch.arange(kept.shape[1])))
 
     def draw(self, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         """Standardised tokens (B, n, C), one seed per image. Errors as `kept`."""

@@ -15,7 +15,7 @@ from dd2.records import read_record
 from dd2.seeding import on_cpu, seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
-from dd2.training.store import Store
+from dd2.training.store import Store, taken
 
 SHARD = 4096
 """Sequences per file."""
@@ -121,7 +121,7 @@ class TeacherSamples:
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised tokens (B, n, C) and labels (B,) of the sequences of given numbers (B,), on the teacher's device."""
-        return self.teacher.restored(self.kept[rows]), self.labels[rows].to(self.teacher.device)
+        return self.teacher.restored(taken(self.kept, rows)), self.labels[rows].to(self.teacher.device)
 
 
 class LiveSamples:

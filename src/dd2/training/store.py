@@ -24,6 +24,13 @@ Make = Callable[[Tensor], dict[str, Tensor]]
 """Numbers (B,) of rows -> what is kept of them, each (B, …) on the CPU."""
 
 
+def taken(stored: Tensor, index: Any) -> Tensor:
+    """`stored[index]`; ids of 16 bits without a sign by way of those with one, as older versions of PyTorch cannot index them."""
+    if stored.dtype == torch.uint16:
+        return stored.view(torch.int16)[index].view(torch.uint16)
+    return stored[index]
+
+
 class Store:
     """Named tensors of N rows each.
 

@@ -239,9 +239,19 @@ def test_a_report_of_several_runs(page):
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "http" not in text
-    for heading in ("nearest training images", "a walk through the noise", "skip-1", "2 steps", "Speed"):
+    assert "prefers-color-scheme:dark" in text
+    assert "width=device-width" in text
+    for heading in (
+        "Quality against latency",
+        "within-class spread",
+        "nearest training images",
+        "a walk through the noise",
+        "skip-1",
+        "2 steps",
+        "Speed",
+    ):
         assert heading in text
-    assert text.count("data:image/png;base64,") == 1 + 2 * 2 + 2  # samples; two pictures and the curves of each run
+    assert text.count("data:image/png;base64,") == 2 + 2 * 2 + 2  # samples, latency; two pictures and the curves of each run
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
@@ -262,7 +272,7 @@ def test_a_report_opens_in_a_browser(page, tmp_path):
     assert 'data-requests="0"' in found[1]
     widths = re.search(r'data-images="([\d ]+)"', found[1])
     assert widths is not None
-    assert len(widths[1].split()) == 7
+    assert len(widths[1].split()) == 8
     assert all(int(width) > 100 for width in widths[1].split())
     assert "CONSOLE" not in done.stderr
 

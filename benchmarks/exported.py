@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from dd2.checkpoints.runs import open_generator
 from dd2.evaluation.speed import seconds_per_call
 from dd2.files import write_atomic
 from dd2.provenance import provenance
-from dd2.shipping.graph import ENDINGS, OnePass, run_onnx, write_graph
+from dd2.shipping.graph import ENDINGS, Format, OnePass, run_onnx, write_graph
 
 BATCHES = (1, 16, 64)
 
@@ -49,7 +50,7 @@ def measured(run: Path) -> list[dict]:
     generator = open_generator(run, torch.device("cpu"))
     one_pass = OnePass(generator).eval()
     with tempfile.TemporaryDirectory() as scratch:
-        files = {name: Path(scratch) / f"g{ending}" for name, ending in ENDINGS.items()}
+        files: dict[Format, Path] = {name: Path(scratch) / f"g{ending}" for name, ending in ENDINGS.items()}
         for name, file in files.items():
             write_graph(file, generator, name)
         half = Path(scratch) / "half.onnx"

@@ -27,7 +27,7 @@ from PIL import Image
 from dd2.cli import main
 from dd2.errors import InputError
 from dd2.pipeline import OneStepPipeline
-from dd2.serving.studio import Busy, Limits, Stopped, Studio, seed_of
+from dd2.serving.studio import Busy, Limits, Stopped, Studio, Who, seed_of
 from models import HANG
 from shipped import NAMES, tiny_package
 
@@ -177,7 +177,8 @@ def test_one_at_a_time_and_stopped_on_request(pipe):
 def test_the_command_that_it_gives_makes_the_same_file(folder, pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     studio = Studio(pipe, folder)
-    for who, steps, guidance in (("generator", 1, None), ("generator", 4, 2.5), ("teacher", 1, 3.0)):
+    cases: list[tuple[Who, int, float | None]] = [("generator", 1, None), ("generator", 4, 2.5), ("teacher", 1, 3.0)]
+    for who, steps, guidance in cases:
         drawn = studio.draw(["bee"] * 11, range(5, 16), steps, guidance, who)
         words = studio.command("bee", 5, 11, steps, guidance, who).split()
         assert main(words[1:]) == 0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class OneStepOutput:
         seconds: that drawing and decoding took.
     """
 
-    images: list[Image] | np.ndarray | Tensor
+    images: Any
     tokens: Tensor
     labels: list[int]
     seeds: list[int]
@@ -220,9 +220,7 @@ class OneStepPipeline:
         return OneStepOutput(_as(images, output_type), tokens, labels, seeds, time.perf_counter() - start)
 
     @torch.inference_mode()
-    def interpolate(
-        self, a: int, b: int, n: int, label: int | str = 0, *, output_type: OutputType = "pil"
-    ) -> list[Image] | np.ndarray | Tensor:
+    def interpolate(self, a: int, b: int, n: int, label: int | str = 0, *, output_type: OutputType = "pil") -> Any:
         """A walk from the image of seed a to that of seed b in n images of one label, ends included.
 
         The noise turns along the great circle between the two, so that each image in between is one of the model's own.

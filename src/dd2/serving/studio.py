@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+from PIL.Image import Image
 
 from dd2.errors import InputError
-from dd2.images import one_picture, png, to_uint8
+from dd2.images import one_picture, png
 from dd2.pipeline import SEEDS, OneStepPipeline
 from dd2.precision import name_of
 
@@ -125,20 +124,20 @@ class Studio:
                 chosen = slice(start, start + AT_ONCE)
                 some, of = numbers[chosen], list(seeds[chosen])
                 if who == "teacher":
-                    parts.append(self.pipeline.teacher(some, of, guidance_scale=guidance_scale, output_type="pt"))
+                    parts.append(self.pipeline.teacher(some, of, guidance_scale=guidance_scale))
                 else:
                     more = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-                    parts.append(self.pipeline(some, of, output_type="pt", **more))
-        images = torch.cat([_signed(part.images) for part in parts])
-        return Drawing(to_uint8(images), numbers, list(seeds), sum(part.seconds for part in parts))
+                    parts.append(self.pipeline(some, of, **more))
+        levels = _levels([image for part in parts for image in part.images])
+        return Drawing(levels, numbers, list(seeds), sum(part.seconds for part in parts))
 
     def walk(self, a: int, b: int, frames: int, label: int | str, stop: threading.Event | None = None) -> bytes:
         """A PNG of frames from one seed's image to another's. Errors as `draw`."""
         if not 2 <= frames <= FRAMES:
             raise InputError(f"frames must be 2 to {FRAMES}, got {frames}")
         with self._in_turn(stop):
-            images = self.pipeline.interpolate(a, b, frames, label, output_type="pt")
-        return png(one_picture(to_uint8(_signed(images)), columns=min(frames, 8)))
+            images = self.pipeline.interpolate(a, b, frames, label)
+        return png(one_picture(_levels(images), columns=min(frames, 8)))
 
     def warm_up(self) -> None:
         """Draw once, so that the first visitor's times are not those of allocations."""
@@ -190,7 +189,7 @@ def seed_of(text: object) -> int:
     return seed
 
 
-def _signed(images: object) -> Tensor:
-    """Images in [0, 1] back to [-1, 1]."""
-    assert isinstance(images, Tensor)
-    return images * 2 - 1
+def _levels(images: Sequence[Image]) -> np.ndarray:
+    """Pictures as uint8 (B, H, W, channels)."""
+    found = np.stack([np.asarray(image) for image in images])
+    return found if found.ndim == 4 else found[..., None]

@@ -118,9 +118,11 @@ def write_graph(out: Path, generator: Generator, kind: Format, dtype: torch.dtyp
             except (InputError, NumericalError, MemoryError):
                 raise
             except Exception as error:  # whatever the exporters and runtimes raise
-                why = " ".join(str(error).split())[:300] or type(error).__name__
-                hint = "; try --dtype float32" if dtype != torch.float32 else "; --format folder ships it all the same"
-                raise InputError(f"no {kind} graph can be made of it in {name_of(dtype)} ({why}){hint}") from error
+                hint = "try --dtype float32" if dtype != torch.float32 else "--format folder ships it all the same"
+                raise InputError(
+                    f"no {kind} graph can be made of it in {name_of(dtype)} by torch {torch.__version__} ({_reason(error)}); "
+                    f"{hint}, and a newer torch knows more"
+                ) from error
         if not difference <= LIMITS[name_of(dtype)]:
             raise NumericalError(
                 f"the {kind} graph's images differ from PyTorch's by {difference:.2g}, more than {LIMITS[name_of(dtype)]}; "
@@ -196,6 +198,13 @@ def _difference(one_pass: OnePass, computed: Callable[[Tensor, Tensor], Tensor],
             apart = (computed(*inputs) - one_pass(*inputs)).abs()
         found.append(float(apart.mean() if average else apart.max()))
     return max(found, key=lambda value: math.inf if math.isnan(value) else value)
+
+
+def _reason(error: BaseException) -> str:
+    """What is at the bottom of an exporter's pages, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _need_onnx() -> None:

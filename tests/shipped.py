@@ -1,5 +1,6 @@
 """Packages of tiny models, with their teachers: what a finished run ships, without the run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -33,11 +34,13 @@ def tiny_generator(teacher: Teacher, *, codes: bool = False) -> Generator:
     return Generator.of(student, teacher)
 
 
-def tiny_package(folder: Path, teacher: Teacher | None = None, *, codes: bool = False, card: Card | None = None) -> Path:
+def tiny_package(
+    folder: Path, teacher: Teacher | None = None, *, codes: bool = False, card: Card | None = None, names: Sequence[str] = NAMES
+) -> Path:
     """A folder with generator and teacher, whose three classes have names."""
     made = teacher or tiny_teacher()
     if isinstance(made.conditions, ClassLabels):
-        made.conditions.call(NAMES)
+        made.conditions.call(names)
     record = RunRecord("distill", "teacher", "", Sampling(), HeadConfig())
     write_package(folder, tiny_generator(made, codes=codes), card or Card(), teacher=made, record=record)
     return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dd2.cli import main
+from dd2.config import load_config
 from dd2.own_data import budget, command
 from dd2.own_data.budget import planned
 from dd2.own_data.rates import Rates
@@ -103,14 +105,13 @@ def test_from_images_to_a_report_with_an_interruption(quick, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "228 images of 2 classes" in said
     assert "in all" in said
-    assert not Path("out/plan.json").exists()
+    assert not Path("out").exists()
     real = command.train_classifier
     monkeypatch.setattr(command, "train_classifier", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(words) == 130
-    assert "go on with all of it by: dd2 own-data photos.zip --size 16 --minutes 20 --out out" in capsys.readouterr().err
+    assert "go on with all of it by: dd2 own-data photos.zip --size 16 --minutes 20.0 --out out" in capsys.readouterr().err
     plan = json.loads(Path("out/plan.json").read_text())
     assert plan["sizes"] == "small"
-    assert not Path("out/.timing").exists()
     teacher = Path("out/teacher/teacher/model.safetensors").read_bytes()
     monkeypatch.setattr(command, "train_classifier", real)
     assert main([*words, "--despite", "collapse", "dead codes", "memorised"]) == 0, capsys.readouterr().err
@@ -128,6 +129,9 @@ def test_from_images_to_a_report_with_an_interruption(quick, monkeypatch, capsys
     Path("out/plan.json").write_text("{}")
     assert main(words) == 2
     assert "plan.json is damaged" in capsys.readouterr().err
+    Path("out/plan.json").unlink()
+    assert main(words) == 2
+    assert "no plan.json that says what was to come" in capsys.readouterr().err
 
 
 @pytest.mark.e2e
@@ -147,8 +151,33 @@ def test_a_teacher_that_memorised_stops_it(quick, monkeypatch, capsys):
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "teacher shows memorised: held-out images are much worse" in said
-    assert "--despite memorised" in said
+    assert "--despite 'dead codes' memorised" in said
     assert not Path("out/one_step").exists()
+
+
+def test_the_command_that_goes_on_is_the_same_one():
+    given = command.OwnDataConfig("my photos.zip", 32, 30.123456789, Path("o"), despite=("memorised", "dead codes"), seed=3)
+    words = shlex.split(command._again(given))
+    assert words[:2] == ["dd2", "own-data"]
+    assert load_config(command.OwnDataConfig, "", words[2:]) == given
+
+
+def test_one_grey_image_does_not_make_all_grey(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "mixed.zip", "w") as archive:
+        for index in range(20):
+            with archive.open(f"c{index % 2}/{index:02d}.png", "w") as entry:
+                Image.new("L" if index == 0 else "RGB", (20, 20), 100 if index == 0 else (200, 10, 10)).save(entry, "PNG")
+    task = command._looked_at(command.OwnDataConfig(str(tmp_path / "mixed.zip"), 16))
+    assert task.channels == 3
+    assert "1 of 20 images looked at are grey" in capsys.readouterr().err
+
+
+def test_divergence_stops_unless_told_otherwise():
+    counts = planned(TASK, RATES, 60, 64).counts
+    for stop in (True, False):
+        found = runs(TASK, SIZES[1], counts, Path("out"), stop=stop)
+        for run in (found.tokenizer, found.teacher, found.classifier, found.one_step):
+            assert run.loop.stop_on == (("divergence",) if stop else ())
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """OneStepPipeline: what people call, and packages that hold all that it needs."""
 
+import ast
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from dd2.checkpoints.runs import open_run
 from dd2.cli import main
 from dd2.errors import InputError
 from dd2.pipeline import OneStepPipeline
-from dd2.shipping.card import Card
+from dd2.shipping.card import Card, card_text
+from dd2.teachers.conditions import ClassLabels
 from models import tiny_mar, tiny_teacher, tiny_var
-from shipped import NAMES, tiny_package
+from shipped import NAMES, tiny_generator, tiny_package
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,15 @@ def test_generators_give_seeds(pipe):
     assert len(set(a.seeds)) == 2
     assert pipe([0, 1], generator=[of(3), of(4)]).seeds == [a.seeds[0], pipe(0, generator=of(4)).seeds[0]]
     assert pipe([0, 1]).seeds == [0, 1]
+
+
+def test_numbers_of_other_libraries(pipe):
+    import numpy as np
+
+    expected = pipe([1, 2], [3, 4]).tokens
+    assert torch.equal(pipe(np.array([1, 2]), np.array([3, 4])).tokens, expected)
+    assert torch.equal(pipe(torch.tensor([1, 2]), torch.tensor([3, 4])).tokens, expected)
+    assert pipe(np.int64(2)).labels == [2]
 
 
 def test_names(pipe):
@@ -105,6 +117,14 @@ def test_what_cannot_be_drawn_is_said(pipe, folder, tmp_path):
         (lambda: pipe([0], num_inference_steps=18), "steps must be 1"),
         (lambda: pipe([0], output_type="jpeg"), "output_type"),
         (lambda: pipe([0], batch_size=0), "batch_size"),
+        (lambda: pipe([0], batch_size=1.5), "batch_size"),
+        (lambda: pipe([0], [1.7]), "seeds must be whole"),
+        (lambda: pipe([0], 5), "seeds must be several"),
+        (lambda: pipe(None), "labels must be"),
+        (lambda: pipe([0.5]), "labels must be whole"),
+        (lambda: pipe([0], num_inference_steps=2.0), "num_inference_steps"),
+        (lambda: pipe.teacher([0], guidance_scale=-3), "guidance_scale must be"),
+        (lambda: pipe.interpolate(0, 1, 2, output_type="jpg"), "output_type"),
         (lambda: alone([0], num_inference_steps=2), "teacher is unknown here"),
         (lambda: alone.teacher([0]), "teacher is unknown here"),
         (lambda: alone.save_pretrained(tmp_path / "x", teacher=True), "no teacher here to ship"),
@@ -117,7 +137,12 @@ def test_what_cannot_be_drawn_is_said(pipe, folder, tmp_path):
             wrong()
 
 
-@pytest.mark.parametrize("make", [tiny_teacher, tiny_var, tiny_mar])
+def ar_diffusion_teacher():
+    """What stage 1 makes: a teacher whose head is ours."""
+    return tiny_generator(tiny_teacher()).as_teacher.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [tiny_teacher, tiny_var, tiny_mar, ar_diffusion_teacher])
 def test_a_package_is_whole(make, tmp_path, monkeypatch):
     """It may go anywhere, names no path of this machine, and draws what was packed, with its teacher."""
     first = tiny_package(tmp_path / "a", make())
@@ -170,3 +195,38 @@ def test_the_card_has_what_the_hub_reads(folder, tmp_path):
 def test_cards_that_the_hub_would_refuse(wrong, said):
     with pytest.raises(InputError, match=said):
         Card(**wrong)
+
+
+def numbers_of(reference: str, frechet: float) -> dict:
+    """metrics.json of an evaluation, changed."""
+    numbers = json.loads((Path(__file__).parents[1] / "docs" / "results" / "demo.json").read_text())
+    numbers["evaluation"]["reference"] = {"reference": reference, "count": 240, "sha256": "0" * 64}
+    numbers["metrics"]["generator"]["frechet"] = frechet
+    numbers["warnings"] = ["the features of /home/me/secret/features.pt are others"]
+    return numbers
+
+
+def test_a_card_says_nothing_of_this_machine_and_no_number_that_is_none():
+    card = Card(numbers=numbers_of("/home/me/secret/photos", math.nan))
+    text = card_text(card, tiny_generator(tiny_teacher()), has_teacher=False, has_picture=False)
+    assert "/home" not in text
+    for wanted in ("photos, 240 images", "features.pt are others", "arxiv.org/abs/2510.21003", "precision"):
+        assert wanted in text, wanted
+    assert "frechet_distance" not in text
+
+
+@pytest.mark.parametrize(
+    "names", [("1", "2", "3"), ("a", 'say "hi"', "c"), ("a", "back\\slash", "c"), ("a", "two\nlines", "<b>`x`|*</b>")]
+)
+def test_a_card_with_odd_names(names):
+    """Its code can be run and draws class 1, and its text is text."""
+    teacher = tiny_teacher()
+    assert isinstance(teacher.conditions, ClassLabels)
+    teacher.conditions.call(names)
+    generator = tiny_generator(teacher)
+    text = card_text(Card(), generator, has_teacher=False, has_picture=False)
+    (shown,) = re.findall(r"labels=(\[.*\]), seeds", text)
+    assert [generator.conditions.label(label) for label in ast.literal_eval(shown)] == [0, 1]
+    (line,) = [line for line in text.splitlines() if line.startswith("Labels: ")]
+    assert "<b>" not in line
+    assert not re.search(r"(?<!\\)[`|*]", line)

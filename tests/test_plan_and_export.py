@@ -215,6 +215,8 @@ def test_export_of_any_checkpoint_and_average(run, tmp_path, capsys):
     ):
         assert main(["export", str(run), str(tmp_path / "bad"), *flags]) == 2
         assert said in capsys.readouterr().err
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "generator_ema of checkpoints/csd/" in card  # it says which weights they are
     assert main(["export", str(run), str(tmp_path / "half")]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "bad")]) == 2

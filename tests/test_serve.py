@@ -28,7 +28,7 @@ from dd2.cli import main
 from dd2.errors import InputError
 from dd2.pipeline import OneStepPipeline
 from dd2.serving.studio import Busy, Limits, Stopped, Studio, Who, seed_of
-from models import HANG
+from models import HANG, tiny_teacher
 from shipped import NAMES, tiny_package
 
 CHROMIUM = shutil.which("chromium")
@@ -142,6 +142,41 @@ def test_many_at_once_are_told_to_come_back(folder, tmp_path):
         assert post(address, {"labels": [0]})[0] == 200
 
 
+def test_a_client_that_leaves_stops_its_drawing(pipe, tmp_path):
+    from dd2.serving.server import free_port, run
+
+    left = threading.Event()
+
+    class Slow(Studio):
+        def draw(self, labels, seeds, steps=1, guidance_scale=None, who="generator", stop=None):
+            assert stop is not None
+            if stop.wait(60):
+                left.set()
+            raise Stopped
+
+    listening = free_port(0)
+    arguments = {"args": (Slow(pipe, "ants"), listening, tmp_path), "kwargs": {"page": False}}
+    threading.Thread(target=run, **arguments, daemon=True).start()
+    with socket.create_connection(listening.getsockname()) as client:
+        body = b'{"labels": [0]}'
+        head = ["POST /api/generate HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+        client.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        time.sleep(0.5)
+    assert left.wait(20)
+
+
+def test_classes_that_are_called_by_numbers(tmp_path):
+    """The menu means the class that it names; a typed number is that of a label, as everywhere."""
+    from dd2.serving.page import _class
+
+    tiny_package(tmp_path / "q", tiny_teacher(), names=("1", "2", "3"))
+    studio = Studio(OneStepPipeline.from_pretrained(tmp_path / "q", device="cpu"), "q")
+    assert [_class(studio, value) for value in (0, 2, "0", "1")] == [0, 2, 0, 1]
+    for wrong in (3, -1, True, None, "4", [1]):
+        with pytest.raises(InputError):
+            _class(studio, wrong)
+
+
 def test_a_client_that_leaves_frees_the_place(folder, tmp_path):
     with served(folder, "--api", "--max-images", 256, "--max-waiting", 0, cwd=tmp_path) as address:
         body = json.dumps({"labels": [0] * 256, "num_inference_steps": 17}).encode()
@@ -226,7 +261,7 @@ def browser():
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page(folder, browser, tmp_path, monkeypatch):
     """It opens, draws, refuses bad input in one line, survives a closed tab, asks nobody else, and its console is empty."""
-    with served(folder, cwd=tmp_path) as address:
+    with served(folder, "--max-waiting", 0, cwd=tmp_path) as address:
         said: list[str] = []
         asked: set[str] = set()
         page = browser.new_page(viewport={"width": 1100, "height": 1000})

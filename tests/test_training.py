@@ -188,6 +188,23 @@ def test_atomic_writes_leave_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         fill_half()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json"]
+    theirs = {tmp_path / f"folder.{ending}" / "thesis.txt" for ending in ("old", "partial")}
+    for file in theirs:
+        file.parent.mkdir()
+        file.write_text("mine")
+    for _ in range(2):
+        with atomic_folder(tmp_path / "folder") as partial:
+            (partial / "whole").write_text("x")
+    assert {file.read_text() for file in theirs} == {"mine"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "folder.old", "folder.partial", "x.json"]
+
+
+def test_the_best_checkpoint_has_a_number(tmp_path):
+    for step, value in ((10, float("nan")), (20, 0.5), (30, 0.7), (40, float("-inf"))):
+        (tmp_path / f"{step:08d}").mkdir()
+        state = {"stage": "a", "step": step, "seconds": 0.0, "validation": value}
+        (tmp_path / f"{step:08d}" / "state.json").write_text(json.dumps(state))
+    assert checkpoint.best_step(tmp_path) == 20
 
 
 def test_teacher_samples_are_reproducible_and_resumable(tmp_path, monkeypatch):

@@ -31,7 +31,10 @@ DD2="$WORK/env/bin/dd2"
 "$DD2" evaluate run --count 200 --metrics.kid-subsets 2 --metrics.halves 2 --no-speed
 "$DD2" sample run --count 20 --steps 3 --out grid.png
 "$DD2" export run shipped --with-teacher --license mit
-"$DD2" export run one_pass.pt2 --format torch
+case "$TORCH" in
+*2.6*) echo "graphs need a newer torch than 2.6" ;;
+*) "$DD2" export run one_pass.pt2 --format torch ;;
+esac
 "$WORK/env/bin/python" - <<'PY'
 from dd2 import OneStepPipeline
 

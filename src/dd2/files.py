@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dd2.errors import InputError
 
-PARTIAL = ".partial"
+PARTIAL, OLD = ".dd2-partial", ".dd2-old"
 """Ending of folders that are still being written."""
 
 
@@ -155,12 +155,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary neighbour; when the block ends well it is flushed and takes the place of `path`.
 
     A process killed at any moment leaves the old folder or the new one whole; between the two renames the new one still
-    has a name that ends in ".partial" and the old one a name that ends in ".old". Of a link it is what it points to that is
-    replaced.
+    is hidden beside it as .NAME.dd2-partial and the old one as .NAME.dd2-old. Of a link it is what it points to that is replaced.
     """
     path = behind_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
+    partial, old = (path.with_name(f".{path.name}{ending}") for ending in (PARTIAL, OLD))
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     partial.mkdir()

@@ -1,10 +1,13 @@
 """A distilled generator for use: labels and seeds in, images out."""
 
 import functools
+import math
+import operator
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,8 +140,10 @@ class OneStepPipeline:
         Raises:
             InputError: one is not a class.
         """
-        wanted = [labels] if isinstance(labels, int | str) else labels
-        return [self.generator.conditions.label(label) for label in wanted]
+        wanted = [labels] if isinstance(labels, str | Integral) else labels
+        if not isinstance(wanted, Iterable):
+            raise InputError(f"labels must be classes by number or name, got {labels!r}")
+        return [self.generator.conditions.label(x if isinstance(x, str) else _whole("labels", x)) for x in wanted]
 
     @property
     def max_inference_steps(self) -> int:
@@ -177,7 +182,7 @@ class OneStepPipeline:
         """
         numbers = self.get_label_ids(labels)
         chosen = _seeds(seeds, generator, len(numbers))
-        ways = self._ways(num_inference_steps, guidance_scale)
+        ways = self._ways(_whole("num_inference_steps", num_inference_steps), guidance_scale)
         return self._drawn(ways, ways.few_steps(num_inference_steps), numbers, chosen, batch_size, output_type, nearest=nearest)
 
     def teacher(
@@ -206,9 +211,7 @@ class OneStepPipeline:
         *,
         nearest: bool = False,
     ) -> OneStepOutput:
-        if output_type not in ("pil", "np", "pt"):
-            raise InputError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
-        if batch < 1:
+        if _whole("batch_size", batch) < 1:
             raise InputError(f"batch_size must be at least 1, got {batch}")
         if not labels:
             raise InputError("labels are empty; give one class per image")
@@ -321,6 +324,8 @@ class OneStepPipeline:
         ways = self._with_teacher
         if guidance_scale is None:
             return ways
+        if not 0 <= guidance_scale < math.inf:
+            raise InputError(f"guidance_scale must be a number from 0, got {guidance_scale}")
         sampling = replace(ways.sampling, cfg_scale=float(guidance_scale))
         ways.known_teacher.check(sampling)
         return replace(ways, sampling=sampling)
@@ -349,7 +354,7 @@ def _seeds(seeds: Sequence[int] | None, generator: torch.Generator | Sequence[to
         sources = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
         found = [int(torch.randint(SEEDS, (1,), generator=source, device=source.device)) for source in sources]
     else:
-        found = list(range(count)) if seeds is None else [int(seed) for seed in seeds]
+        found = list(range(count)) if seeds is None else [_whole("seeds", seed) for seed in _listed("seeds", seeds)]
     if len(found) != count:
         raise InputError(f"one seed per label is needed: {count} labels, {len(found)} seeds")
     if wrong := [seed for seed in found if not 0 <= seed < SEEDS]:
@@ -357,8 +362,24 @@ def _seeds(seeds: Sequence[int] | None, generator: torch.Generator | Sequence[to
     return found
 
 
+def _whole(name: str, value: object) -> int:
+    """A whole number, of numpy or a tensor too."""
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise InputError(f"{name} must be whole numbers, got {value!r}") from None
+
+
+def _listed(name: str, values: object) -> Iterable[object]:
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name} must be several, one per image, got {values!r}")
+    return values
+
+
 def _as(images: Tensor, output_type: OutputType) -> list[Image] | np.ndarray | Tensor:
     """Images (B, channels, H, W) in about [-1, 1] as the user wants them."""
+    if output_type not in ("pil", "np", "pt"):
+        raise InputError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
     if output_type == "pil":
         return [picture(levels) for levels in to_uint8(images)]
     unit = (images.float() / 2 + 0.5).clamp(0, 1)

@@ -106,7 +106,7 @@ def align_decoder(config: AlignDecoderConfig) -> Path:
     write_seconds(config.out, seconds)
     matched = "the teacher's images"
     if (reference := references[config.features[0]]) is not None:
-        matched = f"{config.reference} (SHA-256 {reference.described['sha256'][:12]})"
+        matched = f"{Path(config.reference).name} (SHA-256 {reference.described['sha256'][:12]})"
     names, digests = zip(*((network.name, network.digest) for network in networks.values()), strict=True)
     tokenizer.aligned = DecoderAlignment(matched, names, digests, config.decoder.iterations)
     folder = config.out / "generator"

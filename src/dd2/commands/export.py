@@ -75,7 +75,8 @@ def export(config: ExportConfig) -> Path:
         InputError: there is no such run, checkpoint or average, or OUT exists.
         NumericalError: a graph does not compute what the network does.
     """
-    if config.out.exists():
+    empty = config.format == "folder" and config.out.is_dir() and not any(config.out.iterdir())
+    if config.out.exists() and not empty:
         raise InputError(f"out {config.out} exists; choose another OUT")
     writable_folder(config.out.parent, "output folder")
     run, dtype = located(config.run), getattr(torch, config.dtype)
@@ -95,7 +96,8 @@ def export(config: ExportConfig) -> Path:
         if record is None:
             raise InputError(f"{run} is no run, so its teacher is unknown; leave --with-teacher out")
         teacher = open_record_teacher(record, run, torch.device("cpu"), trust=config.trust)
-    card = card_of(run, config.out.name, config.license)
+    other = origin if (config.average, config.step) != ("ema", "newest") else ""
+    card = card_of(run, config.out.name, config.license, weights=other.replace(f"{run}/", ""))
     write_package(config.out, generator, card, dtype, teacher=teacher if config.with_teacher else None, record=record)
     say(f"wrote {config.out}: {origin}")
     return config.out

@@ -41,6 +41,8 @@ class PushConfig:
     """The teacher's own repository on the Hub."""
     datasets: tuple[str, ...] = ()
     """What the teacher was trained on, by owner/name on the Hub."""
+    trust: tuple[str, ...] = ()
+    """Modules of yours that the run may import, because its teacher was module:function."""
     message: str = "Add a one-step generator"
     """Of the commit."""
 
@@ -57,7 +59,7 @@ def push(config: PushConfig) -> None:
         InputError: there is no generator, or the Hub refuses.
     """
     card = card_of(config.run, config.repo, config.license, config.base_model, config.datasets)
-    pipeline = OneStepPipeline.from_pretrained(config.run, device="cpu", dtype="float32")
+    pipeline = OneStepPipeline.from_pretrained(config.run, device="cpu", dtype="float32", trust=config.trust)
     address = pipeline.push_to_hub(
         config.repo,
         private=config.private,
@@ -70,16 +72,29 @@ def push(config: PushConfig) -> None:
 
 
 def card_of(
-    run: Path, name: str = "one-step generator", license: str = "", base_model: str = "", datasets: tuple[str, ...] = ()
+    run: Path,
+    name: str = "one-step generator",
+    license: str = "",
+    base_model: str = "",
+    datasets: tuple[str, ...] = (),
+    weights: str = "",
 ) -> Card:
-    """What a run's folder says for a model card; what it does not say is told."""
+    """What a run's folder says for a model card; what it does not say is told.
+
+    Args:
+        run: the folder.
+        name, license, base_model, datasets: as `Card`.
+        weights: which are shipped, where they are not those that dd2 evaluate measures.
+    """
     if not (run / FILE).is_file():
         say(f"note: {run} is no run folder, so the card has no results and does not name the teacher", sys.stderr)
         return Card(name, license, base_model, datasets)
     if not license:
         say("note: the card states no licence (--license)", sys.stderr)
-    record, numbers = RunRecord.read(run), measured(run)
-    if numbers is None:
+    record, numbers = RunRecord.read(run), None if weights else measured(run)
+    if weights:
+        say(f"note: the card has no results, as dd2 evaluate measures another checkpoint than {weights}", sys.stderr)
+    elif numbers is None:
         say(f"note: {run} was not evaluated, so the card has no results (dd2 evaluate {run})", sys.stderr)
     versions = run / "versions.json"
     return Card(
@@ -91,6 +106,7 @@ def card_of(
         sampling=record.sampling.described(),
         numbers=numbers,
         made=read_versions(versions) if versions.is_file() else {},
+        weights=weights,
     )
 
 

@@ -67,7 +67,7 @@ def serve(config: ServeConfig) -> None:
             pipeline = OneStepPipeline.from_pretrained(
                 config.run, device=config.device, dtype=config.precision, trust=config.trust
             )
-            studio = Studio(pipeline, config.run, Limits(config.max_images, config.max_waiting))
+            studio = Studio(pipeline, config.run, Limits(config.max_images, config.max_waiting), config.trust)
             studio.warm_up()
             port = listening.getsockname()[1]
             what = "POST http://127.0.0.1:{}/api/generate, described by /openapi.json" if config.api else "http://127.0.0.1:{}"

@@ -13,7 +13,7 @@ from dd2.commands.run_folder import start_run
 from dd2.data.source import open_data
 from dd2.data.tokenise import tokenise
 from dd2.device import pick_device
-from dd2.errors import InputError
+from dd2.errors import InputError, TrainingFailed
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.losses import Losses
 from dd2.processes import say
@@ -163,6 +163,10 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
 def _take_best(checkpoints: Path, teacher: Teacher) -> None:
     """Load the checkpoint that knew held-out images best."""
     step = best_step(checkpoints)
+    if step is None:
+        raise TrainingFailed(
+            f"no checkpoint of {checkpoints} knows held-out images by a finite number: the training has diverged"
+        )
     for name, part in teacher.stored_parts.items():
         load_network(checkpoints / f"{step:08d}" / f"{name}.safetensors", part)
     say(f"held-out images were known best at step {step:,}, whose weights are kept")

@@ -109,6 +109,23 @@ class ImageFolder:
         return pixels.view(self.image_size, self.image_size, -1).permute(2, 0, 1)
 
 
+LOOKED_AT = 200
+"""Images whose shapes stand for all."""
+
+
+def some_shapes(name: str) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of images of what `open_data` opens, as they are stored: the first one, and others evenly."""
+    path = Path(name)
+    if name == "digits" or IdxImages.found_in(path):
+        return [first_shape(name)]
+    pictures = Pictures(path, "data")
+    if not pictures.names:
+        raise pictures.none()
+    chosen = pictures.names[:: max(1, len(pictures.names) // LOOKED_AT)]
+    found = [pictures.image(each) for each in chosen]
+    return [(len(image.getbands()), image.height, image.width) for image in found]
+
+
 def first_shape(name: str) -> tuple[int, int, int]:
     """(channels, height, width) of the first image of what `open_data` opens, as it is stored."""
     if name == "digits":

@@ -125,7 +125,7 @@ def figure_png(figure: "Figure") -> bytes:
 
 
 def _series(rows: list[dict[str, Any]], stage: str, number: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[number]) for row in rows if row.get("stage") == stage and number in row]
+    return [(row["step"], row[number]) for row in rows if row.get("stage") == stage and isinstance(row.get(number), int | float)]
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -191,8 +191,10 @@ def _decides(section: Section) -> str:
 
 def _latency(sections: Sequence[Section], others: Sequence[Point]) -> str:
     """Distance against seconds, where there is more than one way to draw that was timed."""
-    points = [point for section in sections for point in points_of(section.run.name, section.numbers)]
-    if len(points) < 2:
+    names = [section.run.name for section in sections]
+    called = names if len(set(names)) == len(names) else [str(section.run) for section in sections]
+    points = [point for name, section in zip(called, sections, strict=True) for point in points_of(name, section.numbers)]
+    if len(points) + len(others) < 2:
         return ""
     given = " Points of other models are as their file gives them." if others else ""
     return f"""<h2>Quality against latency</h2><p class="note">One image at a time (the smallest batch that was timed), decoding

@@ -1,5 +1,6 @@
 """The numbers of an evaluation for the terminal."""
 
+from pathlib import Path
 from typing import Any
 
 from dd2.evaluation.columns import COLUMNS
@@ -39,9 +40,16 @@ def _cell(found: dict[str, float], key: str) -> str:
     )
 
 
-def described(numbers: dict[str, Any]) -> str:
-    """What decides the numbers, and what to beware of."""
-    reference = numbers["evaluation"]["reference"]
+def described(numbers: dict[str, Any], *, names_alone: bool = False) -> str:
+    """What decides the numbers, and what to beware of.
+
+    Args:
+        numbers: content of metrics.json.
+        names_alone: leave out where files are, for readers elsewhere.
+    """
+    reference = dict(numbers["evaluation"]["reference"])
+    if names_alone:
+        reference["reference"] = Path(reference["reference"]).name
     digest = f", SHA-256 {reference['sha256'][:12]}" if "sha256" in reference else ""
     count = f", {reference['count']:,} images" if "count" in reference else ""
     features = f"{numbers['features']}, hash {numbers['features_digest'][:12]}"

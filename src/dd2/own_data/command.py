@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import train_teacher
 from dd2.commands.train_tokenizer import train_tokenizer
-from dd2.data.source import first_shape, open_data
+from dd2.data.source import open_data, some_shapes
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted, TrainingFailed
 from dd2.evaluation.features import open_features
@@ -96,7 +97,6 @@ def own_data(config: OwnDataConfig) -> None:
         Interrupted: by a signal; what was done is kept.
     """
     task = _looked_at(config)
-    writable_folder(config.out, "output folder")
     again = _again(config)
     plan = _plan(config, task)
     say(_described(plan))
@@ -107,7 +107,10 @@ def own_data(config: OwnDataConfig) -> None:
         )
     if config.dry_run:
         return
-    chosen = runs(task, plan.sizes, plan.budget.counts, config.out)
+    if not (config.out / PLAN).exists():
+        writable_folder(config.out, "output folder")
+        _write(config.out / PLAN, config, plan)
+    chosen = runs(task, plan.sizes, plan.budget.counts, config.out, stop="divergence" not in config.despite)
     began = time.perf_counter()
     for number, stage in enumerate(task.stages, 1):
         say(f"[{number} of {len(task.stages)}] {stage}, about {plan.budget.seconds[stage] / 60:.0f} minutes")
@@ -116,7 +119,7 @@ def own_data(config: OwnDataConfig) -> None:
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted(f"{stop or 'interrupted'}; or go on with all of it by: {again}") from None
         if stage != "evaluate":
-            _judge(stage, config.out / stage, config.despite, again)
+            _judge(stage, config)
     say(f"done in {(time.perf_counter() - began) / 60:.0f} minutes of this session; open {config.out}/one_step/report.html")
     say(f"images: dd2 sample {shlex.quote(str(config.out / 'one_step'))}")
 
@@ -124,8 +127,14 @@ def own_data(config: OwnDataConfig) -> None:
 def _looked_at(config: OwnDataConfig) -> Task:
     """What the images are."""
     pick_device(config.device)
-    channels, *sides = first_shape(config.data)
-    data = open_data(config.data, config.size, 3 if channels > 1 else 1)
+    shapes = some_shapes(config.data)
+    channels, sides = max(shape[0] for shape in shapes), shapes[0][1:]
+    if (grey := sum(shape[0] <= 2 for shape in shapes)) and channels > 2:
+        say(
+            f"note: {grey} of {len(shapes)} images looked at are grey, and taken as colour like the rest",
+            sys.stderr,
+        )
+    data = open_data(config.data, config.size, 3 if channels > 2 else 1)
     if min(sides) < config.size:
         say(f"note: the first image is {sides[0]} x {sides[1]}; {config.size} px makes it larger", sys.stderr)
     if config.features:
@@ -138,7 +147,7 @@ def _looked_at(config: OwnDataConfig) -> Task:
     return Task(
         absolute(config.data),
         config.size,
-        3 if channels > 1 else 1,
+        3 if channels > 2 else 1,
         data.num_training,
         data.num_classes,
         config.features,
@@ -157,13 +166,15 @@ def _calls(chosen: Runs) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _judge(stage: str, run: Path, despite: tuple[str, ...], again: str) -> None:
+def _judge(stage: str, config: OwnDataConfig) -> None:
     """Stop where a stage's numbers say that it failed."""
+    run = config.out / stage
     seen = {kind: text for row in MetricsLog(run / "metrics.jsonl").rows() for kind, text in row.get(STATE, {}).items()}
-    if failed := [kind for kind in seen if kind in STOPPING and kind not in despite]:
+    if failed := [kind for kind in seen if kind in STOPPING and kind not in config.despite]:
+        again = _again(dataclasses.replace(config, despite=(*config.despite, failed[0])))
         raise TrainingFailed(
             f"{stage} shows {failed[0]}: {seen[failed[0]]}. Nothing was built on it; {run} holds it. To go on all the same: "
-            f"{again} --despite {shlex.quote(failed[0])}"
+            f"{again}"
         )
 
 
@@ -172,16 +183,15 @@ def _plan(config: OwnDataConfig, task: Task) -> Plan:
     file = config.out / PLAN
     if file.exists():
         return _read(file, config, task)
+    if begun := [stage for stage in task.stages if (config.out / stage).exists()]:
+        raise InputError(f"{config.out} has a {begun[0]} and no {PLAN} that says what was to come; choose another --out")
     gpu = pick_device(config.device).type == "cuda"
     for sizes in SIZES:
         if task.images < sizes.images or (sizes.gpu and not gpu):
             continue
         found = _budget(config, task, sizes)
         if found is not None and (not found.short or sizes is SIZES[-1]):
-            plan = Plan(task, sizes, found)
-            if not config.dry_run and not found.short:
-                _write(file, config, plan)
-            return plan
+            return Plan(task, sizes, found)
     raise InputError(f"not even the smallest networks fit into memory at {config.size} px; give a smaller --size")
 
 
@@ -191,7 +201,8 @@ def _budget(config: OwnDataConfig, task: Task, sizes: Sizes) -> Budget | None:
         began = time.perf_counter()
         say(f"timing a little of every stage ({sizes.name} networks, batches of {batch}) …", sys.stderr)
         try:
-            rates: Rates = quietly(lambda batch=batch: measured(task, sizes, batch, config.out / ".timing"))
+            with tempfile.TemporaryDirectory(prefix="dd2-timing-") as scratch:
+                rates: Rates = quietly(lambda batch=batch, folder=Path(scratch): measured(task, sizes, batch, folder))
         except (MemoryError, RuntimeError) as error:
             if not is_memory(error):
                 raise
@@ -221,7 +232,7 @@ def _write(file: Path, config: OwnDataConfig, plan: Plan) -> None:
 
 
 def _read(file: Path, config: OwnDataConfig, task: Task) -> Plan:
-    remedy = "delete it, and what stages have done stays"
+    remedy = "restore it, or choose another --out"
     found = read_record(file, SHAPE, remedy)
     now = dataclasses.asdict(task) | {"minutes": config.minutes}
     before = found["task"] | {"minutes": found["minutes"]}
@@ -242,8 +253,11 @@ def _again(config: OwnDataConfig) -> str:
     words = ["dd2", "own-data", config.data]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("data", "dry_run", "despite") and value != field.default:
-            words += [f"--{field.name}", f"{value:g}" if isinstance(value, float) else str(value)]
+        if field.name not in ("data", "dry_run") and value != field.default:
+            if field.name == "despite":
+                words += ["--despite", *value]
+                continue
+            words += [f"--{field.name}", repr(value) if isinstance(value, float) else str(value)]
     return shlex.join(words)
 
 

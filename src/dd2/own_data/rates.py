@@ -19,7 +19,7 @@ from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import HELD_OUT, train_teacher
 from dd2.commands.train_tokenizer import train_tokenizer
 from dd2.device import pick_device
-from dd2.own_data.recipe import Counts, Runs, Sizes, Task, runs, side_of_tokens
+from dd2.own_data.recipe import Counts, Runs, Sizes, Task, runs
 from dd2.resources import available_memory
 from dd2.training.metrics import MetricsLog
 
@@ -53,14 +53,13 @@ class Rates:
 
 
 def measured(task: Task, sizes: Sizes, batch: int, folder: Path) -> Rates:
-    """Run a little of everything in a folder, which is deleted afterwards.
+    """Run a little of everything in a folder, which is emptied afterwards.
 
     Raises:
         MemoryError: stage 2 of these sizes would not fit into the memory that is free.
     """
     counts = _few(task, sizes, batch)
     chosen = runs(task, sizes, counts, folder)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         train_tokenizer(_plain(chosen.tokenizer))
         began = time.perf_counter()
@@ -92,8 +91,7 @@ def quietly(call: Callable[[], Rates]) -> Rates:
 
 def _few(task: Task, sizes: Sizes, batch: int) -> Counts:
     """As little as still runs: matching needs more sequences than it has features."""
-    tokens = side_of_tokens(task.size) ** 2
-    samples = sizes.width + 64 + 8 * tokens + 2 * task.classes + 64
+    samples = sizes.width + 256 + 2 * task.classes
     few = ITERATIONS
     return Counts(few, 512, few, few, samples, few, few, few, 2 * task.classes, batch)
 

@@ -118,9 +118,9 @@ class Runs:
     evaluate: EvaluateConfig
 
 
-def runs(task: Task, sizes: Sizes, counts: Counts, out: Path) -> Runs:
-    """The runs below a folder."""
-    return Runs(
+def runs(task: Task, sizes: Sizes, counts: Counts, out: Path, *, stop: bool = True) -> Runs:
+    """The runs below a folder; a training that diverges stops, or goes on."""
+    made = Runs(
         _tokenizer(task, sizes, counts, out / "tokenizer"),
         _teacher(task, sizes, counts, out),
         TrainClassifierConfig(
@@ -130,7 +130,7 @@ def runs(task: Task, sizes: Sizes, counts: Counts, out: Path) -> Runs:
             device=task.device,
             iterations=counts.classifier,
             classifier=ClassifierSizes(task.size, task.channels),
-            loop=_loop(counts.classifier, stop=True),
+            loop=_loop(counts.classifier),
         ),
         _one_step(task, counts, out),
         EvaluateConfig(
@@ -141,6 +141,10 @@ def runs(task: Task, sizes: Sizes, counts: Counts, out: Path) -> Runs:
             device=task.device,
         ),
     )
+    if stop:
+        return made
+    going_on = {name: replace(run, loop=replace(run.loop, stop_on=())) for name, run in vars(made).items() if name != "evaluate"}
+    return replace(made, **going_on)
 
 
 def side_of_tokens(size: int) -> int:
@@ -170,7 +174,7 @@ def _tokenizer(task: Task, sizes: Sizes, counts: Counts, out: Path) -> TrainToke
         batch=min(32, counts.batch),
         tokenizer=conv,
         optim=OptimConfig(lr=1e-3, decay="cosine", warmup=50, betas=(0.9, 0.99)),
-        loop=_loop(counts.tokenizer, stop=True),
+        loop=_loop(counts.tokenizer),
     )
 
 
@@ -190,7 +194,7 @@ def _teacher(task: Task, sizes: Sizes, counts: Counts, out: Path) -> TrainTeache
         keep="best",
         teacher=network,
         optim=replace(base.optim, lr=sizes.lr, warmup=min(100, counts.teacher // 10)),
-        loop=_loop(counts.teacher, stop=True),
+        loop=_loop(counts.teacher),
     )
 
 
@@ -221,15 +225,15 @@ def _one_step(task: Task, counts: Counts, out: Path) -> DistillConfig:
         sample_batch=min(512, counts.samples),
         regress=regress,
         csd=csd,
-        loop=_loop(max(counts.regress, counts.csd), stop=True),
+        loop=_loop(max(counts.regress, counts.csd)),
     )
 
 
-def _loop(iterations: int, *, stop: bool) -> LoopConfig:
+def _loop(iterations: int) -> LoopConfig:
     """About eight checkpoints and four previews; a run that diverges ends."""
     return LoopConfig(
         log_every=max(1, min(20, iterations // 4)),
         save_every=max(1, iterations // 8),
         preview_every=max(1, iterations // 4),
-        stop_on=("divergence",) if stop else (),
+        stop_on=("divergence",),
     )

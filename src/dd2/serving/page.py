@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.themes import Base
 
 from dd2.errors import InputError
+from dd2.precision import name_of
 from dd2.serving.studio import FRAMES, Busy, Stopped, Studio, Who, seed_of
 
 CSS = """
@@ -80,7 +81,7 @@ def build_page(studio: Studio, files: Path, visitors: Visitors) -> gr.Blocks:
         files: a folder for the pictures that are shown.
         visitors: told by the page who has left.
     """
-    names = list(studio.pipeline.id2label.values())
+    names = [(name, number) for number, name in studio.pipeline.id2label.items()]
     said = f"# {html.escape(Path(studio.name).name)}\n"
     if studio.has_teacher:
         said += f"One forward pass beside the teacher's {studio.steps - 1}, at the same classes and seeds."
@@ -93,16 +94,20 @@ def build_page(studio: Studio, files: Path, visitors: Visitors) -> gr.Blocks:
         with gr.Tab("Walk"):
             _walk(studio, files, visitors, names)
         page.unload(visitors.left)
-    page.queue(max_size=studio.limits.waiting, default_concurrency_limit=1, api_open=False)
+    page.queue(
+        max_size=max(1, studio.limits.waiting),  # gradio counts the one that runs
+        default_concurrency_limit=1,
+        api_open=False,
+    )
     return page
 
 
-def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[str]) -> None:
+def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[tuple[str, int]]) -> None:
     rows: tuple[Who, ...] = ("generator", "teacher") if studio.has_teacher else ("generator",)
 
     def draw(seed: Any, label: Any, count: Any, steps: Any, stop: threading.Event) -> Updates:
         first, images, passes = seed_of(seed), _whole("images", count), _whole("steps", steps)
-        (number,) = studio.pipeline.get_label_ids(str(label))
+        number = _class(studio, label)
         seconds: dict[str, float] = {}
         for place, who in enumerate(rows):
             drawn = studio.draw([number] * images, range(first, first + images), passes, who=who, stop=stop)
@@ -118,7 +123,7 @@ def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[str]) 
 
     with gr.Row():
         seed = gr.Textbox("0", label="Seed of the first image", max_length=20, max_lines=1, min_width=120)
-        label = gr.Dropdown(names, value=names[0], label="Class", allow_custom_value=True, min_width=140)
+        label = gr.Dropdown(names, value=names[0][1], label="Class", allow_custom_value=True, min_width=140)
     with gr.Row():
         count = gr.Slider(1, studio.limits.images, value=min(9, studio.limits.images), step=1, label="Images", min_width=WIDE)
         steps = gr.Slider(
@@ -145,18 +150,21 @@ def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[str]) 
     stop.click(visitors.left, queue=False, api_visibility="private", show_progress="hidden")
 
 
-def _walk(studio: Studio, files: Path, visitors: Visitors, names: list[str]) -> None:
+def _walk(studio: Studio, files: Path, visitors: Visitors, names: list[tuple[str, int]]) -> None:
     def walk(a: Any, b: Any, label: Any, frames: Any, stop: threading.Event) -> Updates:
         first, second, count = seed_of(a), seed_of(b), _whole("frames", frames)
-        (number,) = studio.pipeline.get_label_ids(str(label))
+        number = _class(studio, label)
         file = _kept(files, f"walk_class{number}_{first}_{second}.png", studio.walk(first, second, count, number, stop))
-        code = f'OneStepPipeline.from_pretrained("{studio.name}").interpolate({first}, {second}, {count}, {number})'
+        where = f"{studio.name!r}, dtype={name_of(studio.pipeline.dtype)!r}" + (
+            f", trust={studio.trust!r}" if studio.trust else ""
+        )
+        code = f"OneStepPipeline.from_pretrained({where}).interpolate({first}, {second}, {count}, {number})"
         yield file, gr.update(value=file, interactive=True), code
 
     with gr.Row():
         a = gr.Textbox("0", label="From seed", max_length=20, max_lines=1, min_width=120)
         b = gr.Textbox("1", label="To seed", max_length=20, max_lines=1, min_width=120)
-        label = gr.Dropdown(names, value=names[0], label="Class", allow_custom_value=True, min_width=140)
+        label = gr.Dropdown(names, value=names[0][1], label="Class", allow_custom_value=True, min_width=140)
         frames = gr.Slider(2, FRAMES, value=8, step=1, label="Frames", min_width=WIDE)
     frames.preprocess = lambda payload: payload
     go = gr.Button("Walk", variant="primary")
@@ -179,6 +187,13 @@ def _picture(what: str) -> gr.Image:
         elem_classes="pixels",
         alt_text=what,
     )
+
+
+def _class(studio: Studio, value: Any) -> int:
+    """The number of a class: the menu's own, or what somebody typed."""
+    if type(value) is int and value in studio.pipeline.id2label:
+        return value
+    return studio.pipeline.get_label_ids(str(value))[0]
 
 
 def _whole(name: str, value: Any) -> int:

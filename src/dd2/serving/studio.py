@@ -79,10 +79,13 @@ class Studio:
         pipeline: what draws.
         name: under which the command line finds it.
         limits: of a request.
+        trust: modules that it was told to import, for the commands that it prints.
     """
 
-    def __init__(self, pipeline: OneStepPipeline, name: str | Path, limits: Limits | None = None) -> None:
-        self.pipeline, self.name, self.limits = pipeline, str(name), limits or Limits()
+    def __init__(
+        self, pipeline: OneStepPipeline, name: str | Path, limits: Limits | None = None, trust: Sequence[str] = ()
+    ) -> None:
+        self.pipeline, self.name, self.limits, self.trust = pipeline, str(name), limits or Limits(), tuple(trust)
         self.steps = pipeline.max_inference_steps
         self._turn, self._count, self._asked = threading.Lock(), threading.Lock(), 0
 
@@ -152,6 +155,7 @@ class Studio:
         words = ["dd2", "sample", self.name, "--labels", str(label), "--seed", str(seed), "--count", str(count)]
         words += ["--steps", str(steps)] if who == "generator" else ["--method", "teacher"]
         words += [] if guidance_scale is None else ["--cfg-scale", f"{guidance_scale:g}"]
+        words += ["--trust", *self.trust] if self.trust else []
         words += ["--batch", str(AT_ONCE), "--precision", name_of(self.pipeline.dtype), "--out", f"{who}.png"]
         return shlex.join(words)
 

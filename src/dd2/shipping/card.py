@@ -1,5 +1,6 @@
 """The model card of a package: README.md with the metadata that the Hub reads."""
 
+import html
 import math
 import re
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Card:
         sampling: the teacher's distribution that was distilled.
         numbers: metrics.json of its evaluation, or None.
         made: versions.json of its run.
+        weights: which they are, where they are not what its run ended with.
     """
 
     name: str = "one-step generator"
@@ -58,6 +60,7 @@ class Card:
     sampling: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] | None = None
     made: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what the Hub would."""
@@ -159,8 +162,10 @@ def _about(card: Card, generator: Generator) -> str:
 
 def _use(card: Card, generator: Generator, has_teacher: bool) -> str:
     names = generator.conditions.class_names
-    second = f'"{names[min(1, len(names) - 1)]}"' if names else "0"
+    second = _example(generator)
     where = card.name if NAME.fullmatch(card.name) else "FOLDER"
+    module = generator.code.partition(":")[0]
+    trust, flag = (f', trust=["{module}"]', f" --trust {module}") if module else ("", "")
     lines = [
         "## Use",
         "",
@@ -169,15 +174,19 @@ def _use(card: Card, generator: Generator, has_teacher: bool) -> str:
         "```python",
         "from dd2 import OneStepPipeline",
         "",
-        f'pipe = OneStepPipeline.from_pretrained("{where}")',
+        f'pipe = OneStepPipeline.from_pretrained("{where}"{trust})',
         f"images = pipe(labels=[0, {second}], seeds=[0, 1]).images",
         *(["better = pipe(labels=[0], seeds=[0], num_inference_steps=4).images  # the teacher redraws the end"] * has_teacher),
         "```",
         "",
-        f"`dd2 sample {where} --count 64`" + (f", `dd2 serve {where}` for a page in the browser" if has_teacher else "") + ".",
+        f"`dd2 sample {where}{flag} --count 64`"
+        + (f", `dd2 serve {where}{flag}` for a page in the browser" if has_teacher else "")
+        + ".",
     ]
+    if module:
+        lines += ["", f"It needs the Python module `{module}`, which is not part of it, and which you have to trust by name."]
     if names:
-        shown = ", ".join(names[:12]) + (f" … ({len(names):,} in all)" if len(names) > 12 else "")
+        shown = ", ".join(map(_plain, names[:12])) + (f" … ({len(names):,} in all)" if len(names) > 12 else "")
         lines += ["", f"Labels: {shown}."]
     return "\n".join(lines)
 
@@ -192,16 +201,39 @@ def _results(numbers: dict[str, Any]) -> str:
     ]
     for name, title in numbers["methods"].items():
         cells = [_cell(numbers["metrics"][name], key) for key in shown]
-        lines.append(f"| {title.replace('*', chr(92) + '*')} | {' | '.join(cells)} |")
+        lines.append(f"| {_plain(title)} | {' | '.join(cells)} |")
     lines += [
         "",
         f"Share of the gap between independent tokens and the teacher that is closed: {numbers['gap_closed']:.3f}.",
         "",
         "What decides these numbers:",
         "",
-        *(f"- {line}" for line in described(numbers).splitlines()),
+        *(f"- {_elsewhere(line)}" for line in described(numbers, names_alone=True).splitlines()),
     ]
     return "\n".join(lines)
+
+
+def _example(generator: Generator) -> str:
+    """A label for the example, by its name where that is no number and fits on a line of code."""
+    names = generator.conditions.class_names
+    if len(names) < 2 or not names[1].isprintable() or len(names[1]) > 40:
+        return str(min(1, generator.conditions.num_labels - 1)) if isinstance(generator.conditions, ClassLabels) else "0"
+    try:
+        known = generator.conditions.label(names[1]) == 1
+    except InputError:
+        known = False
+    return repr(names[1]) if known else "1"
+
+
+def _plain(text: str) -> str:
+    """Text that somebody chose, as Markdown that shows it and does nothing else."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return html.escape(re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", line), quote=False)
+
+
+def _elsewhere(line: str) -> str:
+    """The same without folders of this machine: the names of files alone."""
+    return re.sub(r"(?<![\w:/.])/(?:[^\s/,;]+/)+([^\s/,;]+)", r"\1", line)
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -226,7 +258,9 @@ def _limits(card: Card, generator: Generator) -> str:
     if not card.license:
         lines.append("- Nobody has said under which licence it is. That of the teacher's weights and of its data bind.")
     if (aligned := generator.tokenizer.aligned) is not None:
-        lines.append(f"- Its decoder is not the teacher's: {aligned}.")
+        lines.append(f"- Its decoder is not the teacher's: {_elsewhere(str(aligned))}.")
+    if card.weights:
+        lines.append(f"- Its weights are {card.weights} of its run; they were not evaluated.")
     commit = card.made.get("commit", "unknown")
     lines.append(f"- Made with dd2 {__version__}, commit {commit}.")
     return "\n".join(lines)

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
-from dd2.checkpoints.native import save_teacher, write_generator
+from dd2.checkpoints.native import save_generator, save_teacher, write_generator
 from dd2.checkpoints.record import FILE, RunRecord
 from dd2.errors import InputError
-from dd2.external import is_code
 from dd2.files import atomic_folder
 from dd2.generator import Generator
 from dd2.images import grid, png
 from dd2.sampling import Ways
 from dd2.shipping.card import Card, card_text
+from dd2.student import Student
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.teachers.head import HeadTeacher
 
 SHOWN = 32
 """Images on the card."""
@@ -61,7 +62,7 @@ def write_package(
     with atomic_folder(folder) as partial:
         write_generator(partial, generator, dtype)
         if teacher is not None:
-            save_teacher(partial / "teacher", teacher, dtype)
+            _write_teacher(partial / "teacher", teacher, dtype)
             sampling = Sampling() if record is None else record.sampling
             _write_record(partial, record or RunRecord("distill", "teacher", "", sampling))
         if not generator.code:
@@ -71,6 +72,15 @@ def write_package(
         if picture := _picture(generator):
             (partial / "samples.png").write_bytes(picture)
         (partial / "README.md").write_text(card_text(card, generator, has_teacher=teacher is not None, has_picture=bool(picture)))
+
+
+def _write_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype) -> None:
+    """A teacher in its own form: one that came from stage 1 is a generator's folder whose role is another."""
+    if not isinstance(teacher, HeadTeacher):
+        save_teacher(folder, teacher, dtype)
+        return
+    student = Student.from_ar_diffusion(teacher).eval().requires_grad_(False)
+    save_generator(folder, Generator(student, teacher.tokenizer, teacher.conditions), dtype, role="ar_diffusion")
 
 
 MODEL_INDEX = {"_class_name": ["pipeline", "DD2Pipeline"], "tokenizer": ["dd2_folder", "Folder"]}
@@ -92,8 +102,3 @@ def _picture(generator: Generator) -> bytes | None:
     ways = Ways(generator)
     images = torch.cat([images for _, images in ways.batches(ways.one_step(), labels, range(SHOWN), 16)])
     return png(grid(images, columns=min(8, SHOWN)))
-
-
-def ships_teacher(record: RunRecord) -> bool:
-    """Whether a run's teacher is weights, which a folder can hold."""
-    return not is_code(record.teacher)

@@ -1,6 +1,7 @@
 """Training checkpoints: a folder of safetensors and one JSON, renamed into place when complete, never unpickled."""
 
 import json
+import math
 import shutil
 import sys
 import threading
@@ -145,7 +146,7 @@ def best_step(folder: Path) -> int | None:
             value = read_state(folder / f"{step:08d}").get("validation")
         except InputError:
             continue
-        if isinstance(value, float):
+        if isinstance(value, float) and math.isfinite(value):
             found.append((value, step))
     return min(found)[1] if found else None
 

@@ -302,7 +302,7 @@ def test_killed_distillation_resumes_bit_exact(tmp_path, small_run, beyond):
 
 def progress(run: Path) -> int:
     """Checkpoints ever begun in a run, an increasing number."""
-    return sum(int(p.name.split(".")[0]) + 1 for p in run.glob("checkpoints/*/*")) if run.exists() else 0
+    return sum(int(p.name.strip(".").split(".")[0]) + 1 for p in run.glob("checkpoints/*/*")) if run.exists() else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -137,7 +137,7 @@ def _disturbed(run: Path, arguments: argparse.Namespace, chance: random.Random, 
 def _unfinished(run: Path) -> set[tuple[str, int]]:
     """Checkpoints that are being written, or were when a process died; the number tells one from its successor."""
     found = set()
-    for path in run.glob("checkpoints/*/*.partial"):
+    for path in run.glob("checkpoints/*/.*.dd2-partial"):
         with contextlib.suppress(FileNotFoundError):  # finished in this moment
             found.add((str(path), path.stat().st_ctime_ns))
     return found

@@ -279,7 +279,7 @@ def test_a_real_process_without_memory_leaves_nothing_half_written(tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("dd2: out of memory")
     assert "Traceback" not in done.stderr
-    assert not [file for file in (tmp_path / "run").rglob("*") if file.name.endswith((".tmp", ".partial"))]
+    assert not [file for file in (tmp_path / "run").rglob("*") if file.name.endswith((".tmp", ".dd2-partial", ".dd2-old"))]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ class Rates:
         token_image: to turn an image into tokens.
         sample: to draw a sequence from the teacher.
         pair: to follow its ODE once.
+        csd_start: before the first iteration of stage 2, which fills the remembered moments.
     """
 
     tokenizer: float
@@ -50,6 +51,7 @@ class Rates:
     regress: float
     guidance: float
     csd: float
+    csd_start: float = 0.0
 
 
 def measured(task: Task, sizes: Sizes, batch: int, folder: Path) -> Rates:
@@ -77,6 +79,7 @@ def measured(task: Task, sizes: Sizes, batch: int, folder: Path) -> Rates:
             classifier=_seconds(chosen.classifier.out, "classifier") if "classifier" in task.stages else 0.0,
             sample=parts["samples"] / counts.samples,
             pair=parts["pairs"] / counts.samples,
+            csd_start=max(0.0, _rows(chosen.one_step.out, "csd")[0] - _seconds(chosen.one_step.out, "csd")),
             **{stage: _seconds(chosen.one_step.out, stage) for stage in ("regress", "guidance", "csd")},
         )
     finally:
@@ -101,8 +104,12 @@ def _plain(config: Any) -> Any:
 
 
 def _seconds(run: Path, stage: str) -> float:
-    rows = [row for row in MetricsLog(run / "metrics.jsonl").rows() if row["stage"] == stage and row["step"] > 2]
-    return statistics.median(row["seconds/iteration"] for row in rows)
+    return statistics.median(_rows(run, stage)[2:])
+
+
+def _rows(run: Path, stage: str) -> list[float]:
+    """Of each iteration."""
+    return [row["seconds/iteration"] for row in MetricsLog(run / "metrics.jsonl").rows() if row["stage"] == stage]
 
 
 def _check_memory(chosen: Runs) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dd2.cli import main
+from dd2.commands.train_teacher import train_teacher
 from dd2.config import load_config
 from dd2.own_data import budget, command
 from dd2.own_data.budget import planned
@@ -106,14 +107,13 @@ def test_from_images_to_a_report_with_an_interruption(quick, monkeypatch, capsys
     assert "228 images of 2 classes" in said
     assert "in all" in said
     assert not Path("out").exists()
-    real = command.train_classifier
-    monkeypatch.setattr(command, "train_classifier", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(words) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "train_classifier", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
     assert "go on with all of it by: dd2 own-data photos.zip --size 16 --minutes 20.0 --out out" in capsys.readouterr().err
     plan = json.loads(Path("out/plan.json").read_text())
     assert plan["sizes"] == "small"
     teacher = Path("out/teacher/teacher/model.safetensors").read_bytes()
-    monkeypatch.setattr(command, "train_classifier", real)
     assert main([*words, "--despite", "collapse", "dead codes", "memorised"]) == 0, capsys.readouterr().err
     assert Path("out/teacher/teacher/model.safetensors").read_bytes() == teacher
     assert json.loads(Path("out/plan.json").read_text()) == plan
@@ -137,10 +137,9 @@ def test_from_images_to_a_report_with_an_interruption(quick, monkeypatch, capsys
 @pytest.mark.e2e
 def test_a_teacher_that_memorised_stops_it(quick, monkeypatch, capsys):
     """Whatever a stage logs as a sign of failure, unless the user insists."""
-    real = command.train_teacher
 
     def memorising(config):
-        folder = real(config)
+        folder = train_teacher(config)
         log = MetricsLog(config.out / "metrics.jsonl")
         log.rewind("judged", -1)
         log.append({"stage": "judged", "step": 1, STATE: {"memorised": "held-out images are much worse"}})

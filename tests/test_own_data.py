@@ -13,6 +13,7 @@ from PIL import Image
 from dd2.cli import main
 from dd2.commands.train_teacher import train_teacher
 from dd2.config import load_config
+from dd2.errors import TrainingFailed
 from dd2.own_data import budget, command
 from dd2.own_data.budget import planned
 from dd2.own_data.rates import Rates
@@ -177,6 +178,22 @@ def test_divergence_stops_unless_told_otherwise():
         found = runs(TASK, SIZES[1], counts, Path("out"), stop=stop)
         for run in (found.tokenizer, found.teacher, found.classifier, found.one_step):
             assert run.loop.stop_on == (("divergence",) if stop else ())
+
+
+@pytest.mark.parametrize(("usage", "stops"), [((0.08, 0.3, 0.95), False), ((0.6, 0.3, 0.2), True)])
+def test_dead_codes_may_have_been_revived(usage, stops, tmp_path):
+    """A tokenizer is judged by how it ended, not by what was noticed on the way."""
+    (tmp_path / "tokenizer").mkdir()
+    log = MetricsLog(tmp_path / "tokenizer" / "metrics.jsonl")
+    for step, value in enumerate(usage, 1):
+        health = {STATE: {"dead codes": "so few"}} if step == 2 else {}
+        log.append({"stage": "tokenizer", "step": 100 * step, "tokenizer/usage": value, "tokenizer/loss": 1.0 / step, **health})
+    config = command.OwnDataConfig("x", out=tmp_path)
+    if stops:
+        with pytest.raises(TrainingFailed, match="dead codes"):
+            command._judge("tokenizer", config)
+    else:
+        command._judge("tokenizer", config)
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from dd2.commands.distill import distill
 from dd2.commands.evaluate import evaluate
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import train_teacher
-from dd2.commands.train_tokenizer import train_tokenizer
+from dd2.commands.train_tokenizer import SIGNS, train_tokenizer
 from dd2.data.source import open_data, some_shapes
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted, TrainingFailed
@@ -31,7 +31,7 @@ from dd2.places import absolute
 from dd2.processes import say
 from dd2.records import Shape, read_record
 from dd2.resources import is_memory
-from dd2.training.health import STATE
+from dd2.training.health import STATE, Health
 from dd2.training.metrics import MetricsLog
 
 PLAN = "plan.json"
@@ -169,7 +169,11 @@ def _calls(chosen: Runs) -> dict[str, Callable[[], Any]]:
 def _judge(stage: str, config: OwnDataConfig) -> None:
     """Stop where a stage's numbers say that it failed."""
     run = config.out / stage
-    seen = {kind: text for row in MetricsLog(run / "metrics.jsonl").rows() for kind, text in row.get(STATE, {}).items()}
+    rows = MetricsLog(run / "metrics.jsonl").rows()
+    seen = {kind: text for row in rows for kind, text in row.get(STATE, {}).items()}
+    if stage == "tokenizer":  # codes that were dead early on have been revived since
+        standing = Health(SIGNS, max(row["step"] for row in rows), rows).standing
+        seen = {kind: text for kind, text in seen.items() if kind in standing}
     if failed := [kind for kind in seen if kind in STOPPING and kind not in config.despite]:
         again = _again(dataclasses.replace(config, despite=(*config.despite, failed[0])))
         raise TrainingFailed(

@@ -177,6 +177,12 @@ class Health:
         for row in rows:
             self.see(row)
 
+    @property
+    def standing(self) -> dict[str, str]:
+        """What the last row still shows, by kind: a sign that was noticed may have passed."""
+        shown = {sign: sign.rule(course) for sign, course in self._courses.items() if course.steps}
+        return {sign.kind: f"{sign.number} {seen}: {sign.meaning}" for sign, seen in shown.items() if seen}
+
     def see(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Look at a row of metrics.jsonl: what is noticed for the first time, by kind."""
         found: dict[str, str] = {}

@@ -206,7 +206,7 @@ def test_a_named_reference_and_what_it_refuses(run, tmp_path, capsys):
         assert main(["align-decoder", str(run), "--out", str(out), "--reference", str(reference), *arguments(ALIGN)]) == 0
         made[reference.stem] = load_generator(out / "generator").tokenizer
         assert made[reference.stem].aligned is not None
-        assert f"{reference} (SHA-256 " in str(made[reference.stem].aligned)
+        assert f"to {reference.name} (SHA-256 " in str(made[reference.stem].aligned)
     weights = [made[name].state_dict() for name in ("images", "statistics")]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
     capsys.readouterr()

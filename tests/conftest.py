@@ -4,3 +4,23 @@ import os
 
 # Tiny models gain nothing from a second thread; `make test` runs a process per core instead.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A package of a tiny generator with its teacher, whose classes have names."""
+    from shipped import tiny_package
+
+    return tiny_package(tmp_path_factory.mktemp("package") / "ants")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    """Its pipeline."""
+    from dd2.pipeline import OneStepPipeline
+
+    return OneStepPipeline.from_pretrained(folder, device="cpu", dtype="float32")

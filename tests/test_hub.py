@@ -11,12 +11,6 @@ import pytest
 
 from hub import TOKEN, Hub
 from models import HANG
-from shipped import tiny_package
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_package(tmp_path_factory.mktemp("package") / "p")
 
 
 @pytest.fixture

@@ -21,16 +21,6 @@ from models import tiny_mar, tiny_teacher, tiny_var
 from shipped import NAMES, tiny_generator, tiny_package
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_package(tmp_path_factory.mktemp("package") / "p")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder) -> OneStepPipeline:
-    return OneStepPipeline.from_pretrained(folder, device="cpu", dtype="float32")
-
-
 def test_images_come_as_people_want_them(pipe):
     kinds = {kind: pipe([0, "Bee"], [4, 5], output_type=kind) for kind in ("pil", "np", "pt")}
     assert [image.size for image in kinds["pil"].images] == [(16, 16)] * 2

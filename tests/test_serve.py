@@ -34,16 +34,6 @@ from shipped import NAMES, tiny_package
 CHROMIUM = shutil.which("chromium")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_package(tmp_path_factory.mktemp("package") / "ants")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder) -> OneStepPipeline:
-    return OneStepPipeline.from_pretrained(folder, device="cpu", dtype="float32")
-
-
 @contextmanager
 def served(*words: object, cwd: Path, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
     """The address of a running dd2 serve, which must end by a signal, clean and silent."""

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +25,9 @@ from dd2.generator import Generator
 from dd2.images import picture, to_uint8
 from dd2.precision import Precision, pick_precision
 from dd2.sampling import Draw, Ways
-from dd2.seeding import image_noise
+from dd2.seeding import image_noise, seeds_of, whole_number
 from dd2.shipping.card import Card
-from dd2.shipping.hub import download, upload
+from dd2.shipping.hub import located, upload
 from dd2.shipping.package import write_package
 from dd2.teachers.base import Teacher
 
@@ -36,9 +35,6 @@ BATCH = 64
 """Images at a time unless told otherwise."""
 
 OutputType = Literal["pil", "np", "pt"]
-
-SEEDS = 2**62
-"""Seeds are below it."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ class OneStepPipeline:
         wanted = [labels] if isinstance(labels, str | Integral) else labels
         if not isinstance(wanted, Iterable):
             raise InputError(f"labels must be classes by number or name, got {labels!r}")
-        return [self.generator.conditions.label(x if isinstance(x, str) else _whole("labels", x)) for x in wanted]
+        return [self.generator.conditions.label(x if isinstance(x, str) else whole_number("labels", x)) for x in wanted]
 
     @property
     def max_inference_steps(self) -> int:
@@ -181,8 +177,8 @@ class OneStepPipeline:
             InputError: a label is not a class, the seeds are not one per image, or what is asked for has no effect or no teacher.
         """
         numbers = self.get_label_ids(labels)
-        chosen = _seeds(seeds, generator, len(numbers))
-        ways = self._ways(_whole("num_inference_steps", num_inference_steps), guidance_scale)
+        chosen = seeds_of(seeds, generator, len(numbers))
+        ways = self._ways(whole_number("num_inference_steps", num_inference_steps), guidance_scale)
         return self._drawn(ways, ways.few_steps(num_inference_steps), numbers, chosen, batch_size, output_type, nearest=nearest)
 
     def teacher(
@@ -196,7 +192,7 @@ class OneStepPipeline:
     ) -> OneStepOutput:
         """The teacher's images of the same labels, step by step, to compare with. Arguments and errors as a call."""
         numbers = self.get_label_ids(labels)
-        chosen = _seeds(seeds, None, len(numbers))
+        chosen = seeds_of(seeds, None, len(numbers))
         ways = self._guided(guidance_scale)
         return self._drawn(ways, ways.by_teacher(), numbers, chosen, batch_size, output_type)
 
@@ -211,7 +207,7 @@ class OneStepPipeline:
         *,
         nearest: bool = False,
     ) -> OneStepOutput:
-        if _whole("batch_size", batch) < 1:
+        if whole_number("batch_size", batch) < 1:
             raise InputError(f"batch_size must be at least 1, got {batch}")
         if not labels:
             raise InputError("labels are empty; give one class per image")
@@ -235,7 +231,7 @@ class OneStepPipeline:
             raise InputError(f"n must be at least 2, the two ends, got {n}")
         (number,) = self.get_label_ids(label)
         shape = self.generator.student.backbone.token_shape
-        ends = image_noise(_seeds([a, b], None, 2), shape).flatten(1).to(self.device)
+        ends = image_noise(seeds_of([a, b], None, 2), shape).flatten(1).to(self.device)
         noise = slerp(ends[:1], ends[1:], torch.linspace(0, 1, n, device=self.device)).view(n, *shape)
         ways, drawn = self._one_step, []
         for part in noise.split(BATCH):
@@ -329,51 +325,6 @@ class OneStepPipeline:
         sampling = replace(ways.sampling, cfg_scale=float(guidance_scale))
         ways.known_teacher.check(sampling)
         return replace(ways, sampling=sampling)
-
-
-def located(name: str | Path, revision: str | None = None, token: str | None = None, *, local_files_only: bool = False) -> Path:
-    """The folder of a name: a path, or a repository on the Hub, which is brought here.
-
-    Raises:
-        InputError: there is neither.
-    """
-    path = Path(name)
-    if not path.exists() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return download(str(name), revision, token, local_files_only=local_files_only, subject=str(name))
-    if revision is not None or token is not None or local_files_only:
-        what = "revision" if revision is not None else "token" if token is not None else "local_files_only"
-        raise InputError(f"{what} is about repositories on the Hub; {name} is a folder here")
-    return path
-
-
-def _seeds(seeds: Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
-    """One per image."""
-    if seeds is not None and generator is not None:
-        raise InputError("seeds and generator both decide the noise; give one of them")
-    if generator is not None:
-        sources = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
-        found = [int(torch.randint(SEEDS, (1,), generator=source, device=source.device)) for source in sources]
-    else:
-        found = list(range(count)) if seeds is None else [_whole("seeds", seed) for seed in _listed("seeds", seeds)]
-    if len(found) != count:
-        raise InputError(f"one seed per label is needed: {count} labels, {len(found)} seeds")
-    if wrong := [seed for seed in found if not 0 <= seed < SEEDS]:
-        raise InputError(f"seeds must be in 0 to 2^62 - 1, got {wrong[0]}")
-    return found
-
-
-def _whole(name: str, value: object) -> int:
-    """A whole number, of numpy or a tensor too."""
-    try:
-        return operator.index(value)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise InputError(f"{name} must be whole numbers, got {value!r}") from None
-
-
-def _listed(name: str, values: object) -> Iterable[object]:
-    if not isinstance(values, Iterable):
-        raise InputError(f"{name} must be several, one per image, got {values!r}")
-    return values
 
 
 def _as(images: Tensor, output_type: OutputType) -> list[Image] | np.ndarray | Tensor:

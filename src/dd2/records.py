@@ -35,23 +35,24 @@ def read_record(file: Path, shape: dict[Any, Shape], remedy: str) -> dict[str, A
     Raises:
         InputError: it cannot be read, is no JSON, or an entry is missing or of another type; the message names it.
     """
-    try:
-        found = parsed(file)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{file} cannot be read ({why}); {remedy}") from error
+    found = _read(file, remedy)
     if wrong := _wrong(found, shape, ""):
         raise InputError(f"{file} is damaged or of another dd2 ({wrong}); {remedy}")
     return found
 
 
-def read_list(file: Path, shape: Shape, remedy: str) -> list[Any]:
-    """As `read_record`, of a JSON list whose entries have a shape."""
+def _read(file: Path, remedy: str) -> Any:
     try:
         found = parsed(file)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"{file} cannot be read ({why}); {remedy}") from error
+    return found
+
+
+def read_list(file: Path, shape: Shape, remedy: str) -> list[Any]:
+    """As `read_record`, of a JSON list whose entries have a shape."""
+    found = _read(file, remedy)
     if wrong := _wrong(found, [shape], ""):
         raise InputError(f"{file} is of another kind ({wrong}); {remedy}")
     return found

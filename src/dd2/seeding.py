@@ -5,10 +5,16 @@ in which work is done or on an interruption; a training step's draws depend on i
 """
 
 import hashlib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from dd2.errors import InputError
+
+SEEDS = 2**62
+"""Seeds of images are below it."""
 
 
 def seed_of(*parts: object) -> int:
@@ -50,3 +56,37 @@ def image_uniforms(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 def _per_image(seeds: Sequence[int], kind: str, draw) -> Tensor:
     random = torch.Generator()
     return torch.stack([draw(random.manual_seed(seed_of("image", kind, int(seed)))) for seed in seeds])
+
+
+def seeds_of(seeds: Sequence[int] | None, random: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
+    """A seed per image, from seeds, from random numbers, or 0 … count - 1.
+
+    Raises:
+        InputError: they are not one per image, or out of range.
+    """
+    if seeds is not None and random is not None:
+        raise InputError("seeds and generator both decide the noise; give one of them")
+    if random is not None:
+        sources = [random] * count if isinstance(random, torch.Generator) else list(random)
+        found = [int(torch.randint(SEEDS, (1,), generator=source, device=source.device)) for source in sources]
+    else:
+        found = list(range(count)) if seeds is None else [whole_number("seeds", seed) for seed in _listed("seeds", seeds)]
+    if len(found) != count:
+        raise InputError(f"one seed per label is needed: {count} labels, {len(found)} seeds")
+    if wrong := [seed for seed in found if not 0 <= seed < SEEDS]:
+        raise InputError(f"seeds must be in 0 to 2^62 - 1, got {wrong[0]}")
+    return found
+
+
+def whole_number(name: str, value: object) -> int:
+    """A whole number, of numpy or a tensor too."""
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise InputError(f"{name} must be whole numbers, got {value!r}") from None
+
+
+def _listed(name: str, values: object) -> Iterable[object]:
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name} must be several, one per image, got {values!r}")
+    return values

@@ -16,9 +16,9 @@ from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.generator import Generator
 from dd2.method.networks import average_name
-from dd2.pipeline import located
 from dd2.processes import say
 from dd2.shipping.graph import ENDINGS, LIMITS, write_graph
+from dd2.shipping.hub import located
 from dd2.shipping.package import write_package
 from dd2.teachers.base import Teacher
 from dd2.training.checkpoint import best_step, load_network, steps
@@ -80,7 +80,8 @@ def export(config: ExportConfig) -> Path:
         raise InputError(f"out {config.out} exists; choose another OUT")
     writable_folder(config.out.parent, "output folder")
     run, dtype = located(config.run), getattr(torch, config.dtype)
-    generator, teacher, origin = _chosen(config, run)
+    record = RunRecord.read(run) if (run / FILE).is_file() else None
+    generator, teacher, origin = _chosen(config, run, record)
     if config.format != "folder":
         difference = write_graph(config.out, generator, config.format, dtype)
         by = "at most" if dtype == torch.float32 else "on average"
@@ -91,7 +92,6 @@ def export(config: ExportConfig) -> Path:
             f"(allowed: {LIMITS[config.dtype]})"
         )
         return config.out
-    record = RunRecord.read(run) if (run / FILE).is_file() else None
     if config.with_teacher and teacher is None:
         if record is None:
             raise InputError(f"{run} is no run, so its teacher is unknown; leave --with-teacher out")
@@ -103,9 +103,8 @@ def export(config: ExportConfig) -> Path:
     return config.out
 
 
-def _chosen(config: ExportConfig, run: Path) -> tuple[Generator, Teacher | None, str]:
+def _chosen(config: ExportConfig, run: Path, record: RunRecord | None) -> tuple[Generator, Teacher | None, str]:
     """The generator that is asked for, its teacher where that had to be opened, and where it is from."""
-    record = RunRecord.read(run) if (run / FILE).is_file() else None
     kept = any(steps(run / "checkpoints" / stage) for stage in STAGES)
     if record is None or record.head is None or not kept:
         if config.average != "ema" or config.step != "newest":

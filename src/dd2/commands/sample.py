@@ -14,11 +14,12 @@ from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted
 from dd2.files import writable_folder
-from dd2.pipeline import located
 from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
 from dd2.sampling import Draw, Prefix, Ways
+from dd2.seeding import SEEDS
+from dd2.shipping.hub import located
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import OtherSampling
 from dd2.writers import open_writer
@@ -70,7 +71,7 @@ class SampleConfig(OtherSampling):
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**62 or self.first < 0 or self.seed + self.first + self.count > 2**62:
+        if not 0 <= self.seed < SEEDS or self.first < 0 or self.seed + self.first + self.count > SEEDS:
             raise InputError(f"seed must be in 0 to 2^62 - 1, with first and count added too, got {self.seed} and {self.first}")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")

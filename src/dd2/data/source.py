@@ -113,31 +113,23 @@ LOOKED_AT = 200
 """Images whose shapes stand for all."""
 
 
-def some_shapes(name: str) -> list[tuple[int, int, int]]:
+def some_shapes(name: str, most: int = LOOKED_AT) -> list[tuple[int, int, int]]:
     """(channels, height, width) of images of what `open_data` opens, as they are stored: the first one, and others evenly."""
+    if name == "digits":
+        return [(1, digits.SIZE, digits.SIZE)]
     path = Path(name)
-    if name == "digits" or IdxImages.found_in(path):
-        return [first_shape(name)]
+    if IdxImages.found_in(path):
+        return [(1, *IdxImages(path, 0).stored_size)]
     pictures = Pictures(path, "data")
     if not pictures.names:
         raise pictures.none()
-    chosen = pictures.names[:: max(1, len(pictures.names) // LOOKED_AT)]
-    found = [pictures.image(each) for each in chosen]
+    found = [pictures.image(each) for each in pictures.names[:: max(1, len(pictures.names) // most)]]
     return [(len(image.getbands()), image.height, image.width) for image in found]
 
 
 def first_shape(name: str) -> tuple[int, int, int]:
     """(channels, height, width) of the first image of what `open_data` opens, as it is stored."""
-    if name == "digits":
-        return 1, digits.SIZE, digits.SIZE
-    path = Path(name)
-    if IdxImages.found_in(path):
-        return 1, *IdxImages(path, 0).stored_size
-    pictures = Pictures(path, "data")
-    if not pictures.names:
-        raise pictures.none()
-    first = pictures.image(pictures.names[0])
-    return len(first.getbands()), first.height, first.width
+    return some_shapes(name, most=1)[0]
 
 
 def open_data(name: str, image_size: int, channels: int, *, quiet: bool = False) -> ImageData:

@@ -72,8 +72,8 @@ def planned(task: Task, rates: Rates, minutes: float, batch: int) -> Budget:
     csd = _within((1 - REGRESSED) * training / rates.csd, LEAST["csd"], MOST["csd"])
     guidance = _within(0.05 * training / rates.guidance, 20, MOST["guidance"])
     regress = _within((training - csd * rates.csd - guidance * rates.guidance) / rates.regress, LEAST["regress"], MOST["regress"])
-    seconds["one_step"] = samples * drawing + regress * rates.regress + guidance * rates.guidance + csd * rates.csd
-    seconds["one_step"] += rates.csd_start
+    seconds["one_step"] = samples * drawing + rates.csd_start
+    seconds["one_step"] += regress * rates.regress + guidance * rates.guidance + csd * rates.csd
     evaluated = _within(given("evaluate") / (DRAWN * rates.sample), *IMAGES)
     seconds["evaluate"] = evaluated * DRAWN * rates.sample
     counts = Counts(tokenizer, token_images, teacher, classifier, samples, regress, guidance, csd, evaluated, batch)

@@ -17,7 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from dd2 import __version__
 from dd2.errors import InputError
 from dd2.images import picture, png
-from dd2.pipeline import SEEDS
+from dd2.precision import name_of
+from dd2.seeding import seeds_of
 from dd2.serving.studio import Busy, Stopped, Studio
 
 BODY = 64 * 1024
@@ -63,17 +64,13 @@ def build_api(studio: Studio) -> FastAPI:
             "image_shape": list(pipeline.generator.tokenizer.image_shape),
             "max_inference_steps": studio.steps,
             "max_images": studio.limits.images,
-            "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "dtype": name_of(pipeline.dtype),
         }
 
     @app.post("/api/generate", response_model=Given, responses={422: {}, 503: {}})
     async def generate(wanted: Wanted, request: Request) -> Any:
         """Draw one image per label."""
-        seeds = list(range(len(wanted.labels))) if wanted.seeds is None else wanted.seeds
-        if len(seeds) != len(wanted.labels):
-            raise InputError(f"one seed per label is needed: {len(wanted.labels)} labels, {len(seeds)} seeds")
-        if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
-            raise InputError(f"seeds must be in 0 to 2^62 - 1, got {str(wrong[0])[:40]}")
+        seeds = seeds_of(wanted.seeds, None, len(wanted.labels))
         stop = threading.Event()
         asked = (wanted.labels, seeds, wanted.num_inference_steps, wanted.guidance_scale, "generator", stop)
         drawing = asyncio.ensure_future(run_in_threadpool(studio.draw, *asked))

@@ -198,7 +198,7 @@ def _class(studio: Studio, value: Any) -> int:
 
 def _whole(name: str, value: Any) -> int:
     """A whole number that a slider, or whoever calls its address, gives."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value != int(min(max(value, -1), 1e6)):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(-1, 10**6 + 1):
         raise InputError(f"{name} must be a whole number, got {str(value)[:40]}")
     return int(value)
 

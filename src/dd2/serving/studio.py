@@ -14,8 +14,9 @@ from PIL.Image import Image
 
 from dd2.errors import InputError
 from dd2.images import one_picture, png
-from dd2.pipeline import SEEDS, OneStepPipeline
+from dd2.pipeline import OneStepPipeline
 from dd2.precision import name_of
+from dd2.seeding import SEEDS
 
 Who = Literal["generator", "teacher"]
 

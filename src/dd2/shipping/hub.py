@@ -39,6 +39,21 @@ def download(
     return Path(found)
 
 
+def located(name: str | Path, revision: str | None = None, token: str | None = None, *, local_files_only: bool = False) -> Path:
+    """The folder of a name: a path, or a repository on the Hub, which is brought here.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path = Path(name)
+    if not path.exists() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return download(str(name), revision, token, local_files_only=local_files_only, subject=str(name))
+    if revision is not None or token is not None or local_files_only:
+        what = "revision" if revision is not None else "token" if token is not None else "local_files_only"
+        raise InputError(f"{what} is about repositories on the Hub; {name} is a folder here")
+    return path
+
+
 def upload(folder: Path, name: str, *, private: bool, revision: str | None, token: str | None, message: str) -> str:
     """Put a package folder into a repository, which is made where there is none.
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from dd2.student import HeadConfig
-from dd2.teachers.captions import Captions
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.mar import MARTeacher
 from dd2.teachers.mar_network import MARConfig
 from dd2.teachers.var import VARConfig, var_teacher
+from dd2.text.captions import Captions
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
@@ -60,9 +60,9 @@ def tiny_var(seed: int = 0, **changes: Any) -> CodeTeacher:
     return _peaked(var_teacher(config, MultiScaleTokenizer(TINY_MULTISCALE)))
 
 
-def tiny_text(seed: int = 0) -> CodeTeacher:
-    """`tiny_teacher` conditioned on three captions of one to three words, padded on the left."""
-    teacher = tiny_teacher(seed, caption_dim=6, caption_length=5)
+def tiny_text(seed: int = 0, *, next_scale: bool = False) -> CodeTeacher:
+    """`tiny_teacher`, or `tiny_var`, conditioned on three captions of one to three words, padded on the left."""
+    teacher = (tiny_var if next_scale else tiny_teacher)(seed, caption_dim=6, caption_length=5)
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(3, 5, 6, generator=generator)
     mask = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]])

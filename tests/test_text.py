@@ -1,15 +1,11 @@
 """Text conditioning: padding, features, and DD2 on a teacher whose captions are the digits' names."""
 
-import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dd2.checkpoints.native import load_tokenizer, save_teacher
 from dd2.checkpoints.runs import embedded, open_run
@@ -19,18 +15,25 @@ from dd2.errors import InputError
 from dd2.evaluation.classifier import load_classifier
 from dd2.pipeline import OneStepPipeline
 from dd2.sampling import one_step
-from dd2.teachers.captions import Captions, attention_mask, caption_condition, left_padded
+from dd2.teachers.captions import attention_mask
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.teachers.own_token import ReadsOwnToken
 from dd2.teachers.train import ar_loss
+from dd2.text.captions import Captions, caption_condition
+from dd2.text.encoder import left_padded
 from models import tiny_text
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def test_padding_is_never_read():
-    teacher = tiny_text()
+BOTH = pytest.mark.parametrize("next_scale", [False, True], ids=["raster", "next_scale"])
+
+
+@BOTH
+def test_padding_is_never_read(next_scale):
+    teacher = tiny_text(next_scale=next_scale)
     labels = torch.tensor([0, 1, 2])
     cond = teacher.conditions(labels)
     tokens = teacher.codebook[teacher.generate(cond, Sampling(), range(3))]
@@ -42,6 +45,46 @@ def test_padding_is_never_read():
     null = teacher.backbone.null_condition(cond)
     assert torch.equal(null[..., -1], mask)
     assert (null[0, :, :-1] == null[1, :, :-1]).all()
+
+
+@BOTH
+def test_the_cache_and_the_words_order(next_scale):
+    """Step by step with a cache is a whole pass, position i sees earlier steps alone, and the same words in another order say
+    something else.
+    """
+    teacher = tiny_text(next_scale=next_scale)
+    backbone, cond = teacher.backbone, teacher.conditions(torch.tensor([2, 1]))
+    tokens = teacher.codebook[torch.randint(teacher.num_codes, (2, teacher.order.n), generator=torch.Generator().manual_seed(0))]
+    whole = backbone(tokens, cond)
+    cache = backbone.new_cache()
+    for step in teacher.order.steps:
+        found = backbone.next_features(cache, tokens[:, : step.start], cond)
+        torch.testing.assert_close(found, whole[:, step], rtol=1e-4, atol=1e-5)
+    last = teacher.order.steps[-1].start
+    changed = torch.cat([tokens[:, :last], -tokens[:, last:]], 1)
+    torch.testing.assert_close(backbone(changed, cond), whole)
+    swapped = cond.clone()
+    swapped[0, [3, 4]] = cond[0, [4, 3]]
+    difference = (backbone(tokens, swapped) - whole).abs().amax((1, 2))
+    assert difference[0] > 1e-2
+    assert difference[1] == 0
+
+
+@BOTH
+def test_own_features_read_the_caption_and_not_its_padding(next_scale):
+    teacher = tiny_text(next_scale=next_scale)
+    cond = teacher.conditions(torch.tensor([0, 1]))
+    noise = torch.randn(2, *teacher.backbone.token_shape, generator=torch.Generator().manual_seed(0))
+
+    def features(given: Tensor) -> Tensor:
+        assert isinstance(teacher.backbone, ReadsOwnToken)
+        return teacher.backbone.own_features(noise, given, lambda index, x: x)
+
+    assert features(cond).shape == (2, teacher.order.n, teacher.backbone.width)
+    padded = torch.where(cond[..., -1:] > 0, cond, torch.cat([torch.ones(2, 5, 6), torch.zeros(2, 5, 1)], -1))
+    assert not torch.equal(padded, cond)
+    torch.testing.assert_close(features(padded), features(cond))
+    assert (features(cond.flip(0)) - features(cond)).abs().amax((1, 2)).min() > 1e-2
 
 
 def test_attention_mask_is_causal_without_padding_and_with_oneself():
@@ -63,68 +106,6 @@ def test_left_padding_moves_words_to_the_end():
     assert words.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 
-class FakeTokenizer:
-    """One token a word."""
-
-    @classmethod
-    def from_pretrained(cls, name: str, local_files_only: bool) -> "FakeTokenizer":
-        assert local_files_only
-        if name != "there":
-            raise OSError(f"{name} is not a local folder\nand more")
-        return cls()
-
-    def __call__(self, texts: list[str], max_length: int, **_: object) -> dict[str, Tensor]:
-        ids = torch.zeros(len(texts), max_length, dtype=torch.long)
-        for row, text in enumerate(texts):
-            words = [len(word) for word in text.split()][:max_length]
-            ids[row, : len(words)] = torch.tensor(words)
-        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
-
-
-class FakeEncoder(nn.Module):
-    """The feature of a word is its length, twice."""
-
-    from_pretrained = classmethod(lambda cls, name, local_files_only: cls())
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        return {"last_hidden_state": input_ids.unsqueeze(-1).float().expand(-1, -1, 2) + 0.5}
-
-
-def test_text_features(tmp_path, monkeypatch, capsys):
-    (tmp_path / "captions.txt").write_text("A Red fox\nSnow\n")
-    arguments = ["text-features", "--captions", tmp_path / "captions.txt", "--out", tmp_path / "f.safetensors", "--length", 4]
-
-    def run(*more: object) -> str:
-        assert main([str(a) for a in (*arguments, *more)]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1
-        return lines[0]
-
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert 'pip install "dd2[t2i]"' in run()
-    fake = types.SimpleNamespace(AutoTokenizer=FakeTokenizer, T5EncoderModel=FakeEncoder)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    assert "is not on this machine" in run()
-    assert not (tmp_path / "f.safetensors").exists()
-    assert main([str(a) for a in (*arguments, "--model", "there", "--batch", 1)]) == 0
-    capsys.readouterr()
-    made = load_file(tmp_path / "f.safetensors")
-    assert made["mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
-    assert made["features"][0, :, 0].tolist() == [0, 1.5, 3.5, 3.5]
-    with safe_open(tmp_path / "f.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["captions"]) == ["a red fox", "snow"]
-    (tmp_path / "captions.txt").write_text("fox\n\nsnow\n")
-    assert "line 2 is empty" in run("--model", "there")
-    for content, said in ((b"", "is empty"), (b"\n\n", "is empty"), (b"caf\xe9", "not UTF-8"), (b"a\0b", "no text file")):
-        (tmp_path / "captions.txt").write_bytes(content)
-        assert said in run("--model", "there")
-    # A byte-order mark is no word, other systems' newlines end lines, and nothing else does.
-    (tmp_path / "captions.txt").write_bytes("\ufeffA fox\u2028in\x0bsnow\r\nsnow\n".encode())
-    assert main([str(a) for a in (*arguments, "--model", "there", "--batch", 1)]) == 0
-    with safe_open(tmp_path / "f.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["captions"]) == ["a fox\u2028in\x0bsnow", "snow"]
-
-
 @pytest.mark.parametrize(
     ("features", "mask", "said"),
     [
@@ -134,17 +115,17 @@ def test_text_features(tmp_path, monkeypatch, capsys):
         (torch.ones(1, 4, 3), torch.tensor([[0.0, 1, 0, 1]]), "the mask must be"),
         (torch.ones(1, 4, 3), torch.full((1, 4), 0.5), "the mask must be"),
         (torch.ones(1, 4, 3), torch.zeros(1, 4), "the mask must be"),
-        (torch.ones(1, 4, 3), torch.ones(1, 3), "this model needs"),
+        (torch.ones(1, 4, 3), torch.ones(1, 3), r"not \(N, P, channels\)"),
     ],
 )
 def test_caption_features_that_are_none(tmp_path, features, mask, said):
     save_file({"features": features, "mask": mask}, tmp_path / "c.safetensors")
     with pytest.raises(InputError, match=said):
-        Captions.load(tmp_path / "c.safetensors", 4, 3)
+        Captions.load(tmp_path / "c.safetensors")
     save_file(
         {"features": torch.ones(2, 4, 3).half(), "mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}, tmp_path / "c.safetensors"
     )
-    assert len(Captions.load(tmp_path / "c.safetensors", 4, 3)) == 2
+    assert len(Captions.load(tmp_path / "c.safetensors")) == 2
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +149,7 @@ def trained_teacher(captions: Path, steps: int) -> CodeTeacher:
         depth=3, width=48, heads=3, ffn_multiple=16, rows=4, columns=4, caption_dim=12, caption_length=6, class_dropout=0.1
     )
     teacher = llamagen_teacher(config, tokenizer)  # pyright: ignore[reportArgumentType]
-    teacher.conditions.use_captions(captions)
+    teacher.conditions = teacher.conditions.of_texts(str(captions))
     random = torch.Generator().manual_seed(0)
     images, labels = digits.batch("train", 2000, random)
     ids = tokenizer.encode(images)
@@ -220,7 +201,7 @@ def test_the_commands_of_a_text_conditional_teacher(captions, tmp_path, capsys):
     assert torch.equal(pipeline([3, 7]).tokens, OneStepPipeline.from_pretrained(out, device="cpu")([3, 7]).tokens)
     capsys.readouterr()
     for wrong, message in (
-        (["sample", out / "generator", "--out", tmp_path / "h.png"], "give their features with --captions"),
+        (["sample", out / "generator", "--out", tmp_path / "h.png"], "give prompts, a list of them"),
         (["distill", "--teacher", "digits", "--captions", captions, "--out", tmp_path / "r"], "conditioned on classes"),
         (
             ["distill", "--teacher", tmp_path / "teacher", "--captions", out / "config.yaml", "--out", tmp_path / "r"],
@@ -231,7 +212,7 @@ def test_the_commands_of_a_text_conditional_teacher(captions, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_captions_that_do_not_fit_are_refused(captions, tmp_path, capsys):
+def test_captions_that_do_not_fit_are_refused(captions):
     with pytest.raises(Exception, match=r"this model needs \(N, 5, 6\)"):
-        tiny_text().conditions.use_captions(captions)
-    assert Captions.load(captions, 6, 12).digest() != Captions(torch.zeros(1, 6, 12), torch.ones(1, 6)).digest()
+        tiny_text().conditions.of_texts(str(captions))
+    assert Captions.load(captions).digest() != Captions(torch.zeros(1, 6, 12), torch.ones(1, 6)).digest()

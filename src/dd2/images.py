@@ -70,6 +70,13 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg(image: Image.Image) -> bytes:
+    """A picture as the bytes of a JPEG file that loses little (quality 95, colours at every pixel)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
 def picture(levels: np.ndarray) -> Image.Image:
     """One image uint8 (H, W, channels) of 1 or 3 channels."""
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)

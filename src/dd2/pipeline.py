@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +30,23 @@ from dd2.shipping.card import Card
 from dd2.shipping.hub import located, upload
 from dd2.shipping.package import write_package
 from dd2.teachers.base import Teacher
+from dd2.teachers.conditions import CaptionLabels, Conditions
+from dd2.text.prompts import typed
 
 BATCH = 64
 """Images at a time unless told otherwise."""
 
 OutputType = Literal["pil", "np", "pt"]
+
+Labels = int | str | Sequence[int | str]
+"""What images are asked for by: one, or one each."""
+
+
+class _Asked(NamedTuple):
+    """Labels as numbers, and what they stand for."""
+
+    numbers: list[int]
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class OneStepOutput:
         images: of each label, as `output_type` says: a list of Pillow images; numpy (B, H, W, channels) or torch (B, channels,
             H, W), float32 in [0, 1] on the CPU.
         tokens: (B, n, C) standardised, on the CPU, in the AR order.
-        labels, seeds: as they were drawn, as numbers.
+        labels, seeds: as they were drawn, as numbers; of prompts the labels count them.
         seconds: that drawing and decoding took.
     """
 
@@ -66,6 +78,7 @@ class OneStepPipeline:
         generator: the distilled network and its tokenizer, on one device.
         dtype: the arithmetic that it draws in.
         open_run: gives the run with its teacher, for more than one step; None where there is no teacher.
+        text_encoder: where that of a text-conditional model lies, if not where it says.
     """
 
     def __init__(
@@ -73,8 +86,9 @@ class OneStepPipeline:
         generator: Generator,
         dtype: torch.dtype = torch.float32,
         open_run: Callable[[], FinishedRun] | None = None,
+        text_encoder: str = "",
     ) -> None:
-        self.generator = generator
+        self.generator, self._text_encoder = generator, text_encoder
         self._dtype, self._open_run = dtype, open_run
         self._one_step = Ways(generator).in_precision(dtype)
 
@@ -89,6 +103,7 @@ class OneStepPipeline:
         *,
         local_files_only: bool = False,
         captions: str = "",
+        text_encoder: str = "",
         trust: Sequence[str] = (),
     ) -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
@@ -100,7 +115,10 @@ class OneStepPipeline:
             dtype: "float32", "bfloat16", "float16" (CUDA), or "auto": bfloat16 where the device computes in it.
             token: of an account on the Hub; by default the one that `hf auth login` kept.
             local_files_only: take a repository from the cache alone.
-            captions: for text-conditional models, a file of dd2 text-features; labels are its rows. By default the run's.
+            captions: for text-conditional models, what numbers as labels mean: a list of prompts, or a file of dd2
+                text-features. By default the run's. Texts need none.
+            text_encoder: for text-conditional models, where the encoder lies on this machine, if not where it was trained with
+                it.
             trust: modules of yours that the generator may import, because its teacher was module:function.
 
         Raises:
@@ -109,9 +127,9 @@ class OneStepPipeline:
         place = pick_device(device)
         precision = pick_precision(dtype, place)
         path = located(name, revision, token, local_files_only=local_files_only)
-        generator = open_generator(path, place, captions, trust)
+        generator = open_generator(path, place, captions, trust, text_encoder)
         opened = functools.partial(open_run, path, place, captions, trust) if (path / FILE).is_file() else None
-        return cls(generator, precision, opened)
+        return cls(generator, precision, opened, text_encoder)
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +169,7 @@ class OneStepPipeline:
 
     def __call__(
         self,
-        labels: int | str | Sequence[int | str],
+        labels: Labels,
         seeds: Sequence[int] | None = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -164,7 +182,7 @@ class OneStepPipeline:
         """Draw one image per label.
 
         Args:
-            labels: classes by number or name, or rows of the captions; one, or B of them.
+            labels: classes by number or name; of a text-conditional model prompts, or numbers of the run's captions. One, or B.
             seeds: B seeds, one per image, below 2^62; by default 0 … B - 1.
             generator: random numbers that the seeds are drawn from, in their place; one, or one per image.
             num_inference_steps: 1: the generator alone. k: the teacher redraws the last k - 1 of its AR steps (Alg. 4).
@@ -176,14 +194,14 @@ class OneStepPipeline:
         Raises:
             InputError: a label is not a class, the seeds are not one per image, or what is asked for has no effect or no teacher.
         """
-        numbers = self.get_label_ids(labels)
-        chosen = seeds_of(seeds, generator, len(numbers))
+        asked = self._asked(labels)
+        chosen = seeds_of(seeds, generator, len(asked.numbers))
         ways = self._ways(whole_number("num_inference_steps", num_inference_steps), guidance_scale)
-        return self._drawn(ways, ways.few_steps(num_inference_steps), numbers, chosen, batch_size, output_type, nearest=nearest)
+        return self._drawn(ways, ways.few_steps(num_inference_steps), asked, chosen, batch_size, output_type, nearest=nearest)
 
     def teacher(
         self,
-        labels: int | str | Sequence[int | str],
+        labels: Labels,
         seeds: Sequence[int] | None = None,
         *,
         guidance_scale: float | None = None,
@@ -191,16 +209,16 @@ class OneStepPipeline:
         batch_size: int = BATCH,
     ) -> OneStepOutput:
         """The teacher's images of the same labels, step by step, to compare with. Arguments and errors as a call."""
-        numbers = self.get_label_ids(labels)
-        chosen = seeds_of(seeds, None, len(numbers))
+        asked = self._asked(labels)
+        chosen = seeds_of(seeds, None, len(asked.numbers))
         ways = self._guided(guidance_scale)
-        return self._drawn(ways, ways.by_teacher(), numbers, chosen, batch_size, output_type)
+        return self._drawn(ways, ways.by_teacher(), asked, chosen, batch_size, output_type)
 
     def _drawn(
         self,
         ways: Ways,
         draw: Draw,
-        labels: list[int],
+        asked: _Asked,
         seeds: list[int],
         batch: int,
         output_type: OutputType,
@@ -209,14 +227,29 @@ class OneStepPipeline:
     ) -> OneStepOutput:
         if whole_number("batch_size", batch) < 1:
             raise InputError(f"batch_size must be at least 1, got {batch}")
-        if not labels:
+        if not asked.numbers:
             raise InputError("labels are empty; give one class per image")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # what was asked of it before is not this call's
         start = time.perf_counter()
-        drawn = [(tokens.cpu(), images.cpu()) for tokens, images in ways.batches(draw, labels, seeds, batch, nearest=nearest)]
+        batches = ways.batches(draw, asked.numbers, seeds, batch, nearest=nearest, conditions=asked.conditions)
+        drawn = [(tokens.cpu(), images.cpu()) for tokens, images in batches]
         tokens, images = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        return OneStepOutput(_as(images, output_type), tokens, labels, seeds, time.perf_counter() - start)
+        return OneStepOutput(_as(images, output_type), tokens, asked.numbers, seeds, time.perf_counter() - start)
+
+    def _asked(self, labels: Labels) -> _Asked:
+        """Labels as numbers, and what these stand for. Of a text-conditional model all texts are prompts."""
+        wanted = [labels] if isinstance(labels, str | Integral) else labels
+        known = self.generator.conditions
+        if not isinstance(known, CaptionLabels) or not isinstance(wanted, Iterable):
+            return _Asked(self.get_label_ids(labels), known)
+        wanted = list(wanted)
+        texts = [text for text in wanted if isinstance(text, str)]
+        if not texts:
+            return _Asked(self.get_label_ids(wanted), known)
+        if len(texts) < len(wanted):
+            raise InputError("labels are prompts or numbers of captions, not some of each; draw them in two calls")
+        return _Asked(list(range(len(texts))), known.of_texts(typed(texts), self._text_encoder, self.device))
 
     @torch.inference_mode()
     def interpolate(self, a: int, b: int, n: int, label: int | str = 0, *, output_type: OutputType = "pil") -> Any:
@@ -229,13 +262,13 @@ class OneStepPipeline:
         """
         if n < 2:
             raise InputError(f"n must be at least 2, the two ends, got {n}")
-        (number,) = self.get_label_ids(label)
+        (number,), conditions = self._asked(label)
         shape = self.generator.student.backbone.token_shape
         ends = image_noise(seeds_of([a, b], None, 2), shape).flatten(1).to(self.device)
         noise = slerp(ends[:1], ends[1:], torch.linspace(0, 1, n, device=self.device)).view(n, *shape)
         ways, drawn = self._one_step, []
         for part in noise.split(BATCH):
-            cond = self.generator.conditions(torch.full((len(part),), number, device=self.device))
+            cond = conditions(torch.full((len(part),), number, device=self.device))
             drawn.append(ways.decode(ways.of_noise(part, cond), cond).cpu())
         return _as(torch.cat(drawn), output_type)
 

@@ -9,7 +9,7 @@ from dd2.fields import field_of, flat, with_fields
 
 C = TypeVar("C")
 
-KEYWORDS = ("", "digits", "teacher", "inception")
+KEYWORDS = ("", "digits", "scenes", "scenes-unseen", "scenes-cells", "teacher", "inception")
 """Values of such fields that are no paths, even where a folder of that name lies about."""
 
 FIELDS = ("teacher", "captions", "stage1", "tokenizer", "data", "adapt.data", "run", "reference")

@@ -27,7 +27,7 @@ class _Forgiving:
         return getattr(sys.stderr, name)
 
 
-def progress(title: str, total: int, unit: str, done: int = 0) -> Any:
+def progress(title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> Any:
     """A tqdm bar; in a log file it writes a line every 20 seconds rather than twice a second."""
     interval = 0.5 if sys.stderr.isatty() else 20
     return tqdm(
@@ -38,5 +38,5 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Any:
         unit=unit,
         dynamic_ncols=True,
         mininterval=interval,
-        disable=rank() != 0,  # one bar a job
+        disable=rank() != 0 or not shown,  # one bar a job
     )

@@ -18,8 +18,13 @@ def parsed(file: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no JSON, or deeper than anybody writes.
     """
+    return parsed_text(file.read_text(encoding="utf-8"))
+
+
+def parsed_text(text: str) -> Any:
+    """What JSON says. Errors as `parsed`."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError(str(error)) from error
 

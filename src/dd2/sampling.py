@@ -138,7 +138,14 @@ class Ways:
 
     @torch.inference_mode()
     def batches(
-        self, draw: Draw, labels: Sequence[int], seeds: Sequence[int], batch: int, *, nearest: bool = False
+        self,
+        draw: Draw,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        batch: int,
+        *,
+        nearest: bool = False,
+        conditions: Conditions | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of labels with a seed each, a batch at a time, so that memory is bounded.
 
@@ -147,13 +154,15 @@ class Ways:
             labels, seeds: one of each per image.
             batch: images at a time; they do not depend on it, up to rounding.
             nearest: decode the nearest codes of what was drawn.
+            conditions: what the labels stand for, if not what they do in the run.
 
         Yields:
             Standardised tokens (B, n, C) and images (B, channels, H, W) in about [-1, 1], on the device.
         """
+        known = self.conditions if conditions is None else conditions
         for start in range(0, len(labels), batch):
             chosen = slice(start, start + batch)
-            cond = self.conditions(torch.tensor(labels[chosen], device=self.generator.device))
+            cond = known(torch.tensor(labels[chosen], device=self.generator.device))
             tokens = draw(cond, seeds[chosen])
             tokens = self.generator.snap(tokens) if nearest else tokens
             yield tokens, self.decode(tokens, cond)

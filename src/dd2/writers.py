@@ -6,7 +6,7 @@ import signal
 import sys
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +15,20 @@ import numpy as np
 from torch import Tensor
 
 from dd2.files import atomic_file, behind_links, write_atomic
-from dd2.images import one_picture, picture, pixels, png
+from dd2.images import jpeg, one_picture, picture, pixels, png
 from dd2.processes import answering, say
 
 ENCODERS = 8
 """Threads that compress PNGs, at most; zlib works without Python's lock."""
+
+
+NameOf = Callable[[int, int, int], str]
+"""Number, label and seed of an image -> the name of its file."""
+
+
+def numbered(number: int, label: int, seed: int) -> str:
+    """The usual name, from which `dd2.evaluation.images` reads label and seed."""
+    return f"{number:06d}_label{label}_seed{seed}.png"
 
 
 class ImageWriter(ABC):
@@ -87,22 +96,24 @@ def _wait_for_the_file(number: int, frame: object) -> None:
 
 
 class FolderWriter(ImageWriter):
-    """One PNG per image, named by its number, label and seed.
+    """One file per image.
 
     Args:
         folder: where to.
         first: number of the first image.
+        name: (number, label, seed) -> its path in the folder, .png or .jpg; by default all three in one name, as PNG.
     """
 
-    def __init__(self, folder: Path, first: int = 0, *, keep_partial: bool = False) -> None:
+    def __init__(self, folder: Path, first: int = 0, name: NameOf | None = None, *, keep_partial: bool = False) -> None:
         super().__init__(keep_partial=keep_partial)
-        self.folder, self._next = folder, first
+        self.folder, self._next, self._name = folder, first, name or numbered
         self._encoders = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1))
 
     def _write(self, pixels: np.ndarray, labels: Sequence[int], seeds: Sequence[int]) -> None:
         def write(index: int) -> None:
-            name = f"{self._next + index:06d}_label{labels[index]}_seed{seeds[index]}.png"
-            write_atomic(self.folder / name, png(picture(pixels[index])))
+            path = self.folder / self._name(self._next + index, labels[index], seeds[index])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, (jpeg if path.suffix == ".jpg" else png)(picture(pixels[index])))
 
         list(self._encoders.map(write, range(len(pixels))))
         self._next += len(pixels)
@@ -163,16 +174,17 @@ class GridWriter(ImageWriter):
         write_atomic(self.path, png(one_picture(np.concatenate(self._parts))))
 
 
-def open_writer(out: Path, first: int = 0, *, keep_partial: bool = False) -> ImageWriter:
+def open_writer(out: Path, first: int = 0, name: NameOf | None = None, *, keep_partial: bool = False) -> ImageWriter:
     """The writer that a path asks for: .npz, .png (one grid), or a folder.
 
     Args:
         out: where to; its folder must exist.
         first: number of the first image.
+        name: of a folder's files, as `FolderWriter`.
         keep_partial: as `ImageWriter`.
     """
     if out.suffix == ".npz":
         return NpzWriter(out, keep_partial=keep_partial)
     if out.suffix == ".png":
         return GridWriter(out, keep_partial=keep_partial)
-    return FolderWriter(out, first, keep_partial=keep_partial)
+    return FolderWriter(out, first, name, keep_partial=keep_partial)

@@ -10,7 +10,10 @@ from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered
 from dd2.errors import InputError
 from dd2.processes import note
 from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import CaptionLabels
+from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
+from dd2.text.encoder import EncoderSpec
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.vq import VQTokenizer
 
@@ -21,6 +24,12 @@ HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
 """Heads of the released widths (B, L, XL, XXL, 3B); files do not tell them."""
 
 IMAGE_SIZES = (256, 384, 512)
+ENCODERS = {2048: "google/flan-t5-xl", 1024: "google/flan-t5-large", 768: "google/flan-t5-base", 512: "google/flan-t5-small"}
+"""Flan-T5 by the channels of its features; the released text models have the first."""
+
+TEXT_SAMPLING = Sampling(cfg_scale=7.5, top_k=1000)
+"""Of LlamaGen's text sampler."""
+
 GPT, VQ = "LlamaGen's transformer", "LlamaGen's VQ model"
 
 
@@ -47,6 +56,14 @@ def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, imag
     fill(tokenizer, vq_state, lambda shapes: {key: Origin(key) for key in shapes}, vq_ignored, VQ, _vq_cause)
     teacher = llamagen_teacher(gpt_config(state, tokenizer.config.grid, num_heads), tokenizer)
     fill(teacher, state, gpt_origins, lambda key: key == "freqs_cis", GPT, _gpt_cause)
+    if isinstance(labels := teacher.conditions, CaptionLabels):
+        encoder = EncoderSpec("flan-t5", ENCODERS.get(labels.channels, ""), length=labels.length, channels=labels.channels)
+        teacher.conditions = CaptionLabels(labels.length, labels.channels, encoder=encoder)
+        teacher.usual_sampling = TEXT_SAMPLING
+        note(
+            f"{GPT}: conditioned on text, by features of {encoder.said()}, drawn at cfg_scale 7.5 and top_k 1000 unless told "
+            "otherwise"
+        )
     return teacher.eval().requires_grad_(False)
 
 

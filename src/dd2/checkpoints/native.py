@@ -36,9 +36,11 @@ from dd2.processes import first_process_only
 from dd2.student import HeadConfig, OneStepNetwork, Student
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import require_codes
-from dd2.teachers.conditions import ClassLabels
+from dd2.teachers.conditions import CaptionLabels, ClassLabels, Conditions
 from dd2.teachers.families import FAMILIES
+from dd2.teachers.filtering import Sampling
 from dd2.teachers.head import HeadTeacher
+from dd2.text.encoder import EncoderSpec
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.base import DecoderAlignment, Tokenizer
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
@@ -117,7 +119,9 @@ def save_teacher(folder: Path, teacher: Teacher, dtype: torch.dtype = torch.floa
         "family": _backbone_family(teacher.backbone),
         "config": config_of(teacher.backbone),
     }
-    config |= names_said(teacher.conditions.class_names)
+    config |= labels_said(teacher.conditions)
+    if teacher.usual_sampling is not None:
+        config["sampling"] = teacher.usual_sampling.described()
     weights = nn.ModuleDict(teacher.stored_parts)
     with atomic_folder(folder) as partial:
         write_model(partial, weights, config, dtype)
@@ -153,7 +157,7 @@ def write_generator(folder: Path, generator: Generator, dtype: torch.dtype = tor
         config["code"] = code
     else:
         config |= {"family": _backbone_family(student.backbone), "config": config_of(student.backbone)}
-        config |= names_said(generator.conditions.class_names)
+        config |= labels_said(generator.conditions)
     write_model(folder, student, config, dtype)
     if not code:
         _write_tokenizer(folder / "tokenizer", generator.tokenizer, dtype)
@@ -250,10 +254,21 @@ def _fresh(config: dict[str, Any], folder: Path) -> Teacher:
         teacher = family.build(sizes, tokenizer)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    labels = teacher.conditions
-    if names := names_in(config, labels.num_classes if isinstance(labels, ClassLabels) else 0, folder / "config.json"):
+    file, labels = folder / "config.json", teacher.conditions
+    if names := names_in(config, labels.num_classes if isinstance(labels, ClassLabels) else 0, file):
         labels.class_names = names
+    if isinstance(labels, CaptionLabels) and (encoder := config.get("text_encoder")) is not None:
+        teacher.conditions = CaptionLabels(labels.length, labels.channels, encoder=construct(EncoderSpec, encoder, file))
+    if (usual := config.get("sampling")) is not None:
+        teacher.usual_sampling = construct(Sampling, usual, file)
     return teacher
+
+
+def labels_said(conditions: Conditions) -> dict[str, Any]:
+    """What a config.json says of labels: the names of classes, or the encoder of captions; nothing where nobody said."""
+    if isinstance(conditions, CaptionLabels):
+        return {} if conditions.encoder is None else {"text_encoder": asdict(conditions.encoder)}
+    return names_said(conditions.class_names)
 
 
 def _family_of(module: nn.Module, classes: dict[str, Any]) -> str:

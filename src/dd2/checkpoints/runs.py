@@ -1,7 +1,7 @@
 """Opening what commands are pointed at: teachers by name, folder or function, and finished runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,7 +15,11 @@ from dd2.external import check_trust, is_code
 from dd2.generator import Generator
 from dd2.teachers.base import Teacher
 from dd2.teachers.filtering import Sampling
+from dd2.text.prompts import Prompts
 from dd2.training.samples import samples_identity
+
+Texts = str | Prompts
+"""Captions by the name of a file or of an embedded list, or prompts themselves; empty: none, or a run's own."""
 
 
 def embedded(name: str) -> Path:
@@ -23,15 +27,18 @@ def embedded(name: str) -> Path:
     return Path(str(files("dd2") / "assets" / "digits" / name))
 
 
-def open_teacher(name: str, device: torch.device, captions: str = "", trust: Sequence[str] = ()) -> Teacher:
+def open_teacher(
+    name: str, device: torch.device, captions: Texts = "", trust: Sequence[str] = (), text_encoder: str = ""
+) -> Teacher:
     """A teacher that the user names.
 
     Args:
         name: "digits" (embedded); a teacher folder; the ar_diffusion/ folder of a run, which is an AR model itself; or
             module:function.
         device: where to.
-        captions: the file of a text-conditional one's captions.
+        captions: what the labels of a text-conditional one are to be (`Conditions.of_texts`).
         trust: modules that an ar_diffusion/ folder may import.
+        text_encoder: where its text encoder lies on this machine, if not where its folder says.
 
     Raises:
         InputError: there is none, or the captions do not go with it.
@@ -47,7 +54,7 @@ def open_teacher(name: str, device: torch.device, captions: str = "", trust: Seq
             )
         teacher = load_ar_teacher(folder, trust) if read_kind(folder) == "generator" else load_teacher(folder)
     if captions:
-        teacher.conditions.use_captions(Path(captions))
+        teacher.conditions = teacher.conditions.of_texts(captions, text_encoder, device)
     return teacher.to(device)
 
 
@@ -73,7 +80,9 @@ class FinishedRun:
         return self.record.sampling
 
 
-def open_generator(path: Path, device: torch.device, captions: str = "", trust: Sequence[str] = ()) -> Generator:
+def open_generator(
+    path: Path, device: torch.device, captions: Texts = "", trust: Sequence[str] = (), text_encoder: str = ""
+) -> Generator:
     """The generator of a run folder, or a generator folder itself.
 
     Args:
@@ -81,16 +90,17 @@ def open_generator(path: Path, device: torch.device, captions: str = "", trust: 
         device: where to.
         captions: as `open_teacher`, by default the run's own.
         trust: modules whose code may be imported, where the generator needs some.
+        text_encoder: as `open_teacher`.
 
     Raises:
         InputError: there is none, or it cannot be opened.
     """
     if not captions and (path / FILE).is_file():
         captions = RunRecord.read(path).captions
-    return _generator(path, device, captions, trust)
+    return _generator(path, device, captions, trust, text_encoder)
 
 
-def _generator(path: Path, device: torch.device, captions: str, trust: Sequence[str]) -> Generator:
+def _generator(path: Path, device: torch.device, captions: Texts, trust: Sequence[str], text_encoder: str) -> Generator:
     folder = path if (path / "model.safetensors").exists() or not (path / "generator").is_dir() else path / "generator"
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run folder of dd2 distill or a generator folder")
@@ -98,10 +108,12 @@ def _generator(path: Path, device: torch.device, captions: str, trust: Sequence[
         raise InputError(
             f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml"
         )
-    return _opened(folder, device, captions, trust)
+    return _opened(folder, device, captions, trust, text_encoder)
 
 
-def open_run(path: Path, device: torch.device, captions: str = "", trust: Sequence[str] = ()) -> FinishedRun:
+def open_run(
+    path: Path, device: torch.device, captions: Texts = "", trust: Sequence[str] = (), text_encoder: str = ""
+) -> FinishedRun:
     """A run with its teacher. Arguments as `open_generator`.
 
     Raises:
@@ -109,8 +121,9 @@ def open_run(path: Path, device: torch.device, captions: str = "", trust: Sequen
     """
     record = RunRecord.read(path)
     captions = captions or record.captions
-    generator = _generator(path, device, captions, trust)
-    teacher = open_record_teacher(record, path, device, captions, trust)
+    generator = _generator(path, device, captions, trust, text_encoder)
+    teacher = open_record_teacher(record, path, device, "", trust)
+    teacher.conditions = generator.conditions if captions else teacher.conditions  # prompts are encoded once
     made_by = samples_identity(path / "teacher_samples").get("teacher")
     if made_by is not None and made_by != teacher.fingerprint():
         raise InputError(f"{path}: the teacher named in {FILE} is not the one that was distilled; restore it")
@@ -118,12 +131,12 @@ def open_run(path: Path, device: torch.device, captions: str = "", trust: Sequen
     if not generator.code and not teacher.tokenizer.shares_tokens_with(generator.tokenizer):
         raise InputError(f"{path}: the teacher named in {FILE} has another tokenizer than the generator; restore it")
     teacher.backbone.normalise_by(student.token_mean, student.token_std)
-    tuned = _opened(path / "ar_diffusion", device, captions, trust) if (path / "ar_diffusion").is_dir() else None
+    tuned = _opened(path / "ar_diffusion", device, "", trust) if (path / "ar_diffusion").is_dir() else None
     return FinishedRun(record, generator, tuned, teacher)
 
 
 def open_record_teacher(
-    record: RunRecord, path: Path, device: torch.device, captions: str = "", trust: Sequence[str] = ()
+    record: RunRecord, path: Path, device: torch.device, captions: Texts = "", trust: Sequence[str] = ()
 ) -> Teacher:
     """The teacher that a run in `path` was distilled from. Arguments and errors as `open_run`."""
     adapted = path / "teacher"  # stage 0's result, where there was a stage 0
@@ -133,8 +146,8 @@ def open_record_teacher(
     return open_teacher(name, device, captions, trust)
 
 
-def _opened(folder: Path, device: torch.device, captions: str, trust: Sequence[str]) -> Generator:
+def _opened(folder: Path, device: torch.device, captions: Texts, trust: Sequence[str], text_encoder: str = "") -> Generator:
     generator = load_generator(folder, trust)
     if captions:
-        generator.conditions.use_captions(Path(captions))
+        generator = replace(generator, conditions=generator.conditions.of_texts(captions, text_encoder, device))
     return generator.to(device)

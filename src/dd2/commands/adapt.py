@@ -43,7 +43,10 @@ class AdaptRunConfig:
     teacher: str
     """Teacher folder, from dd2 convert llamagen."""
     captions: str = ""
-    """Caption features of a text-conditional teacher, from dd2 text-features."""
+    """Captions of a text-conditional teacher, which its labels count: a list of prompts (a file, or "scenes"), which the encoder
+    that the teacher remembers reads, or their features from dd2 text-features."""
+    text_encoder: str = ""
+    """Where the text encoder of a text-conditional teacher lies on this machine, if not where the teacher says."""
     out: Path = Path("runs/adapt")
     """Run folder; an interrupted run in it is resumed."""
     seed: int = 0
@@ -63,7 +66,7 @@ def adapt_run(config: AdaptRunConfig) -> Path:
         The adapted teacher's folder.
     """
     device = pick_device(config.device)
-    original = require_codes(open_teacher(config.teacher, device, config.captions), "dd2 adapt")
+    original = require_codes(open_teacher(config.teacher, device, config.captions, text_encoder=config.text_encoder), "dd2 adapt")
     check_adaptation(original, config.adapt)
     hint = start_run(config.out, config, "adapt")
     adapt(original, config.adapt, Trainer(config.out, config.seed, config.loop, device, hint))

@@ -1,7 +1,7 @@
 """dd2 dd1: the baseline that the paper compares with, Distilled Decoding 1, trained in full."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,10 @@ class DD1RunConfig:
     teacher: str = "digits"
     """"digits" (embedded), a teacher folder, or module:function of yours: a teacher over codes."""
     captions: str = ""
-    """Caption features of a text-conditional teacher, from dd2 text-features."""
+    """Captions of a text-conditional teacher, which its labels count: a list of prompts (a file, or "scenes"), which the encoder
+    that the teacher remembers reads, or their features from dd2 text-features."""
+    text_encoder: str = ""
+    """Where the text encoder of a text-conditional teacher lies on this machine, if not where the teacher says."""
     out: Path = Path("runs/dd1")
     """Run folder; an interrupted run in it is resumed."""
     seed: int = 0
@@ -71,7 +74,8 @@ def distil_dd1(config: DD1RunConfig) -> dict[str, float]:
         Seconds of "samples" (the pairs) and "dd1" over all sessions.
     """
     device = pick_device(config.device)
-    teacher = require_codes(open_teacher(config.teacher, device, config.captions), "dd2 dd1")
+    teacher = require_codes(open_teacher(config.teacher, device, config.captions, text_encoder=config.text_encoder), "dd2 dd1")
+    config = replace(config, sampling=teacher.usually(config.sampling))
     teacher.conditions.digest()  # refuses missing captions, and the next lines what else cannot be used,
     teacher.check(config.sampling)  # before a run folder exists
     if not teacher.backbone.continuous:

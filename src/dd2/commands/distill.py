@@ -13,7 +13,7 @@ from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
 from dd2.code_student import CodeStudent
 from dd2.commands.adapt import adapt
-from dd2.commands.distill_config import DistillConfig, check
+from dd2.commands.distill_config import DistillConfig, check, with_usual_sampling
 from dd2.commands.run_folder import copy_parts, read_seconds, start_run, write_seconds
 from dd2.device import pick_device
 from dd2.errors import InputError
@@ -46,7 +46,8 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
         Seconds of "samples", "tune" and "csd" (and "adapt", "pairs", "regress") over all sessions.
     """
     device = pick_device(config.device)
-    teacher = open_teacher(config.teacher, device, config.captions, config.trust)
+    teacher = open_teacher(config.teacher, device, config.captions, config.trust, config.text_encoder)
+    config = with_usual_sampling(config, teacher)
     check(config, teacher)  # before a run folder exists
     tuned = copied_student(teacher, config.networks)
     head = tuned.config if isinstance(tuned, Student) else config.head

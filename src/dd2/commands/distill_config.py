@@ -1,7 +1,7 @@
 """What dd2 distill is told, and what of it does not go with a teacher."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dd2.code_student import CodeStudent, has_own_classifier
@@ -36,7 +36,10 @@ class DistillConfig:
     trust: tuple[str, ...] = ()
     """Modules of yours that an ar_diffusion/ folder may import, because its own teacher was module:function."""
     captions: str = ""
-    """Caption features of a text-conditional teacher, from dd2 text-features; its labels are their row numbers."""
+    """Captions of a text-conditional teacher, which its labels count: a list of prompts (a file, or "scenes"), which the encoder
+    that the teacher remembers reads, or their features from dd2 text-features."""
+    text_encoder: str = ""
+    """Where the text encoder of a text-conditional teacher lies on this machine, if not where the teacher says."""
     out: Path = Path("runs/distill")
     """Run folder; an interrupted run in it is resumed."""
     stage1: str = ""
@@ -80,6 +83,12 @@ class DistillConfig:
             raise InputError("sample_in_loop is about stage 1, which stage1 takes from another run; give one of them")
         if self.align.iterations and not self.align.then_iterations:
             raise InputError("align.iterations needs align.then_iterations: alignment prepares further distillation")
+
+
+def with_usual_sampling(config: DistillConfig, teacher: Teacher) -> DistillConfig:
+    """The same, with the teacher's usual sampling where none is given."""
+    tune, csd = (teacher.usually(given) for given in (config.tune.sampling, config.csd.sampling))
+    return replace(config, tune=replace(config.tune, sampling=tune), csd=replace(config.csd, sampling=csd))
 
 
 def check(config: DistillConfig, teacher: Teacher) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dd2.commands.guidance import guidance_of
 from dd2.commands.run_folder import read_seconds
 from dd2.device import pick_device
 from dd2.errors import InputError
+from dd2.evaluation.clip import ClipScore
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.curve import Point, curve_numbers, curve_plot, draw_checkpoints
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
@@ -33,7 +36,10 @@ from dd2.processes import rank, say
 from dd2.provenance import commit, machine, read_versions
 from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
+from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import OtherSampling
+from dd2.text.captions import is_features
+from dd2.text.prompts import Prompts, read_prompts
 from dd2.training.health import findings
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples, samples_identity
@@ -50,13 +56,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     pick_precision(config.precision, device)  # refuses before anything is read
     network = open_features(config.features, device)
-    return evaluate_images(config, network, device) if config.images else _evaluate_run(config, network, device)
+    clips = [ClipScore(spec, device) for spec in config.clip]
+    if config.images:
+        return evaluate_images(config, network, clips, device)
+    return _evaluate_run(config, network, clips, device)
 
 
-def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
+def _evaluate_run(
+    config: EvaluateConfig, network: FeatureNetwork, clips: Sequence[ClipScore], device: torch.device
+) -> dict[str, Any]:
     start = time.perf_counter()
-    run = open_run(config.run, device, trust=config.trust)
-    writable_folder(config.run, "run folder")
+    prompts = config.prompts if is_features(config.prompts) or not config.prompts else read_prompts(config.prompts)
+    run = open_run(config.run, device, prompts, config.trust, config.text_encoder)
+    place = config.run / "prompts" / Path(config.prompts).stem if config.prompts else config.run
+    writable_folder(place, "run folder")
     spent = read_seconds(config.run)
     if not spent or not (config.run / "versions.json").is_file():
         raise InputError(f"{config.run} lacks seconds.json or versions.json; run dd2 distill on it again, which writes them")
@@ -70,12 +83,18 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
     run.teacher.check(config.teacher_at.applied(run.sampling))
     labels = run.teacher.conditions.num_labels
     if config.count % labels and not config.allow_unbalanced:
+        near = config.count // labels * labels
         raise InputError(
-            f"count {config.count} is no multiple of the {labels} labels, so the classes are unbalanced; choose another count, "
-            "or give --allow-unbalanced"
+            f"count {config.count} is no multiple of the {labels} labels, so the classes are unbalanced; choose another count "
+            f"({near if near > 1 else 2 * labels} or {near + labels}), or give --allow-unbalanced"
+        )
+    if clips and not (isinstance(run.teacher.conditions, CaptionLabels) and run.teacher.conditions.class_names):
+        raise InputError(
+            "clip needs captions whose texts are known, which this run's labels are not; leave it out, or give --prompts"
         )
     ways = ways_of(run, config)
     scorer, compared = comparison(config, run, ways, network)
+    scorer = replace(scorer, clips=clips, groups=prompts.groups if isinstance(prompts, Prompts) else ())
     reference = _reference(config, scorer, compared, network, device)
     channels = len(reference.fits["pool"].mean)
     if config.metrics.fid_infinity:
@@ -107,6 +126,7 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
         "features_digest": network.digest,
         "evaluation": {
             **decides,
+            **(prompts.described() if isinstance(prompts, Prompts) else {}),
             "precision": scorer.precision,
             "made": {"machine": machine(device), "torch": str(torch.__version__), "commit": commit()},
             "reference": reference.described,
@@ -125,12 +145,13 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
             *_trained_on(run, network),
             *_other_classes(run, network),
             *_of_teacher(config, run),
+            *_of_prompts(config),
         ],
     }
-    write_atomic(config.run / "metrics.json", json.dumps(numbers, indent=2) + "\n")
-    write_run_report(Section(config.run, numbers, scorer.shown(compared), pictures))
+    write_atomic(place / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    write_run_report(Section(config.run, numbers, scorer.shown(compared), pictures), place)
     say(summary(numbers))
-    say(f"wrote {config.run}/metrics.json, samples.png, curves.png and report.html")
+    say(f"wrote {place}/metrics.json, samples.png, curves.png and report.html")
     if config.export is not None:
         _export(config.export, config, scorer, compared["generator"])
     return numbers
@@ -139,6 +160,15 @@ def _evaluate_run(config: EvaluateConfig, network: FeatureNetwork, device: torch
 def _drawn_curve(config: EvaluateConfig, run: FinishedRun, spent: dict[str, float], scorer: Scorer) -> list[tuple[Point, Store]]:
     """Samples of every checkpoint. The ways are made anew for each: in half precision they hold copies of the weights."""
     return draw_checkpoints(config.run, run, spent, scorer, lambda: one_step_method(ways_of(run, config), run.teacher))
+
+
+def _of_prompts(config: EvaluateConfig) -> list[str]:
+    if not config.prompts:
+        return []
+    return [
+        "onestep*, and with it gap_closed, is by frequencies of the whole data set: the prompts are not those of the teacher "
+        "samples"
+    ]
 
 
 def _trained_on(run: FinishedRun, network: FeatureNetwork) -> list[str]:
@@ -150,6 +180,8 @@ def _trained_on(run: FinishedRun, network: FeatureNetwork) -> list[str]:
 
 def _other_classes(run: FinishedRun, network: FeatureNetwork) -> list[str]:
     known, own = network.class_names, run.generator.conditions.class_names
+    if isinstance(run.generator.conditions, CaptionLabels):
+        return []
     if not known or not own or known == own:
         return []
     first = next((pair for pair in zip(own, known, strict=False) if pair[0] != pair[1]), (len(own), len(known)))
@@ -196,7 +228,8 @@ def comparison(config: EvaluateConfig, run: FinishedRun, ways: Ways, network: Fe
     banks = config.cache or config.run / "features"
     precision = name_of(ways.precision)
     scorer = Scorer(run.teacher, network, run.sampling, config.count, config.batch, config.seed, banks, precision, config.metrics)
-    marginal, made_of = MarginalSampler(samples, config.marginal), f"{samples_identity(folder)} {len(samples)}"
+    over = "dataset" if config.prompts else config.marginal
+    marginal, made_of = MarginalSampler(samples, over), f"{samples_identity(folder)} {len(samples)}"
     guidance = guidance_of(config.run, run) if config.guidance else None
     rows = config.steps, config.skip, config.teacher_steps, config.teacher_at, guidance
     return scorer, methods(ways, run.teacher, marginal, made_of, *rows)

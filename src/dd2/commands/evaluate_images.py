@@ -2,31 +2,39 @@
 
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dd2.errors import InputError
+from dd2.evaluation.clip import ClipScore
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.features import FeatureNetwork
 from dd2.evaluation.images import ImageSet
-from dd2.evaluation.metrics import scores, warnings
+from dd2.evaluation.metrics import interval_of_mean, scores, warnings
 from dd2.evaluation.reference import image_bank, open_reference
 from dd2.evaluation.summary import described
 from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.processes import rank, say
+from dd2.progress import progress
+from dd2.text.prompts import Prompts, read_prompts
 
 
-def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: torch.device) -> dict[str, Any]:
+def evaluate_images(
+    config: EvaluateConfig, network: FeatureNetwork, clips: Sequence[ClipScore], device: torch.device
+) -> dict[str, Any]:
     """Score a set of images; what `evaluate` does with --images."""
     assert config.images is not None
     path = Path(os.path.realpath(config.images))
     images = ImageSet(path)
     say(images.said())
     balance = _checked_draws(config, images)
+    shown = _prompts(config, images) if clips else None
     out = path.with_name(f"{path.name}.dd2")
     writable_folder(out, "folder beside the images")
     digest = images.digest()
@@ -36,6 +44,8 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
     if rank() != 0:
         return {}
     found = scores(bank, reference, config.metrics, config.seed)
+    if shown is not None:
+        found |= _clip_scores(images, *shown, clips, config.batch)
     numbers = {
         "metrics": {"images": found},
         "count": len(images),
@@ -43,6 +53,7 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
         "features_digest": network.digest,
         "evaluation": {
             **{key: value for key, value in flat(config).items() if key.startswith(("metrics.", "seed", "features"))},
+            **({} if shown is None else {**shown[0].described(), "clip": list(config.clip)}),
             "images": str(path),
             "sha256": digest,
             "seeds": "unknown" if images.seeds is None else f"{len(set(images.seeds))} different ones",
@@ -57,6 +68,40 @@ def evaluate_images(config: EvaluateConfig, network: FeatureNetwork, device: tor
     say(described(numbers))
     say(f"wrote {out}/metrics.json")
     return numbers
+
+
+def _prompts(config: EvaluateConfig, images: ImageSet) -> tuple[Prompts, list[int]]:
+    """What images are to show, and their numbers in that order: names with numbers in them are in the order of those.
+
+    Raises:
+        InputError: there are none, or not as many as images.
+    """
+    source = config.prompts or str(images.path / "captions.txt")
+    found = read_prompts(source)
+    if len(found) != len(images):
+        raise InputError(
+            f"prompts {source} are {len(found):,}, the images {len(images):,}: give one for each image, in their order"
+        )
+    natural = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in images.names]
+    order = sorted(range(len(natural)), key=lambda row: natural[row]) if natural else list(range(len(images)))
+    return found, order
+
+
+def _clip_scores(
+    images: ImageSet, prompts: Prompts, order: Sequence[int], clips: Sequence[ClipScore], batch: int
+) -> dict[str, float]:
+    """Mean and interval of each score."""
+    found: dict[str, float] = {}
+    for clip in clips:
+        parts = []
+        with progress(clip.name, len(order), "img") as bar:
+            for start in range(0, len(order), batch):
+                rows = torch.tensor(order[start : start + batch])
+                parts.append(clip(images.pictures(rows), prompts.texts[start : start + batch]).double())
+                bar.update(len(rows))
+        each = torch.cat(parts)
+        found |= {clip.name: float(each.mean()), f"{clip.name}_95": interval_of_mean(each)}
+    return found
 
 
 def _checked_draws(config: EvaluateConfig, images: ImageSet) -> str:

@@ -1,5 +1,6 @@
 """dd2 sample: images from a distilled run, its stage-1 model or its teacher."""
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from dd2.checkpoints.runs import open_generator, open_run
+from dd2.checkpoints.runs import Texts, open_generator, open_run
 from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted
@@ -17,11 +18,15 @@ from dd2.files import writable_folder
 from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
+from dd2.provenance import commit
 from dd2.sampling import Draw, Prefix, Ways
 from dd2.seeding import SEEDS
 from dd2.shipping.hub import located
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import OtherSampling
+from dd2.text.captions import is_features
+from dd2.text.layouts import LAYOUTS, Layout, LayoutName, write_files
+from dd2.text.prompts import Prompts, read_prompts, typed
 from dd2.writers import open_writer
 
 
@@ -39,10 +44,20 @@ class SampleConfig(OtherSampling):
     """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
     labels: tuple[str, ...] = ("all",)
     """Classes by number or name, or line numbers of captions, in turn: 3 seven, or 3,seven; "all" takes every one."""
-    captions: str = ""
-    """Caption features for a text-conditional model, from dd2 text-features; by default those of the run."""
-    count: int = 64
-    """Images."""
+    prompt: tuple[str, ...] = ()
+    """Of a text-conditional model, texts to draw, in turn: --prompt "a three above a seven" "two fives"."""
+    prompts: str = ""
+    """A list of them: a text file, one a line, a .csv, .json or .jsonl (GenEval, HPSv2, MJHQ), "scenes", "scenes-unseen", or
+    features of dd2 text-features. By default the captions that the run was distilled with."""
+    per_prompt: int = 1
+    """Images of each prompt, where prompts are given and no count; image i is of prompt i modulo their number."""
+    text_encoder: str = ""
+    """Where the text encoder lies on this machine, if not where the model says: folder, owner/name or owner/name@revision."""
+    layout: LayoutName = "plain"
+    """How a folder of prompts' images is laid out. plain: number, label and seed in each name. For scorers of others: captions
+    (images/ and captions.txt: LlamaGen, GigaGAN), geneval, hpsv2, mjhq."""
+    count: int | None = None
+    """Images; by default 64, or per_prompt of each prompt."""
     seed: int = 0
     """Seed of image 0."""
     first: int = 0
@@ -68,11 +83,22 @@ class SampleConfig(OtherSampling):
 
     def __post_init__(self) -> None:
         """Refuse counts below 1 and unknown file types."""
-        for name in ("count", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < SEEDS or self.first < 0 or self.seed + self.first + self.count > SEEDS:
+        for name in ("count", "steps", "batch", "per_prompt"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < SEEDS or self.first < 0 or self.seed + self.first + (self.count or 1) > SEEDS:
             raise InputError(f"seed must be in 0 to 2^62 - 1, with first and count added too, got {self.seed} and {self.first}")
+        if self.prompt and self.prompts:
+            raise InputError("prompt and prompts are both given: type prompts, or name a list of them")
+        asked = bool(self.prompt or self.prompts)
+        if asked and self.labels != ("all",):
+            raise InputError("labels name captions of the run, and prompts are given in their place; leave one of them out")
+        if self.per_prompt > 1 and (not asked or self.count is not None):
+            raise InputError("per_prompt has no effect: it is about --prompt or --prompts without --count; leave it out")
+        if self.layout != "plain" and (not asked or self.out.suffix or is_features(self.prompts)):
+            raise InputError(
+                f"layout {self.layout} is about a folder of prompts: give --prompts with texts, and an --out without ending"
+            )
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":
@@ -96,30 +122,37 @@ def sample(config: SampleConfig) -> None:
     """
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)  # refuses before anything is read
-    ways = _opened(replace(config, run=located(config.run)), device).in_precision(precision)
+    prompts = _prompts(config)
+    ways = _opened(replace(config, run=located(config.run)), prompts, device).in_precision(precision)
     if config.precision != "auto" and ways.precision != precision:
         say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
-    labels = parse_labels(config.labels, ways.conditions, config.count, config.first)
+    count = config.count or (config.per_prompt * ways.conditions.num_labels if prompts else 64)
+    labels = parse_labels(config.labels, ways.conditions, count, config.first)
     draw = _draw(config, ways)
-    seeds = list(range(config.seed + config.first, config.seed + config.first + config.count))
+    seeds = list(range(config.seed + config.first, config.seed + config.first + count))
+    layout = _layout(config, prompts, count)
     if config.out.suffix and config.out.is_dir():
         raise InputError(f"out {config.out} is a folder; name a file, or a folder without ending")
     if config.out.is_dir() and any(config.out.iterdir()):
         raise InputError(f"out {config.out} is not empty: its old images would mix with the new; choose another --out")
     writable_folder(config.out.parent if config.out.suffix else config.out, "output folder")
-    writer = open_writer(config.out, config.first, keep_partial=True)
+    name = None if layout is None else (lambda number, label, seed: layout.name(number))
+    writer = open_writer(config.out, config.first, name, keep_partial=True)
     drawn = ways.batches(draw, labels, seeds, config.batch, nearest=config.decoding == "nearest")
     done = 0
     try:
-        with answering([signal.SIGTERM], _stop), writer, progress("sample", config.count, "img") as bar:
+        with answering([signal.SIGTERM], _stop), writer, progress("sample", count, "img") as bar:
             for _, images in drawn:
                 chosen = slice(done, done + len(images))
                 writer.add(images, labels[chosen], seeds[chosen])
                 done += len(images)
                 bar.update(len(images))
     except KeyboardInterrupt:
-        raise Interrupted(_stopped(config, writer.kept)) from None
-    say(f"wrote {config.count} images to {config.out} ({name_of(ways.precision)})")
+        raise Interrupted(_stopped(config, writer.kept, count)) from None
+    finally:
+        if writer.kept and isinstance(prompts, Prompts) and not config.out.suffix:
+            write_files(config.out, layout, config.first + writer.kept, _described(config, ways, prompts))
+    say(f"wrote {count} images to {config.out} ({name_of(ways.precision)})")
 
 
 def _stop(number: int, frame: object) -> None:
@@ -127,19 +160,56 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _stopped(config: SampleConfig, kept: int) -> str:
-    said = f"the first {kept} of {config.count} images are in {config.out}" if kept else "no image was done"
-    if kept == config.count:
+def _stopped(config: SampleConfig, kept: int, count: int) -> str:
+    said = f"the first {kept} of {count} images are in {config.out}" if kept else "no image was done"
+    if kept == count:
         return f"interrupted, but {said}"
-    rest = f"--first {config.first + kept} --count {config.count - kept}"
+    rest = f"--first {config.first + kept} --count {count - kept}"
     return f"interrupted: {said}; the rest: the same command with {rest} and another --out"
 
 
-def _opened(config: SampleConfig, device: torch.device) -> Ways:
+def _prompts(config: SampleConfig) -> Texts:
+    """What to draw, where it is no labels: prompts, or the name of a file of features."""
+    if config.prompt:
+        return typed(config.prompt)
+    return read_prompts(config.prompts) if config.prompts and not is_features(config.prompts) else config.prompts
+
+
+def _layout(config: SampleConfig, prompts: Texts, count: int) -> Layout | None:
+    """Where images go in a folder of somebody's scorer.
+
+    Raises:
+        InputError: the prompts lack what it is made of, or there is no room for so many images.
+    """
+    if config.layout == "plain" or not isinstance(prompts, Prompts):
+        return None
+    found = LAYOUTS[config.layout](prompts)
+    found.name(config.first + count - 1)
+    return found
+
+
+def _described(config: SampleConfig, ways: Ways, prompts: Prompts) -> dict[str, object]:
+    """What decides the images of prompts."""
+    by_teacher = config.method == "teacher" or config.steps > 1
+    return {
+        **prompts.described(),
+        "run": os.path.abspath(config.run),
+        "method": config.method,
+        "steps": config.steps,
+        "sampling": ways.sampling.described() if by_teacher else "as distilled",
+        "seeds": f"image i has seed {config.seed} + i, and prompt i modulo {len(prompts)}",
+        "decoding": config.decoding,
+        "precision": name_of(ways.precision),
+        "commit": commit(),
+    }
+
+
+def _opened(config: SampleConfig, prompts: Texts, device: torch.device) -> Ways:
     """The networks that a method needs."""
+    place = config.text_encoder
     if config.method in ("generator", "two_passes") and config.steps == 1:
-        return Ways(open_generator(config.run, device, config.captions, config.trust))
-    run = open_run(config.run, device, config.captions, config.trust)
+        return Ways(open_generator(config.run, device, prompts, config.trust, place))
+    run = open_run(config.run, device, prompts, config.trust, place)
     sampling = config.applied(run.sampling)
     if sampling != run.sampling and (note := run.teacher.check(sampling)):
         say(f"note: {note}", sys.stderr)

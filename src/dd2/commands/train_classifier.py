@@ -37,6 +37,8 @@ class ClassifierSizes:
     """Channels of the first convolution; the others have twice as many."""
     features: int = 64
     """Channels of the penultimate layer."""
+    cells: int = 1
+    """Cells on a side of the images that it will read, where the data are single cells (scenes-cells: 2)."""
 
     def resolved(self, data: str) -> "ClassifierSizes":
         """The same with the sizes that the data decides, which are said."""
@@ -64,7 +66,7 @@ class TrainClassifierConfig:
     """
 
     data: str = "digits"
-    """"digits" (embedded), or a folder or zip of CLASS/IMAGE files or of MNIST's."""
+    """"digits" or "scenes-cells" (embedded), or a folder or zip of CLASS/IMAGE files or of MNIST's."""
     out: Path = Path("runs/classifier")
     """Run folder; an interrupted run in it is resumed."""
     seed: int = 0
@@ -98,9 +100,10 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     config = replace(config, classifier=config.classifier.resolved(config.data))
     image_size, image_channels = config.classifier.image_size or 0, config.classifier.image_channels or 0
     data = open_data(config.data, image_size, image_channels)
-    sizes = ClassifierConfig(
-        image_size, image_channels, data.num_classes, config.classifier.width, config.classifier.features, Path(config.data).stem
-    )
+    if data.captions:
+        raise InputError(f"a classifier needs classes, and {config.data} has captions; of the scenes, give --data scenes-cells")
+    given, name = config.classifier, Path(config.data).stem
+    sizes = ClassifierConfig(image_size, image_channels, data.num_classes, given.width, given.features, name, given.cells)
     hint = start_run(config.out, config, "train-classifier")
     torch.manual_seed(config.seed)
     classifier = Classifier(sizes).to(device)

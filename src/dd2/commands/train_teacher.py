@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dd2.checkpoints.native import load_tokenizer, save_teacher
 from dd2.commands.run_folder import start_run
-from dd2.data.source import open_data
+from dd2.data.source import ImageData, open_data
 from dd2.data.tokenise import tokenise
 from dd2.device import pick_device
 from dd2.errors import InputError, TrainingFailed
@@ -20,10 +20,13 @@ from dd2.processes import say
 from dd2.seeding import stream
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.conditions import ClassLabels
+from dd2.teachers.conditions import CaptionLabels, ClassLabels
 from dd2.teachers.families import TeacherSizes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.train import teacher_loss
+from dd2.text.captions import Captions, captions_of
+from dd2.text.encoder import spec_of
+from dd2.text.prompts import Prompts
 from dd2.training.checkpoint import best_step, load_network
 from dd2.training.health import STATE, loss_rises
 from dd2.training.loop import LoopConfig, Trainer
@@ -56,7 +59,11 @@ class TrainTeacherConfig(TeacherSizes):
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
     """Folder of a trained tokenizer."""
     data: str = "digits"
-    """"digits" (embedded), or a folder or zip of CLASS/IMAGE files."""
+    """"digits" or "scenes" (embedded), a folder or zip of CLASS/IMAGE files, or one of pictures with captions."""
+    text_encoder: str = ""
+    """Of data with captions: "wordllama", or a Flan-T5 by folder, owner/name or owner/name@revision."""
+    caption_length: int = 0
+    """Positions of a caption; 0: the encoder's usual number (Flan-T5: 120, wordllama: 32)."""
     out: Path = Path("runs/teacher")
     """Run folder; an interrupted run in it is resumed."""
     seed: int = 0
@@ -95,13 +102,16 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     channels, size, _ = tokenizer.image_shape
     data = open_data(config.data, size, channels)
-    sizes = config.resolved(tokenizer, data.num_classes)
+    captions = _captions(config, data, device)
+    sizes = config.resolved(tokenizer, data.num_classes, None if captions is None else captions.encoder)
     config = replace(config, teacher=sizes.teacher, var=sizes.var, mar=sizes.mar)
     hint = start_run(config.out, config, "train-teacher")
     torch.manual_seed(config.seed)
     teacher = config.build(tokenizer).to(device)
     if data.class_names and isinstance(teacher.conditions, ClassLabels):
         teacher.conditions.call(data.class_names)
+    if captions is not None and isinstance(sized := teacher.conditions, CaptionLabels):
+        teacher.conditions = CaptionLabels(sized.length, sized.channels, captions, captions.encoder)
     class_dropout = config.used(tokenizer).class_dropout
     teacher.tokenizer.requires_grad_(False)
     trained = [parameter for part in teacher.stored_parts.values() for parameter in part.parameters()]
@@ -110,7 +120,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
 
     def loss(random: torch.Generator) -> Losses:
         rows = torch.randint(len(encoded), (config.batch,), generator=random, device=random.device)
-        return teacher_loss(teacher, encoded[rows], labels[rows], class_dropout, random)
+        return teacher_loss(teacher, encoded[rows], teacher.conditions(labels[rows]), class_dropout, random)
 
     shown = previewed(teacher, lambda cond, seeds: teacher.sample(cond, Sampling(), seeds))
 
@@ -160,6 +170,24 @@ def train_teacher(config: TrainTeacherConfig) -> Path:
     return folder
 
 
+def _captions(config: TrainTeacherConfig, data: ImageData, device: torch.device) -> Captions | None:
+    """What the text encoder makes of the data's captions, where they have such.
+
+    Raises:
+        InputError: they have, and no encoder is named, or the other way round.
+    """
+    if not data.captions:
+        if config.text_encoder or config.caption_length:
+            raise InputError(
+                f"text_encoder and caption_length have no effect: {config.data} has classes, no captions; leave them out"
+            )
+        return None
+    if not config.text_encoder:
+        raise InputError(f"{config.data} has captions: name the text encoder that reads them, such as --text-encoder wordllama")
+    spec = spec_of(config.text_encoder, config.caption_length)
+    return captions_of(Prompts(data.captions, config.data), spec, device=device)
+
+
 def _take_best(checkpoints: Path, teacher: Teacher) -> None:
     """Load the checkpoint that knew held-out images best."""
     step = best_step(checkpoints)
@@ -182,10 +210,11 @@ def measure(teacher: Teacher, encoded: Tensor, labels: Tensor, batch: int) -> fl
         batch: images at a time.
     """
     if isinstance(teacher, CodeTeacher):
-        return float(teacher_nll(teacher, encoded, labels, batch).mean())
+        parts = zip(encoded.split(batch), labels.split(batch), strict=True)
+        return float(torch.cat([teacher_nll(teacher, some, teacher.conditions(of), batch) for some, of in parts]).mean())
     sums = 0.0
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
         random = stream("measure", start, device=teacher.device)
-        sums += float(teacher_loss(teacher, encoded[part], labels[part], 0.0, random)[0]) * len(labels[part])
+        sums += float(teacher_loss(teacher, encoded[part], teacher.conditions(labels[part]), 0.0, random)[0]) * len(labels[part])
     return sums / len(labels)

@@ -14,6 +14,9 @@ from torch import Tensor
 SIZE = 16
 NUM_CLASSES = 10
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TILT = math.pi * 2 / 9
+"""Angle of a tilted digit: 40 degrees."""
+
 HELD_OUT = 297
 """Images kept from all training, for honest accuracies and likelihoods."""
 
@@ -43,10 +46,11 @@ def enlarge(images: Tensor) -> Tensor:
     return _warp(images, torch.eye(2).expand(len(images), 2, 2), torch.zeros(len(images), 2))
 
 
-def augment(images: Tensor, random: torch.Generator) -> Tensor:
+def augment(images: Tensor, random: torch.Generator, tilted: Tensor | None = None) -> Tensor:
     """(N, 1, 8, 8) to (N, 1, 16, 16) under random affine maps.
 
-    Rotation within 9 degrees, scale 0.92 to 1.08 per axis, shear within 0.1, shift within 1 pixel of 16.
+    Rotation within 9 degrees, scale 0.92 to 1.08 per axis, shear within 0.1, shift within 1 pixel of 16. Those of `tilted` (N,)
+    are turned further, by `TILT` to either side, and are smaller, so that their corners stay inside.
     """
     n = len(images)
 
@@ -55,6 +59,10 @@ def augment(images: Tensor, random: torch.Generator) -> Tensor:
 
     angle, shear = uniform(-math.pi / 20, math.pi / 20), uniform(-0.1, 0.1)
     scale_x, scale_y = uniform(0.92, 1.08), uniform(0.92, 1.08)
+    if tilted is not None:
+        side = torch.where(torch.rand(n, generator=random) < 0.5, -TILT, TILT)
+        angle, small = angle + side * tilted, torch.where(tilted, 0.8, 1.0)
+        scale_x, scale_y = scale_x * small, scale_y * small
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos / scale_x, (shear * cos - sin) / scale_x, sin / scale_y, (shear * sin + cos) / scale_y], 1)
     shift = torch.stack([uniform(-1.0, 1.0), uniform(-1.0, 1.0)], 1) * 2 / SIZE

@@ -32,7 +32,8 @@ class IdxImages:
     """
 
     class_names: tuple[str, ...] = ()
-    """The files have none."""
+    captions: tuple[str, ...] = ()
+    """The files have neither."""
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size

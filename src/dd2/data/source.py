@@ -1,4 +1,4 @@
-"""Labelled images to train tokenizers and teachers on: the embedded digits, or the user's folder or zip."""
+"""Labelled images to train tokenizers and teachers on: embedded ones, or the user's folder or zip."""
 
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,6 +12,7 @@ from dd2.data import digits
 from dd2.data.idx import IdxImages
 from dd2.data.layout import layout
 from dd2.data.pictures import Pictures
+from dd2.data.scenes import SIZE, SceneCells, Scenes
 from dd2.errors import InputError
 from dd2.processes import say
 
@@ -20,14 +21,17 @@ MODES: dict[int, Literal["L", "RGB"]] = {1: "L", 3: "RGB"}
 
 
 class ImageData(Protocol):
-    """Images with class labels, split into "train" and "test".
+    """Images with labels, classes or captions, split into "train" and "test".
 
     Attributes:
+        num_classes: labels there are.
         class_names: of the labels in order; empty where they have none.
+        captions: what the labels say, in order, where each is a text; else empty.
     """
 
     num_classes: int
     class_names: tuple[str, ...]
+    captions: tuple[str, ...]
 
     @property
     def num_training(self) -> int:
@@ -44,6 +48,7 @@ class Digits:
 
     num_classes = digits.NUM_CLASSES
     class_names: tuple[str, ...] = digits.CLASS_NAMES
+    captions: tuple[str, ...] = ()
 
     @property
     def num_training(self) -> int:
@@ -64,6 +69,8 @@ class ImageFolder:
     Raises:
         InputError: there is no such path, or it holds no class folders with images.
     """
+
+    captions: tuple[str, ...] = ()
 
     def __init__(self, path: Path, image_size: int, channels: int) -> None:
         if channels not in MODES:
@@ -109,14 +116,21 @@ class ImageFolder:
         return pixels.view(self.image_size, self.image_size, -1).permute(2, 0, 1)
 
 
+EMBEDDED: dict[str, tuple[int, type[Digits | Scenes | SceneCells]]] = {
+    "digits": (digits.SIZE, Digits),
+    "scenes": (SIZE, Scenes),
+    "scenes-cells": (digits.SIZE, SceneCells),
+}
+"""Name of embedded data -> pixels of a side, and what it is."""
+
 LOOKED_AT = 200
 """Images whose shapes stand for all."""
 
 
 def some_shapes(name: str, most: int = LOOKED_AT) -> list[tuple[int, int, int]]:
     """(channels, height, width) of images of what `open_data` opens, as they are stored: the first one, and others evenly."""
-    if name == "digits":
-        return [(1, digits.SIZE, digits.SIZE)]
+    if name in EMBEDDED:
+        return [(1, EMBEDDED[name][0], EMBEDDED[name][0])]
     path = Path(name)
     if IdxImages.found_in(path):
         return [(1, *IdxImages(path, 0).stored_size)]
@@ -133,14 +147,15 @@ def first_shape(name: str) -> tuple[int, int, int]:
 
 
 def open_data(name: str, image_size: int, channels: int, *, quiet: bool = False) -> ImageData:
-    """The data that a configuration names: "digits", or the path of a folder or zip of pictures or of MNIST's files.
+    """The data that a configuration names: one of `EMBEDDED`, or the path of a folder or zip of pictures or of MNIST's files.
 
     What was found in a folder or zip of pictures is printed, unless `quiet`.
     """
-    if name == "digits":
-        if (image_size, channels) != (digits.SIZE, 1):
-            raise InputError(f"the digits are 1 x {digits.SIZE} x {digits.SIZE}, not {channels} x {image_size} x {image_size}")
-        return Digits()
+    if name in EMBEDDED:
+        size, kind = EMBEDDED[name]
+        if (image_size, channels) != (size, 1):
+            raise InputError(f"the {name} are 1 x {size} x {size}, not {channels} x {image_size} x {image_size}")
+        return kind()
     if IdxImages.found_in(Path(name)):
         if channels != 1:
             raise InputError(f"data {name} is grey; set tokenizer.image_channels to 1")

@@ -29,14 +29,16 @@ class ClassifierConfig:
     """Channels of the penultimate layer."""
     trained_on: str = "digits"
     """What it was trained on; printed beside every number made with it."""
+    cells: int = 1
+    """Cells on a side of the images that it is for: each is read by itself, as an image of image_size."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no such network has."""
         halved = self.image_size // 4
         if self.image_size % 4 or halved < 2 or halved & (halved - 1):
             raise InputError(f"classifier image_size must be 8, 16, 32, 64 or another 4 * 2^k, got {self.image_size}")
-        if self.image_channels not in (1, 3) or min(self.num_classes, self.width, self.features) < 1:
-            raise InputError("classifier image_channels must be 1 or 3, and num_classes, width and features at least 1")
+        if self.image_channels not in (1, 3) or min(self.num_classes, self.width, self.features, self.cells) < 1:
+            raise InputError("classifier image_channels must be 1 or 3, and num_classes, width, features and cells at least 1")
 
 
 class Classifier(nn.Module):

@@ -27,5 +27,11 @@ COLUMNS = {
     "within_class_spread": Column("within-class spread", ".3g"),
     "teacher_nll": Column("teacher NLL", ".1f"),
     "accuracy": Column("accuracy", ".3f"),
+    "agreement": Column("agreement", ".3f"),
+    "clip_b32_prefix": Column("CLIP B/32, prefix", ".4f"),
+    "clip_b32": Column("CLIP B/32", ".4f"),
+    "clip_g14_prefix": Column("CLIP g/14, prefix", ".4f"),
+    "clip_g14": Column("CLIP g/14", ".4f"),
+    "clipscore_l14": Column("CLIPScore L/14", ".2f"),
 }
 """By their key in metrics.json, in the order in which they are shown."""

@@ -13,7 +13,7 @@ from dd2.teachers.filtering import OtherSampling
 
 OF_RUNS = (
     *("count", "steps", "prefix", "skip", "teacher_steps", "guidance", "marginal", "path_length", "epsilon", "curve"),
-    *("precision", "speed", "trust"),
+    *("precision", "speed", "trust", "text_encoder"),
 )
 """Fields that decide what is drawn of a run."""
 
@@ -36,7 +36,16 @@ class EvaluateConfig:
     reference: str = "teacher"
     """"teacher"; statistics (ADM's .npz, or made by dd2 reference); or images: a folder, zip or .npz."""
     count: int = 10_000
-    """Images per method (papers: 50,000), the same number of every class. Of `images`, all are scored."""
+    """Images per method (papers: 50,000), the same number of every class or prompt. Of `images`, all are scored."""
+    prompts: str = ""
+    """Of a text-conditional run, prompts to draw in place of the captions that it was distilled with: a text file, one a line, a
+    .csv, .json or .jsonl, "scenes", "scenes-unseen", or features of dd2 text-features. What is written goes to RUN/prompts/NAME.
+    Of `images`, what each is to show, in order; by default their folder's captions.txt."""
+    text_encoder: str = ""
+    """Where the text encoder lies on this machine, if not where the model says."""
+    clip: tuple[str, ...] = ()
+    """CLIP scores against the prompts, in the named variants of docs/evaluation.md, such as clip_b32_prefix; NAME@FOLDER where
+    the weights lie elsewhere than in the Hub's local cache."""
     steps: tuple[int, ...] = (1,)
     """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
     prefix: Prefix = "snapped"
@@ -55,7 +64,8 @@ class EvaluateConfig:
     """Token frequencies of onestep*: of each class, or of the whole data set (App. E.5)."""
     features: str = "digits"
     """"digits" (embedded classifier), or the folder of another (dd2 train-classifier); "inception" (ADM's, fetched once) or a
-    path to inception-2015-12-05.pt; or module:function of your own."""
+    path to inception-2015-12-05.pt; "inception-clean" (clean-fid's resize) or "inception-coco" (middle square by Lanczos to 256,
+    then that resize: COCO-30k), or either with @PATH; or module:function of your own."""
     metrics: MetricConfig = field(default_factory=MetricConfig)
     """Metrics and their settings."""
     path_length: int = 0
@@ -112,6 +122,10 @@ class EvaluateConfig:
         for (name, why), found in without_effect.items():
             if found:
                 raise InputError(f"{name} would have no effect, as {why}; leave it out")
+        if self.prompts and self.curve:
+            raise InputError("curve goes with the captions that the run was distilled with; leave prompts out, or curve")
+        if self.images is not None and self.prompts and not self.clip:
+            raise InputError("prompts have no effect on images but for --clip; leave them out, or name a CLIP score")
         if self.images is not None and self.reference == "teacher":
             raise InputError("images have no teacher: give --reference, e.g. ADM's .npz or a folder of real images")
         if self.export is not None and (self.export.suffix != ".npz" or self.images is not None):

@@ -65,10 +65,7 @@ class ImageSet:
         Raises:
             InputError: one cannot be read, or their sizes differ.
         """
-        if self._array is not None:
-            pixels = [np.array(self._array[int(i)]) for i in index]
-        else:
-            pixels = [self._decode(int(i)) for i in index]
+        pixels = self.pictures(index)
         height, width, channels = self.shape
         for i, p in zip(index, pixels, strict=True):
             if p.shape[:2] != (height, width):
@@ -81,6 +78,21 @@ class ImageSet:
             raise InputError(f"{self.what} {self.path}: the first is grey, others are in colour; make all of them colour")
         stacked = torch.from_numpy(np.stack(pixels)).float() / 127.5 - 1
         return stacked.permute(0, 3, 1, 2)
+
+    def pictures(self, index: Tensor) -> list[np.ndarray]:
+        """Images of indices (B,) as they are stored, each uint8 (H, W, 1 or 3), of any sizes.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+        if self._array is not None:
+            return [np.array(self._array[int(i)]) for i in index]
+        return [self._decode(int(i)) for i in index]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files in order, with folders; none of an .npz."""
+        return self._names
 
     def digest(self) -> str:
         """SHA-256 of the file, or of the names and contents of a folder."""

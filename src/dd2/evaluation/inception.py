@@ -74,6 +74,17 @@ class Inception:
             found["spatial"] = maps.permute(0, 2, 3, 1).flatten(1)  # ADM's order, so that its mu_s and sigma_s fit
         return found
 
+    def read_clean(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, 299, 299) in [0, 255], resized outside as clean-fid does, -> "pool" (B, 2048): the file's layers alone.
+
+        Raises:
+            InputError: the file gives no access to them.
+        """
+        layers: Callable[[Tensor], Tensor] | None = getattr(self._network, "layers", None)
+        if layers is None:
+            raise InputError("this Inception file has no layers of its own, which clean-fid's resize needs; give NVIDIA's")
+        return {"pool": layers((pixels.float() - 128) / 128).flatten(1)}
+
     def _mixed_6(self, pixels: Tensor) -> Tensor:
         layers: Any = self._network.layers
         x = resized(pixels)

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dd2.data.pictures import READ_ERRORS
 from dd2.errors import InputError
 from dd2.evaluation.bank import feature_bank
-from dd2.evaluation.features import FeatureNetwork, read_features
+from dd2.evaluation.features import FeatureNetwork, read_features, read_pictures
 from dd2.evaluation.images import ImageSet
 from dd2.files import file_digest, writable_folder
 from dd2.frechet import GaussianFit, fit_gaussian
@@ -38,11 +38,13 @@ class Reference:
         fits: "pool" and, where known, "spatial".
         pool: (N, F) features for precision, recall and KID, or None where only statistics are known.
         described: what it is, with its hash and count: printed beside every number.
+        groups: of each row of pool the category that it belongs to, where it is known; else empty.
     """
 
     fits: dict[str, GaussianFit]
     pool: Tensor | None
     described: dict[str, Any] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
 
 def of_bank(bank: Store, described: dict[str, Any]) -> Reference:
@@ -73,7 +75,9 @@ def open_reference(path: Path, network: FeatureNetwork, device: torch.device, ca
         writable_folder(root, "folder beside the reference")
     except InputError:
         root = cache
-    return of_bank(image_bank(images, network, device, root, batch, described["sha256"]), described)
+    found = of_bank(image_bank(images, network, device, root, batch, described["sha256"]), described)
+    folders = tuple(name.rpartition("/")[0].rpartition("/")[2] for name in images.names)
+    return replace(found, groups=folders if found.pool is not None and len(folders) == len(found.pool) else ())
 
 
 def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, root: Path, batch: int, digest: str) -> Store:
@@ -81,6 +85,8 @@ def image_bank(images: ImageSet, network: FeatureNetwork, device: torch.device, 
     identity = {"images": digest, "network": [network.name, network.digest]}
 
     def make(index: Tensor) -> dict[str, Tensor]:
+        if network.prepare is not None:
+            return read_pictures(network, images.pictures(index), device)
         return read_features(network, images[index].to(device))
 
     return feature_bank(root, f"features of {images.path.name}", identity, len(images), batch, make)

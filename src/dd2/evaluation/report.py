@@ -88,11 +88,11 @@ class Section:
         return curves(MetricsLog(self.run / "metrics.jsonl").rows())
 
 
-def write_run_report(section: Section) -> None:
-    """Write samples.png, curves.png and report.html into the run's own folder."""
-    write_atomic(section.run / "samples.png", png(titled(_blocks([section]))))
-    write_atomic(section.run / "curves.png", section.curves)
-    write_atomic(section.run / "report.html", page([section]))
+def write_run_report(section: Section, place: Path) -> None:
+    """Write samples.png, curves.png and report.html into a folder: the run's own, or one inside it."""
+    write_atomic(place / "samples.png", png(titled(_blocks([section]))))
+    write_atomic(place / "curves.png", section.curves)
+    write_atomic(place / "report.html", page([section]))
 
 
 def page(sections: Sequence[Section], others: Sequence[Point] = ()) -> str:

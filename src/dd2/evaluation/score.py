@@ -1,16 +1,19 @@
 """The comparison of a distilled run with its teacher: every number of metrics.json."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dd2.evaluation import reference as references
 from dd2.evaluation.bank import feature_bank
-from dd2.evaluation.features import FeatureNetwork, read_features
+from dd2.evaluation.clip import VARIANTS, ClipScore
+from dd2.evaluation.features import FeatureNetwork, pictures, read_features
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.evaluation.methods import Method
 from dd2.evaluation.metrics import MetricConfig, interval_of_mean, scores, within_class_spread
@@ -18,11 +21,14 @@ from dd2.evaluation.neighbours import nearest_distance
 from dd2.evaluation.path_length import path_length
 from dd2.evaluation.reference import Reference
 from dd2.files import weights_digest
+from dd2.frechet import fit_gaussian, frechet_distance
 from dd2.generator import Generator
 from dd2.seeding import seed_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import Sampling
+from dd2.text.prompts import typed
 from dd2.training.store import Store
 
 SHOWN = 40
@@ -43,6 +49,8 @@ class Scorer:
         banks: folder of the features on disk.
         precision: that the methods draw in; what scores them is float32.
         metrics: what is computed.
+        clips: CLIP scores, of models that are conditioned on texts.
+        groups: of each label the category it belongs to, where prompts have such; else empty.
     """
 
     teacher: Teacher
@@ -54,11 +62,15 @@ class Scorer:
     banks: Path
     precision: str = "float32"
     metrics: MetricConfig = field(default_factory=MetricConfig)
+    clips: Sequence[ClipScore] = ()
+    groups: tuple[str, ...] = ()
 
     def teacher_reference(self, teacher: Method) -> Reference:
         """As many other samples of the teacher; its own row is then the floor of every distance."""
         bank = self.bank("reference (teacher)", "teacher", teacher, "reference")
-        return references.of_bank(bank, {"reference": "teacher", "count": self.count})
+        found = references.of_bank(bank, {"reference": "teacher", "count": self.count})
+        known = self.groups and found.pool is not None and len(found.pool) == self.count
+        return replace(found, groups=self._groups_of(bank)) if known else found
 
     def drawn(self, methods: dict[str, Method]) -> dict[str, Store]:
         """Everything that is scored. All processes draw their share."""
@@ -79,7 +91,7 @@ class Scorer:
         distinct: dict[str, int] = {}
         for name, bank in banks.items():
             found[name] = scores(bank, reference, self.metrics, self.seed)
-            found[name] |= likelihood_and_accuracy(bank, self.network.knows_labels)
+            found[name] |= likelihood_and_accuracy(bank, self.network.knows_labels) | text_scores(bank)
             if "ids" in bank.names():
                 distinct[name] = len(torch.unique(bank.load("ids"), dim=0))
             pool = bank.load("pool")
@@ -91,7 +103,26 @@ class Scorer:
             "metrics": found,
             "ar_steps": self.teacher.num_steps(self.sampling),
             "distinct_sequences": distinct,
+            **self._by_group(banks, reference),
         }
+
+    def _by_group(self, banks: dict[str, Store], reference: Reference) -> dict[str, Any]:
+        """Distance and scores of each category of the prompts, where the reference has images of the same ones."""
+        if not self.groups or reference.pool is None or not {*self.groups} <= {*reference.groups}:
+            return {}
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        of_reference = np.array(reference.groups)
+        for group in sorted({*self.groups}):
+            fit = fit_gaussian([reference.pool[of_reference == group]])
+            found[group] = {}
+            for name, bank in banks.items():
+                rows = torch.from_numpy(np.array(self._groups_of(bank)) == group)
+                distance = frechet_distance(fit_gaussian([bank.load("pool")[rows]]), fit)
+                found[group][name] = {"frechet": distance, "count": int(rows.sum()), **text_scores(bank, rows)}
+        return {"groups": found}
+
+    def _groups_of(self, bank: Store) -> tuple[str, ...]:
+        return tuple(self.groups[int(label)] for label in bank.load("labels"))
 
     def bank(self, title: str, name: str, method: Method, seeds_of: str) -> Store:
         """Draw `count` samples of one method, or what is missing of them; `seeds_of` names the family of seeds."""
@@ -101,6 +132,10 @@ class Scorer:
             labels = self.labels(index)
             images, tokens = method.draw(labels, self.seeds(seeds_of, index))
             found = {**read_features(self.network, images), "labels": labels.cpu()}
+            if texts := [self.teacher.conditions.class_names[label] for label in labels.tolist() if self._by_text]:
+                if self.network.agrees is not None:
+                    found["agreement"] = self.network.agrees(found, texts).float()
+                found |= {clip.name: clip(pictures(images), texts) for clip in self.clips}
             if tokens is not None and isinstance(self.teacher, CodeTeacher):
                 ids = self.teacher.ids(tokens)
                 nll = teacher_nll(self.teacher, ids, self.teacher.conditions(labels))
@@ -154,6 +189,12 @@ class Scorer:
         """One seed per image; training never uses these streams."""
         return [seed_of("evaluate", family, self.seed, int(i)) for i in index]
 
+    @property
+    def _by_text(self) -> bool:
+        """Whether labels are captions whose texts are known."""
+        conditions = self.teacher.conditions
+        return isinstance(conditions, CaptionLabels) and bool(conditions.class_names)
+
     @cached_property
     def _teacher_digest(self) -> str:
         """Of what its samples depend on: once, not once per method."""
@@ -170,7 +211,19 @@ class Scorer:
             "seeds": [seeds_of, self.seed],
             "precision": self.precision,
             "network": [self.network.name, self.network.digest],
+            **({"texts": typed(self.teacher.conditions.class_names).digest()} if self._by_text else {}),
+            **({"clips": [clip.digest for clip in self.clips]} if self.clips else {}),
         }
+
+
+def text_scores(bank: Store, rows: Tensor | slice = slice(None)) -> dict[str, float]:
+    """Means over some rows of a bank, with their intervals, of what says how well images go with their captions."""
+    found: dict[str, float] = {}
+    for name in ("agreement", *VARIANTS):
+        if name in bank.names():
+            each = bank.load(name)[rows].double()
+            found |= {name: float(each.mean()), f"{name}_95": interval_of_mean(each)}
+    return found
 
 
 def likelihood_and_accuracy(bank: Store, knows_labels: bool) -> dict[str, float]:
@@ -204,6 +257,7 @@ def _by_metric(found: dict[str, dict[str, float]]) -> dict[str, Any]:
         "gap_closed": gap_closed(frechet["generator"], frechet["floor"], frechet["onestep_marginal"]),
         **{
             key: {name: values[key] for name, values in found.items() if key in values}
-            for key in ("teacher_nll", "teacher_nll_95", "accuracy")
+            for key in ("teacher_nll", "teacher_nll_95", "accuracy", "agreement")
+            if key != "agreement" or any(key in values for values in found.values())
         },
     }

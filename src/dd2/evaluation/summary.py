@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from dd2.evaluation.clip import VARIANTS
 from dd2.evaluation.columns import COLUMNS
 
 OWN_DECODER = "the tokenizer's own"
 """What decoded the images, where it was not trained further."""
 
-SHOWN = ("frechet", "precision", "recall", "teacher_nll", "accuracy")
+SHOWN = ("frechet", "precision", "recall", "teacher_nll", "accuracy", "agreement", *VARIANTS)
 """The columns of the terminal's table."""
 
 
@@ -61,5 +62,11 @@ def described(numbers: dict[str, Any], *, names_alone: bool = False) -> str:
         precision = decides.get("precision", "float32")
         lines.append(f"{balance}; drawn in {precision}; {decides['rounding']}; teacher: {shown}")
         lines.append(f"decoder: {decides.get('decoder') or OWN_DECODER}")
+    if "prompts_sha256" in decides:
+        count, digest = decides["prompts_count"], decides["prompts_sha256"][:12]
+        lines.append(f"prompts: {Path(decides['prompts']).name}, {count:,} of them, SHA-256 {digest}")
+    for group, methods in numbers.get("groups", {}).items():
+        said = (f"{name} {values['frechet']:.2f}" for name, values in methods.items() if name in ("teacher", "generator"))
+        lines.append(f"Fréchet distance of {group}: {', '.join(said)}")
     lines += [f"not measured: {text}" for text in numbers.get("absent", [])]
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

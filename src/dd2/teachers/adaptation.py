@@ -30,7 +30,7 @@ def adapted_copy(original: Teacher, hidden: int = 0) -> LlamaGenTeacher:
     kept = {key: value for key, value in original.state_dict().items() if ".tok_embeddings." not in key}
     missing = adapted.load_state_dict(kept, strict=False).missing_keys
     assert all(".tok_embeddings." in key for key in missing)
-    adapted.conditions = original.conditions
+    adapted.conditions, adapted.usual_sampling = original.conditions, original.usual_sampling
     _standardise_input(input_layer(adapted), tokenizer.codebook)
     return adapted.eval()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dd2.errors import InputError
 from dd2.order import Order
 from dd2.precision import in_precision
+from dd2.processes import note
 from dd2.scores import ConditionalScore, Solver
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import Sampling
@@ -127,6 +128,7 @@ class Teacher(nn.Module, ABC):
 
     Attributes:
         code: the module:function that builds it, where it comes from one.
+        usual_sampling: what it is drawn with unless somebody says otherwise, where its authors say; else None.
         stored_as: what `stored` gives is called on disk ("ids", "latents").
 
     Raises:
@@ -134,6 +136,7 @@ class Teacher(nn.Module, ABC):
     """
 
     code: str = ""
+    usual_sampling: Sampling | None = None
     stored_as: str
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, conditions: Conditions) -> None:
@@ -164,6 +167,14 @@ class Teacher(nn.Module, ABC):
     def float32_parts(self) -> tuple[nn.Module, ...]:
         """Modules that are called in float32, whatever the autocast around them."""
         return ()
+
+    def usually(self, given: Sampling) -> Sampling:
+        """The sampling that is meant where nobody has set any: the teacher's usual one, which is said."""
+        if self.usual_sampling is None or given != Sampling():
+            return given
+        usual = {name: value for name, value in self.usual_sampling.described().items() if value != getattr(given, name)}
+        note(f"the teacher is sampled as its authors do: {', '.join(f'{name} {value}' for name, value in usual.items())}")
+        return self.usual_sampling
 
     def student_backbone(self) -> Backbone:
         """A backbone for a student to train: a copy of this one."""

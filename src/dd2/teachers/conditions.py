@@ -4,21 +4,23 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.processes import note
-from dd2.teachers.captions import Captions
+from dd2.text.captions import Captions, captions_of
+from dd2.text.encoder import EncoderSpec
+from dd2.text.prompts import Prompts
 
 
 class Conditions(ABC):
     """Labels 0 … num_labels - 1 and the condition that each stands for. Opaque to everything but the teacher.
 
     Attributes:
-        class_names: what the labels are called, in order; empty where nobody said.
+        class_names: what the labels are called, in order: classes, or captions as texts; empty where nobody said.
     """
 
     class_names: tuple[str, ...] = ()
@@ -71,13 +73,20 @@ class Conditions(ABC):
         hint = f"did you mean {nearest}?" if nearest else f"they are {', '.join(self.class_names[:5])}" + ", …" * (len(names) > 5)
         raise InputError(f"label {text!r} is not a class of this model; {hint}")
 
-    def use_captions(self, file: Path) -> None:
-        """Let the captions of a file (dd2 text-features) be the labels of a text-conditional model.
+    def of_texts(self, source: str | Prompts, place: str = "", device: torch.device | None = None) -> "Conditions":
+        """The same with other captions for labels, of a text-conditional model.
+
+        Args:
+            source: as `dd2.text.captions.captions_of`: prompts, or the name of a list of them or of a file of features.
+            place, device: of the text encoder, as there.
 
         Raises:
-            InputError: the model is not text-conditional, or the file does not fit it.
+            InputError: the model is not text-conditional, or they do not fit it.
         """
-        raise InputError(f"captions {file} were given, but this model is conditioned on classes")
+        named = source if isinstance(source, str) else source.source
+        raise InputError(
+            f"captions ({named}) were given, but this model is conditioned on classes: leave them out, or name labels"
+        )
 
     def digest(self) -> str:
         """Hash of what the labels stand for; empty where that is fixed.
@@ -120,16 +129,33 @@ class ClassLabels(Conditions):
 
 
 class CaptionLabels(Conditions):
-    """Captions, given by `use_captions`: a label is the number of a row.
+    """Captions, given by `of_texts`: a label is the number of a row.
 
     Args:
         length: positions P of a caption.
         channels: of their features.
         captions: if they are known already.
+        encoder: that the model was trained with; None where nobody said.
+
+    Raises:
+        InputError: the captions do not fit the model.
     """
 
-    def __init__(self, length: int, channels: int, captions: Captions | None = None) -> None:
-        self.length, self.channels, self.captions = length, channels, captions
+    def __init__(self, length: int, channels: int, captions: Captions | None = None, encoder: EncoderSpec | None = None) -> None:
+        self.length, self.channels, self.captions, self.encoder = length, channels, captions, encoder
+        self.class_names = () if captions is None else captions.texts
+        if encoder is not None and (encoder.length, encoder.channels) != (length, channels):
+            raise InputError(
+                f"the text encoder {encoder.said()} gives features of {encoder.channels} channels; this model reads {length} "
+                "positions "
+                f"of {channels}"
+            )
+        if captions is not None and tuple(captions.features.shape[1:]) != (length, channels):
+            raise InputError(
+                f"the captions' features are {tuple(captions.features.shape)}; this model needs (N, {length}, {channels}): "
+                "make them "
+                "with the text encoder that it was trained with"
+            )
 
     @property
     def num_labels(self) -> int:
@@ -141,8 +167,8 @@ class CaptionLabels(Conditions):
     def empty(self, count: int, device: torch.device | str) -> Tensor:
         return torch.empty(count, self.length, self.channels, device=device)
 
-    def use_captions(self, file: Path) -> None:
-        self.captions = Captions.load(file, self.length, self.channels)
+    def of_texts(self, source: str | Prompts, place: str = "", device: torch.device | None = None) -> "CaptionLabels":
+        return CaptionLabels(self.length, self.channels, captions_of(source, self.encoder, place, device), self.encoder)
 
     def digest(self) -> str:
         return self._known.digest()
@@ -151,6 +177,22 @@ class CaptionLabels(Conditions):
     def _known(self) -> Captions:
         if self.captions is None:
             raise InputError(
-                "this model is conditioned on captions: give their features with --captions FILE (dd2 text-features makes it)"
+                "this model is conditioned on captions: give prompts, a list of them (--prompts FILE), or in training --captions"
             )
         return self.captions
+
+
+class Sizes(Protocol):
+    """What the sizes of a transformer say of its condition."""
+
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def caption_dim(self) -> int: ...
+    @property
+    def caption_length(self) -> int: ...
+
+
+def conditions_of(sizes: Sizes) -> Conditions:
+    """Classes, or captions that are yet to be given."""
+    return CaptionLabels(sizes.caption_length, sizes.caption_dim) if sizes.caption_dim else ClassLabels(sizes.num_classes)

@@ -10,6 +10,7 @@ from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_tea
 from dd2.teachers.mar import MARBackbone, MARTeacher
 from dd2.teachers.mar_network import MARConfig
 from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
+from dd2.text.encoder import EncoderSpec
 from dd2.tokenizers.base import CodeTokenizer, Tokenizer
 from dd2.tokenizers.kl import KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
@@ -45,9 +46,10 @@ class TeacherSizes:
     """Sizes of a teacher to train: the tokenizer decides whose are used."""
 
     teacher: LlamaGenConfig = field(default_factory=LlamaGenConfig)
-    """Sizes of a LlamaGen teacher, for a raster tokenizer; rows, columns and num_classes come from it and the data."""
+    """Sizes of a LlamaGen teacher, for a raster tokenizer; rows, columns, num_classes and captions come from it
+    and the data."""
     var: VARConfig = field(default_factory=VARConfig)
-    """Sizes of a VAR teacher, for a multi-scale tokenizer; num_classes comes from the data."""
+    """Sizes of a VAR teacher, for a multi-scale tokenizer; num_classes and captions come from the data."""
 
     mar: MARConfig = field(default_factory=MARConfig)
     """Sizes of a MAR teacher, for a KL tokenizer; rows, columns, code_dim and num_classes come from it and the data."""
@@ -56,21 +58,23 @@ class TeacherSizes:
         """Those that go with a tokenizer."""
         return getattr(self, _section(tokenizer))
 
-    def resolved(self, tokenizer: Tokenizer, num_classes: int) -> "TeacherSizes":
-        """The same with what tokenizer and data decide.
+    def resolved(self, tokenizer: Tokenizer, num_classes: int, encoder: EncoderSpec | None = None) -> "TeacherSizes":
+        """The same with what tokenizer, data and text encoder decide.
 
         Raises:
-            InputError: sizes are given for a kind of teacher that does not go with the tokenizer.
+            InputError: sizes are given for a kind of teacher that does not go with the tokenizer, or it reads no texts.
         """
-        if self.teacher.caption_dim or self.teacher.input_layer != "mlp":
-            raise InputError(
-                "train-teacher trains class-conditional, continuous models: leave teacher.caption_dim and input_layer out"
-            )
+        if self.teacher.input_layer != "mlp":
+            raise InputError("train-teacher trains models that read continuous codes: leave teacher.input_layer out")
         used = _section(tokenizer)
         for unused in SECTIONS.keys() - {used}:
             if getattr(self, unused) != getattr(TeacherSizes(), unused):
                 raise InputError(f"this is a {SECTIONS[used]} tokenizer: its teacher's sizes are {used}.*, not {unused}.*")
-        decided: dict[str, int] = {"num_classes": num_classes}
+        decided: dict[str, int] = {} if encoder else {"num_classes": num_classes}
+        if used != "mar":
+            decided |= {"caption_dim": encoder.channels, "caption_length": encoder.length} if encoder else {"caption_dim": 0}
+        elif encoder:
+            raise InputError("a MAR is conditioned on classes, and these data have captions; use a tokenizer with codes")
         if used != "var":
             side = round(tokenizer.num_positions**0.5)
             decided |= {"rows": side, "columns": side}

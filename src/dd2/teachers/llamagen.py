@@ -14,7 +14,7 @@ from dd2.teachers.base import Backbone
 from dd2.teachers.cache import KVCache
 from dd2.teachers.captions import CaptionEmbedding, attention_mask
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.conditions import CaptionLabels, ClassLabels, Conditions
+from dd2.teachers.conditions import conditions_of
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
 from dd2.tokenizers.base import CodeTokenizer, nearest_ids
@@ -270,11 +270,6 @@ def llamagen_teacher(config: LlamaGenConfig, tokenizer: CodeTokenizer) -> LlamaG
     output = Linear(config.width, tokenizer.codebook.shape[0], bias=False)
     nn.init.zeros_(output.weight)
     return LlamaGenTeacher(backbone, output, tokenizer, conditions_of(config))
-
-
-def conditions_of(config: LlamaGenConfig) -> Conditions:
-    """Classes, or captions that are yet to be given."""
-    return CaptionLabels(config.caption_length, config.caption_dim) if config.caption_dim else ClassLabels(config.num_classes)
 
 
 def rope_table(rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0) -> Tensor:

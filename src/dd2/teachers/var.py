@@ -14,8 +14,9 @@ from dd2.order import Attend
 from dd2.precision import Linear
 from dd2.teachers.base import Backbone
 from dd2.teachers.cache import KVCache
+from dd2.teachers.captions import CaptionEmbedding, seen_words
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.conditions import ClassLabels
+from dd2.teachers.conditions import conditions_of
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
 from dd2.teachers.next_scale import NextScaleOrder, order_of
@@ -39,7 +40,11 @@ class VARConfig:
     mlp_ratio: float = 4.0
     """Hidden channels of the feed-forward part as a multiple of the width."""
     num_classes: int = 1000
-    """Class labels; label num_classes is the null class of classifier-free guidance."""
+    """Class labels; label num_classes is the null class of classifier-free guidance. Unused with captions."""
+    caption_dim: int = 0
+    """Channels of caption features; 0 is a class-conditional model, as VAR's own are."""
+    caption_length: int = 120
+    """Positions of a caption, which stand before the first scale. Unused without captions."""
     attn_l2_norm: bool = True
     """Unit-norm queries and keys with a learned scale per head."""
     shared_aln: bool = False
@@ -60,6 +65,13 @@ class VARConfig:
             raise InputError(f"var mlp_ratio must be positive, got {self.mlp_ratio}")
         if not (0 <= self.drop_path < 1 and 0 <= self.class_dropout < 1):
             raise InputError("var drop_path and class_dropout must be in [0, 1)")
+        if self.caption_dim < 0 or self.caption_length < 1:
+            raise InputError("var caption_dim must not be negative, caption_length at least 1")
+
+    @property
+    def condition_positions(self) -> int:
+        """Positions that the condition takes before the first scale: those of a caption, none of a class."""
+        return self.caption_length if self.caption_dim else 0
 
 
 class Attention(nn.Module):
@@ -151,6 +163,9 @@ class HeadNorm(nn.Module):
 class VARBackbone(Backbone):
     """VAR's blocks, its class-conditional last norm included; module names follow the official checkpoints.
 
+    With captions, which VAR's own models do not know, a condition is (B, P, caption_dim + 1) as LlamaGen's (`caption_condition`).
+    Its words stand before the first scale, where all read them, and their mean takes the place of the class embedding.
+
     Args:
         config: sizes.
         order: scales and φ, from the tokenizer.
@@ -164,7 +179,11 @@ class VARBackbone(Backbone):
         self.pos_start = nn.Parameter(torch.empty(1, first, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, order.n, width))
         self.word_embed = nn.Linear(code_dim, width)
-        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        if config.caption_dim:
+            self.class_emb = CaptionEmbedding(config.caption_length, config.caption_dim, width)
+            self.caption_position = nn.Parameter(torch.empty(1, config.caption_length, width))
+        else:
+            self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(order.num_steps, width)
         if config.shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -174,7 +193,13 @@ class VARBackbone(Backbone):
         self._init_weights()
 
     def null_condition(self, cond: Tensor) -> Tensor:
+        if isinstance(self.class_emb, CaptionEmbedding):
+            return self.class_emb.null_condition(cond)
         return torch.full_like(cond, self.config.num_classes)
+
+    @property
+    def positions(self) -> int:
+        return self.config.condition_positions + self.order.n
 
     @property
     def stack(self) -> LayerStack:
@@ -191,42 +216,61 @@ class VARBackbone(Backbone):
     def own_features(self, tokens: Tensor, cond: Tensor, before: BeforeLayer) -> Tensor:
         """As `ReadsOwnToken.own_features`."""
         # The condition has the places of the teacher's first scale, and so their embeddings; every token has its own.
-        first = self.order.steps[0]
-        x = torch.cat(
-            [self._first(cond), self._placed(self.word_embed(self.to_codes(tokens.float())), slice(0, self.order.n))], 1
-        )
-        attend = masked_attention(own_token_mask(self.order, first.stop))
-        return self._layers(x, cond, attend, None, before)[:, first.stop :]
+        given = self._given(cond)
+        own = self._placed(self.word_embed(self.to_codes(tokens.float())), slice(0, self.order.n))
+        before_tokens = given.before.shape[1]
+        mask = own_token_mask(self.order, before_tokens)
+        attend = masked_attention(mask if given.words is None else seen_words(mask, given.words))
+        x = torch.cat([given.before, own], 1)
+        return self._layers(x, given.embedding, attend, None, before)[:, before_tokens:]
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.order.n)
+        return KVCache(self.positions)
 
     def next_features(self, cache: Any, tokens: Tensor, cond: Tensor) -> Tensor:
         step = next(step for step in self.order.steps if step.start == tokens.shape[1])
         return self._run(tokens, cond, cache)[:, step.start - step.stop :]
 
     def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None) -> Tensor:
-        read = cache.length if cache else 0
-        first = self.order.steps[0].stop
+        """Features of the tokens' positions, less those that the cache has read."""
+        given, first = self._given(cond), self.order.steps[0].stop
+        read = max((cache.length if cache else 0) - self.config.condition_positions, 0)
         with full_precision(tokens.device):  # sums over many scales
             inputs = self.order.inputs(self.to_codes(tokens.float()))
         start = max(read, first)
         x = self._placed(self.word_embed(inputs[:, start - first :]), slice(start, first + inputs.shape[1]))
-        x = torch.cat([self._first(cond), x], 1) if read == 0 else x
-        return self._layers(x, cond, self.order.attend, cache)
+        held = x.shape[1] if read else x.shape[1] + first
+        x = x if read else torch.cat([given.before, x], 1)
+        attend = self.order.attend if given.words is None else self._attend_caption(given.words, read, read + held)
+        return self._layers(x, given.embedding, attend, cache)[:, -held:]
 
-    def _first(self, cond: Tensor) -> Tensor:
-        """What stands at the positions of the first scale."""
-        return self._placed(self.class_emb(cond).unsqueeze(1) + self.pos_start, self.order.steps[0])
+    def _given(self, cond: Tensor) -> "_Given":
+        first = self.order.steps[0]
+        if not isinstance(self.class_emb, CaptionEmbedding):
+            embedding = self.class_emb(cond)
+            return _Given(embedding, self._placed(embedding.unsqueeze(1) + self.pos_start, first), None)
+        features, words = self.class_emb(cond).float(), self.class_emb.words(cond)
+        words = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if words is None else words
+        share = (words / words.sum(1, keepdim=True).clamp_min(1)).unsqueeze(-1)
+        embedding = (features * share).sum(1)
+        before = [features + self.caption_position, self._placed(embedding.unsqueeze(1) + self.pos_start, first)]
+        return _Given(embedding, torch.cat(before, 1), words)
+
+    def _attend_caption(self, words: Tensor, read: int, stop: int) -> Attend:
+        """Attention of token positions read … stop - 1, and of the caption's own where read is 0."""
+        level = self.order.step_of[:stop]
+        seen = torch.cat([level.new_full((words.shape[1],), -1), level])
+        queries = seen if read == 0 else level[read:]
+        mask = (queries[:, None] >= seen).unsqueeze(0)
+        return masked_attention(seen_words(mask, words))
 
     def _placed(self, x: Tensor, positions: slice) -> Tensor:
         """With the embeddings of scale and position; the residual stream stays float32 under autocast."""
         return x.float() + self.lvl_embed(self.order.step_of[positions]) + self.pos_1LC[:, positions]
 
     def _layers(
-        self, x: Tensor, cond: Tensor, attend: Attend, cache: KVCache | None, before: BeforeLayer | None = None
+        self, x: Tensor, class_embedding: Tensor, attend: Attend, cache: KVCache | None, before: BeforeLayer | None = None
     ) -> Tensor:
-        class_embedding = self.class_emb(cond)
         shared = self.config.shared_aln
         modulation = self.shared_ada_lin(class_embedding).view(-1, 1, 6, self.width) if shared else class_embedding
         return self.head_nm(self.blocks.run(x, modulation, attend, cache=cache, before=before), class_embedding)
@@ -240,7 +284,8 @@ class VARBackbone(Backbone):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for position in (self.pos_start, self.pos_1LC):
+        captions = [self.caption_position] if self.config.caption_dim else []
+        for position in (self.pos_start, self.pos_1LC, *captions):
             nn.init.trunc_normal_(position, std=std)
         for name, module in self.named_modules():
             if name.endswith(("attn.proj", "ffn.fc2")) and isinstance(module, nn.Linear):
@@ -253,6 +298,21 @@ class VARBackbone(Backbone):
             if isinstance(block, Block) and hasattr(block, "ada_gss"):
                 block.ada_gss[:, :, 2:].mul_(0.5)
                 block.ada_gss[:, :, :2].mul_(1e-5)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the condition is to the layers.
+
+    Attributes:
+        embedding: (B, D) that scales, shifts and gates.
+        before: (B, p, D) what stands before the second scale: the first one's positions, behind those of a caption.
+        words: (B, P) bool of a caption; None of a class.
+    """
+
+    embedding: Tensor
+    before: Tensor
+    words: Tensor | None
 
 
 class VARTeacher(CodeTeacher):
@@ -278,7 +338,7 @@ def var_teacher(config: VARConfig, tokenizer: CodeTokenizer) -> VARTeacher:
     output = Linear(config.width, codes)
     nn.init.trunc_normal_(output.weight, std=0.02 * math.sqrt(1 / config.width / 3))
     nn.init.zeros_(output.bias)
-    return VARTeacher(backbone, output, tokenizer, ClassLabels(config.num_classes))
+    return VARTeacher(backbone, output, tokenizer, conditions_of(config))
 
 
 def _norm(x: Tensor) -> Tensor:

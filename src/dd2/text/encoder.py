@@ -1,0 +1,140 @@
+"""Text encoders: prompts to features of their words, behind one interface; which one a teacher was trained with is part of it."""
+
+import functools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dd2.errors import InputError
+
+Kind = Literal["flan-t5", "wordllama"]
+
+KINDS = get_args(Kind)
+
+USUAL_LENGTH: dict[str, int] = {"flan-t5": 120, "wordllama": 32}
+"""Positions of a caption unless told otherwise; LlamaGen's models have 120."""
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Which encoder makes features: what a teacher's folder remembers.
+
+    Attributes:
+        kind: its sort.
+        name: folder, or name on the Hub, of its weights; empty where they come with a Python package.
+        revision: on the Hub.
+        length: P, positions of a caption; longer ones are cut.
+        channels: of the features.
+        digest: of its weights; empty where they were never seen here, as of converted teachers.
+    """
+
+    kind: Kind
+    name: str = ""
+    revision: str = ""
+    length: int = 120
+    channels: int = 1
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse encoders that there are not."""
+        if self.kind not in KINDS:
+            raise InputError(f"text encoder kind must be {' or '.join(KINDS)}, got {self.kind!r}")
+        if self.length < 1 or self.channels < 1:
+            raise InputError(f"text encoder length and channels must be at least 1, got {self.length} and {self.channels}")
+
+    def said(self) -> str:
+        """For people."""
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.kind}{f' {self.name}{at}' if self.name else ''}, {self.length} positions"
+
+    def differs_from(self, other: "EncoderSpec") -> bool:
+        """Whether features of the two are surely not the same; where a digest is unknown the shapes decide."""
+        if (self.kind, self.length, self.channels) != (other.kind, other.length, other.channels):
+            return True
+        return bool(self.digest and other.digest and self.digest != other.digest)
+
+
+def spec_of(text: str, length: int = 0) -> EncoderSpec:
+    """The encoder that a command line names; its channels and digest are known when it is opened.
+
+    Args:
+        text: "wordllama"; or a Flan-T5: a folder, owner/name in the local cache of the Hub, or owner/name@revision, which may be
+            fetched.
+        length: positions; 0 is the usual number.
+    """
+    if text == "wordllama":
+        return EncoderSpec("wordllama", length=length or USUAL_LENGTH["wordllama"])
+    name, _, revision = text.partition("@") if HUB_NAME.fullmatch(text) else (text, "", "")
+    return EncoderSpec("flan-t5", name, revision, length or USUAL_LENGTH["flan-t5"])
+
+
+class TextEncoder(ABC):
+    """Prompts to features.
+
+    Attributes:
+        spec: what it is, in full.
+    """
+
+    spec: EncoderSpec
+
+    @abstractmethod
+    def words(self, texts: Sequence[str]) -> list[int]:
+        """How many positions each text has before it is cut."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts to features (N, P, channels) float32 and mask (N, P), 1 for a word; on the CPU, words first, at least one each.
+
+        A text's features do not depend on the others.
+        """
+
+
+@functools.lru_cache(maxsize=1)
+def open_encoder(spec: EncoderSpec, place: str = "", device: torch.device | None = None) -> TextEncoder:
+    """Load an encoder; the last one stays loaded.
+
+    Args:
+        spec: which.
+        place: where its weights lie on this machine (a folder, or a name as `spec_of` takes), if not where the specification
+            says.
+        device: where it computes.
+
+    Raises:
+        InputError: its library or its weights are missing, or they are another encoder's.
+    """
+    from dd2.text.flan_t5 import FlanT5  # the implementations know this module
+    from dd2.text.wordllama import WordLlama
+
+    if place:
+        named = spec_of(place, spec.length)
+        if named.kind != spec.kind:
+            raise InputError(f"this model was trained with the text encoder {spec.said()}; {place} is a {named.kind}")
+        spec = replace(spec, name=named.name, revision=named.revision)
+    made = WordLlama(spec.length) if spec.kind == "wordllama" else FlanT5(spec, device or torch.device("cpu"))
+    known = spec if spec.channels > 1 else replace(spec, channels=made.spec.channels)
+    if known.differs_from(made.spec):
+        raise InputError(
+            f"the text encoder {made.spec.said()} found here has other weights than the one that this model was trained with "
+            f"({made.spec.channels} channels, digest {made.spec.digest[:8]}, not {known.channels} and {known.digest[:8]}); "
+            "give its "
+            "place with --text-encoder"
+        )
+    return made
+
+
+def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the words of captions (B, P, channels), (B, P) from the left to the right end and zero the padding: LlamaGen's
+    models see a caption's last word right before the first token.
+    """
+    words = mask.bool().sum(1, keepdim=True)
+    length = mask.shape[1]
+    source = (torch.arange(length).to(mask.device) + words) % length  # (B, P)
+    moved = mask.gather(1, source)
+    return features.gather(1, source.unsqueeze(-1).expand_as(features)) * moved.unsqueeze(-1), moved

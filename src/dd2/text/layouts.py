@@ -1,0 +1,139 @@
+"""Folders of images as the scorers of others read them: which file belongs to which prompt."""
+
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from dd2.errors import InputError
+from dd2.text.prompts import Prompts
+
+LayoutName = Literal["plain", "captions", "geneval", "hpsv2", "mjhq"]
+
+
+class Layout(ABC):
+    """Names of images, and the files beside them.
+
+    Args:
+        prompts: whose images they are; image i is of prompt i modulo their number.
+
+    Raises:
+        InputError: the list of prompts lacks what the layout is made of.
+    """
+
+    def __init__(self, prompts: Prompts) -> None:
+        self.prompts = prompts
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Number of the prompt of an image, and of the image among that prompt's."""
+        return number % len(self.prompts), number // len(self.prompts)
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """Path of an image in the folder."""
+
+    @abstractmethod
+    def files(self, count: int) -> dict[str, str]:
+        """Path -> text of the other files, for `count` images."""
+
+
+class CaptionsLayout(Layout):
+    """images/0.png … and captions.txt, whose line k is what image k is of: LlamaGen's, GigaGAN's and DMD2's evaluators."""
+
+    def name(self, number: int) -> str:
+        return f"images/{number}.png"
+
+    def files(self, count: int) -> dict[str, str]:
+        return {
+            "captions.txt": "".join(" ".join(self.prompts.texts[self.place(number)[0]].split()) + "\n" for number in range(count))
+        }
+
+
+class GenEvalLayout(Layout):
+    """00000/samples/0000.png … and 00000/metadata.jsonl: a folder for each prompt, with its line of evaluation_metadata.jsonl."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        super().__init__(prompts)
+        if not prompts.records:
+            raise InputError(
+                "layout geneval needs the records that its scorer reads: give GenEval's evaluation_metadata.jsonl as "
+                "prompts, not "
+                f"{prompts.source}"
+            )
+
+    def name(self, number: int) -> str:
+        prompt, sample = self.place(number)
+        return f"{prompt:05d}/samples/{sample:04d}.png"
+
+    def files(self, count: int) -> dict[str, str]:
+        return {f"{k:05d}/metadata.jsonl": record for k, record in enumerate(self.prompts.records[:count])}
+
+
+class HPSv2Layout(Layout):
+    """STYLE/00000.jpg …, in the order of each style's prompts."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        super().__init__(prompts)
+        if not prompts.groups:
+            raise InputError(
+                "layout hpsv2 needs styles: give a .json of {style: [prompts]}, as hpsv2.benchmark_prompts('all') gives it, not "
+                f"{prompts.source}"
+            )
+        seen: Counter[str] = Counter()
+        self._rows = []
+        for group in prompts.groups:
+            self._rows.append(seen[group])
+            seen[group] += 1
+
+    def name(self, number: int) -> str:
+        prompt, sample = self.place(number)
+        if sample:
+            raise InputError("layout hpsv2 has room for one image of each prompt; leave per_prompt at 1")
+        return f"{_safe(self.prompts.groups[prompt])}/{self._rows[prompt]:05d}.jpg"
+
+    def files(self, count: int) -> dict[str, str]:
+        return {}
+
+
+class MJHQLayout(Layout):
+    """CATEGORY/NAME.png, by the names of meta_data.json."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        super().__init__(prompts)
+        if not prompts.keys or not prompts.groups:
+            raise InputError(
+                f"layout mjhq needs names and categories: give MJHQ's meta_data.json as prompts, not {prompts.source}"
+            )
+
+    def name(self, number: int) -> str:
+        prompt, sample = self.place(number)
+        again = f"_{sample}" if sample else ""
+        return f"{_safe(self.prompts.groups[prompt])}/{_safe(self.prompts.keys[prompt])}{again}.png"
+
+    def files(self, count: int) -> dict[str, str]:
+        return {}
+
+
+LAYOUTS: dict[str, type[Layout]] = {
+    "captions": CaptionsLayout,
+    "geneval": GenEvalLayout,
+    "hpsv2": HPSv2Layout,
+    "mjhq": MJHQLayout,
+}
+
+
+def write_files(folder: Path, layout: Layout | None, count: int, described: dict[str, object]) -> None:
+    """The files beside `count` images, and dd2.json, which says how they were made."""
+    beside = {} if layout is None else layout.files(count)
+    for name, text in {**beside, "dd2.json": json.dumps(described, indent=2) + "\n"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+
+
+def _safe(name: str) -> str:
+    """A name from somebody's file as that of a file or a folder: it leads nowhere else."""
+    found = "".join(character if character.isalnum() or character in "-_. " else "_" for character in name).strip(". ")
+    if not found:
+        raise InputError(f"{name!r} cannot be the name of a file; give the list of prompts other names")
+    return found

@@ -1,0 +1,75 @@
+"""wordllama: a vector for each of 32,000 pieces of words, inside an ordinary Python package. Small, static, and no download."""
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dd2.errors import InputError
+from dd2.text.encoder import EncoderSpec, TextEncoder
+
+TABLE, TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
+"""Files of the package. Its own code, which averages vectors to one of a text, is not imported."""
+
+
+class WordLlama(TextEncoder):
+    """Vectors of the pieces of a text, lower-cased, behind one that begins it: the empty text has that one alone.
+
+    They know nothing of each other; order is what the model that reads them makes of their positions.
+
+    Args:
+        length: P, positions.
+
+    Raises:
+        InputError: the packages wordllama and tokenizers are not installed.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._tokenizer, self._table, digest = _loaded()
+        self.spec = EncoderSpec("wordllama", length=length, channels=self._table.shape[1], digest=digest)
+
+    def words(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._ids(texts)]
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        length = self.spec.length
+        features = torch.zeros(len(texts), length, self._table.shape[1])
+        mask = torch.zeros(len(texts), length, dtype=torch.long)
+        for row, ids in enumerate(self._ids(texts)):
+            kept = ids[:length]
+            features[row, : len(kept)], mask[row, : len(kept)] = self._table[kept], 1
+        return features, mask
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._tokenizer.encode_batch([text.lower() for text in texts])]
+
+
+@functools.cache
+def _loaded() -> tuple[Any, Tensor, str]:
+    """Tokenizer, vectors (32000, 256) float32, and the hash of both files."""
+    missing = 'the text encoder wordllama needs its package; pip install "dd2[t2i]"'
+    found = importlib.util.find_spec("wordllama")
+    if found is None or found.origin is None:
+        raise InputError(missing)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise InputError(missing) from error
+    folder, content = Path(found.origin).parent, hashlib.sha256()
+    try:
+        for name in (TABLE, TOKENIZER):
+            content.update((folder / name).read_bytes())
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer, load_file(folder / TABLE)["embedding.weight"].float(), content.hexdigest()
+    except (OSError, KeyError) as error:
+        raise InputError(
+            f"the package wordllama has other files than 0.4 ({error}); pip install 'wordllama>=0.4,<0.5'"
+        ) from error

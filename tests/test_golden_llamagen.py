@@ -7,10 +7,10 @@ from torch import Tensor
 from dd2.checkpoints import load_llamagen
 from dd2.checkpoints.foreign import official_shapes
 from dd2.checkpoints.llamagen import gpt_config, gpt_origins, vq_config, vq_ignored
-from dd2.teachers.captions import caption_condition
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
+from dd2.text.captions import caption_condition
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.vq import VQTokenizer
 from golden_weights import golden_model, golden_sizes, golden_state, golden_values

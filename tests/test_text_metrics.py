@@ -136,7 +136,8 @@ def inception_file(tmp_path, monkeypatch) -> Path:
 
 def test_inception_behind_the_protocols(inception_file):
     """Images of any sizes, each brought to 299 pixels as the protocol says, (x - 128) / 128; drawn ones as they would be
-    stored."""
+    stored.
+    """
     for name, prepare in (("inception-clean", as_stored), ("inception-coco", as_coco)):
         network = open_features(f"{name}@{inception_file}", CPU)
         images = [stored(file) for file in files()[:4]]

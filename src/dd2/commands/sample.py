@@ -86,8 +86,7 @@ class SampleConfig(OtherSampling):
         for name in ("count", "steps", "batch", "per_prompt"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < SEEDS or self.first < 0 or self.seed + self.first + (self.count or 1) > SEEDS:
-            raise InputError(f"seed must be in 0 to 2^62 - 1, with first and count added too, got {self.seed} and {self.first}")
+        self.check_seeds(self.count or 64)
         if self.prompt and self.prompts:
             raise InputError("prompt and prompts are both given: type prompts, or name a list of them")
         asked = bool(self.prompt or self.prompts)
@@ -112,6 +111,11 @@ class SampleConfig(OtherSampling):
                 "generator's weights; leave it out, or give --steps 2 (or more), or --method teacher"
             )
 
+    def check_seeds(self, count: int) -> None:
+        """Refuse seeds beyond their range."""
+        if not 0 <= self.seed < SEEDS or self.first < 0 or self.seed + self.first + count > SEEDS:
+            raise InputError(f"seed must be in 0 to 2^62 - 1, with first and count added too, got {self.seed} and {self.first}")
+
 
 def sample(config: SampleConfig) -> None:
     """Draw the images and write them.
@@ -127,6 +131,7 @@ def sample(config: SampleConfig) -> None:
     if config.precision != "auto" and ways.precision != precision:
         say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
     count = config.count or (config.per_prompt * ways.conditions.num_labels if prompts else 64)
+    config.check_seeds(count)
     labels = parse_labels(config.labels, ways.conditions, count, config.first)
     draw = _draw(config, ways)
     seeds = list(range(config.seed + config.first, config.seed + config.first + count))

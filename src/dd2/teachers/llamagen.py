@@ -44,6 +44,9 @@ class LlamaGenConfig:
     """Channels of caption features; 0 is a class-conditional model."""
     caption_length: int = 120
     """Positions of a caption. Unused without captions."""
+    caption_rope: Literal["zero", "identity"] = "zero"
+    """What 2-D RoPE does at the condition's positions. zero: their queries and keys become 0, as in the released models, so that all
+    words are attended to evenly. identity: nothing, so that words are found by what they are."""
     input_layer: Literal["mlp", "table"] = "mlp"
     """mlp: continuous codes (App. E.4). table: the official embedding table, which only takes exact codes (before dd2 adapt)."""
     code_hidden: int = 0
@@ -65,6 +68,8 @@ class LlamaGenConfig:
             )
         if not (0 <= self.dropout < 1 and 0 <= self.class_dropout < 1):
             raise InputError("llamagen dropout and class_dropout must be in [0, 1)")
+        if self.caption_rope not in ("zero", "identity"):
+            raise InputError(f'llamagen caption_rope must be "zero" or "identity", got {self.caption_rope!r}')
         if self.input_layer not in ("mlp", "table"):
             raise InputError(f'llamagen input_layer must be "mlp" or "table", got {self.input_layer!r}')
         if self.caption_dim < 0 or self.code_hidden < 0 or self.caption_length < 1:
@@ -200,7 +205,8 @@ class LlamaGenBackbone(Backbone):
         self.drop = nn.Dropout(config.dropout)
         self.layers = LayerStack(Layer(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
-        rope = rope_table(config.rows, config.columns, config.width // config.heads, config.condition_positions)
+        given, still = config.condition_positions, config.caption_rope == "identity"
+        rope = rope_table(config.rows, config.columns, config.width // config.heads, given, still=still)
         self.register_buffer("rope", rope, persistent=False)
         self.apply(_init_weights)
 
@@ -272,11 +278,14 @@ def llamagen_teacher(config: LlamaGenConfig, tokenizer: CodeTokenizer) -> LlamaG
     return LlamaGenTeacher(backbone, output, tokenizer, conditions_of(config))
 
 
-def rope_table(rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0) -> Tensor:
+def rope_table(
+    rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0, *, still: bool = False
+) -> Tensor:
     """Cosines and sines of 2-D rotary positions, (given + rows * columns, head_dim / 2, 2) float32.
 
     The first half of the angles turns with the row, the second with the column. The rows of the `given` positions of the
-    condition are zeros, not the identity (cos 1, sin 0): their queries and keys become exactly 0, as in the released models.
+    condition are zeros, not the identity (cos 1, sin 0): their queries and keys become exactly 0, as in the released models; `still`
+    makes them the identity.
     """
     quarter = head_dim // 4
     frequency = base ** (-torch.arange(quarter, dtype=torch.float32) * 2 / (head_dim // 2))
@@ -284,7 +293,9 @@ def rope_table(rows: int, columns: int, head_dim: int, given: int = 1, base: flo
     column = torch.arange(columns, dtype=torch.float32)[None, :, None] * frequency
     angles = torch.cat([row.expand(rows, columns, quarter), column.expand(rows, columns, quarter)], -1)
     grid = torch.stack([angles.cos(), angles.sin()], -1).flatten(0, 1)
-    return torch.cat([torch.zeros(given, head_dim // 2, 2), grid])
+    condition = torch.zeros(given, head_dim // 2, 2)
+    condition[..., 0] = float(still)
+    return torch.cat([condition, grid])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

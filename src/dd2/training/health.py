@@ -73,7 +73,7 @@ class Rises:
         if (
             len(values) < max(2, self.first + 1)
             or not (best := min(values)) > 0
-            or values[-1] <= max(self.factor * best, self.of_first * values[0])
+            or values[-1] <= max(self.factor * best, self.of_first * course.values[0])
         ):
             return ""
         where = steps[values.index(best)]

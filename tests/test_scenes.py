@@ -49,7 +49,8 @@ def test_two_fives_and_a_nine_by_enumeration():
 
 def test_what_is_kept_from_training():
     """No scene of an unseen caption is allowed by a seen one that says as much, every word is seen, and a part of each kind is
-    kept."""
+    kept.
+    """
     seen, unseen = ({caption.scenes for caption in captions(part)} for part in ("seen", "unseen"))
     assert not seen & unseen
     words = [{word for caption in captions(part) for word in caption.text.split()} for part in ("seen", "unseen")]

@@ -142,9 +142,18 @@ class OneStepPipeline:
         return self._one_step.precision
 
     @property
+    def by_text(self) -> bool:
+        """Whether labels are prompts."""
+        return isinstance(self.generator.conditions, CaptionLabels)
+
+    @property
     def id2label(self) -> dict[int, str]:
-        """Number of each label -> its name; the number again where nobody has named the classes."""
+        """Number of each label -> its name; the number again where nobody has named the classes. Of a text-conditional model its
+        run's captions, or nothing where there are none: any text is a label then.
+        """
         conditions = self.generator.conditions
+        if self.by_text:
+            return dict(enumerate(conditions.class_names))
         names = conditions.class_names or tuple(map(str, range(conditions.num_labels)))
         return dict(enumerate(names))
 
@@ -241,7 +250,7 @@ class OneStepPipeline:
         """Labels as numbers, and what these stand for. Of a text-conditional model all texts are prompts."""
         wanted = [labels] if isinstance(labels, str | Integral) else labels
         known = self.generator.conditions
-        if not isinstance(known, CaptionLabels) or not isinstance(wanted, Iterable):
+        if not self.by_text or not isinstance(wanted, Iterable):
             return _Asked(self.get_label_ids(labels), known)
         wanted = list(wanted)
         texts = [text for text in wanted if isinstance(text, str)]

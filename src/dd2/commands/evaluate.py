@@ -21,6 +21,7 @@ from dd2.evaluation.clip import ClipScore
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.curve import Point, curve_numbers, curve_plot, draw_checkpoints
 from dd2.evaluation.features import FeatureNetwork, open_features, read_features
+from dd2.evaluation.gallery import captioned
 from dd2.evaluation.health import signs
 from dd2.evaluation.methods import Method, absent, in_steps, methods, one_step_method
 from dd2.evaluation.metrics import check_channels, check_extrapolation, warnings
@@ -31,6 +32,7 @@ from dd2.evaluation.speed import speed_numbers
 from dd2.evaluation.summary import OWN_DECODER, summary
 from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
+from dd2.images import png
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
 from dd2.provenance import commit, machine, read_versions
@@ -110,7 +112,11 @@ def _evaluate_run(
         numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
     if config.speed:
         numbers |= speed_numbers(ways, compared, config.batch)
-    pictures = []
+    pictures, prompts_shown = [], scorer.shown_prompts(compared)
+    if prompts_shown[0]:
+        picture = png(captioned(*prompts_shown))
+        write_atomic(place / "prompts.png", picture)
+        pictures.append(("Prompts", "Teacher and one step, at the same seeds.", picture))
     if points:
         floor, worst = numbers["frechet"]["floor"], numbers["frechet"]["onestep_marginal"]
         numbers["curve"] = curve_numbers(points, reference, floor, worst, network.knows_labels)

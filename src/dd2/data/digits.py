@@ -46,26 +46,27 @@ def enlarge(images: Tensor) -> Tensor:
     return _warp(images, torch.eye(2).expand(len(images), 2, 2), torch.zeros(len(images), 2))
 
 
-def augment(images: Tensor, random: torch.Generator, tilted: Tensor | None = None) -> Tensor:
+def augment(images: Tensor, random: torch.Generator, tilted: Tensor | None = None, strength: float = 1.0) -> Tensor:
     """(N, 1, 8, 8) to (N, 1, 16, 16) under random affine maps.
 
-    Rotation within 9 degrees, scale 0.92 to 1.08 per axis, shear within 0.1, shift within 1 pixel of 16. Those of `tilted` (N,)
-    are turned further, by `TILT` to either side, and are smaller, so that their corners stay inside.
+    Rotation within 9 degrees, scale 0.92 to 1.08 per axis, shear within 0.1, shift within 1 pixel of 16, all times `strength`.
+    Those of `tilted` (N,) are turned further, by `TILT` to either side, and are smaller, so that their corners stay inside.
     """
     n = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=random) * (high - low) + low
 
-    angle, shear = uniform(-math.pi / 20, math.pi / 20), uniform(-0.1, 0.1)
-    scale_x, scale_y = uniform(0.92, 1.08), uniform(0.92, 1.08)
+    turn, lean, size, far = (strength * most for most in (math.pi / 20, 0.1, 0.08, 1.0))
+    angle, shear = uniform(-turn, turn), uniform(-lean, lean)
+    scale_x, scale_y = uniform(1 - size, 1 + size), uniform(1 - size, 1 + size)
     if tilted is not None:
         side = torch.where(torch.rand(n, generator=random) < 0.5, -TILT, TILT)
         angle, small = angle + side * tilted, torch.where(tilted, 0.8, 1.0)
         scale_x, scale_y = scale_x * small, scale_y * small
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos / scale_x, (shear * cos - sin) / scale_x, sin / scale_y, (shear * sin + cos) / scale_y], 1)
-    shift = torch.stack([uniform(-1.0, 1.0), uniform(-1.0, 1.0)], 1) * 2 / SIZE
+    shift = torch.stack([uniform(-far, far), uniform(-far, far)], 1) * 2 / SIZE
     return _warp(images, matrix.view(n, 2, 2), shift)
 
 

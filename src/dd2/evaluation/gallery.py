@@ -1,6 +1,6 @@
 """Pictures of a distilled run: methods side by side, nearest training images, walks through the noise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,12 @@ COLUMNS = 20
 CAPTION = 22
 """Pixels of a heading."""
 
+GAP = 12
+"""Pixels between methods beside each other."""
+
+LONGEST = 60
+"""Characters of a prompt that are shown."""
+
 
 def titled(blocks: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Grids of images (N, channels, H, W) under each other, each under its title; the same index in the same place."""
@@ -31,6 +37,31 @@ def titled(blocks: Sequence[tuple[str, Tensor]]) -> Image.Image:
         draw.text((4, top + 4), heading, fill="black", font_size=14)
         sheet.paste(block, (0, top + CAPTION))
         top += block.height + CAPTION
+    return sheet
+
+
+def captioned(texts: Sequence[str], drawn: Mapping[str, Tensor]) -> Image.Image:
+    """Prompts, each above its images by every method, side by side.
+
+    Args:
+        texts: N prompts.
+        drawn: title of a method -> images (N, k, channels, H, W).
+    """
+    blocks = {title: [grid(images, len(images)) for images in each] for title, each in drawn.items()}
+    widths = {title: max(block.width for block in made) for title, made in blocks.items()}
+    high = max(block.height for made in blocks.values() for block in made)
+    sheet = Image.new("RGB", (sum(widths.values()) + GAP * (len(blocks) - 1), CAPTION + len(texts) * (high + CAPTION)), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for title, made in blocks.items():
+        draw.text((left + 4, 2), title, fill="black", font_size=14)
+        for row, block in enumerate(made):
+            sheet.paste(block, (left, 2 * CAPTION + row * (high + CAPTION)))
+        left += widths[title] + GAP
+    for row, text in enumerate(texts):
+        line = " ".join(text.split())
+        draw.text(
+            (4, CAPTION + row * (high + CAPTION) + 3), line[:LONGEST] + "…" * (len(line) > LONGEST), fill="#404040", font_size=13
+        )
     return sheet
 
 

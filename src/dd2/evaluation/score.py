@@ -34,6 +34,9 @@ from dd2.training.store import Store
 SHOWN = 40
 """Images of each method that are kept for the pictures."""
 
+PROMPTS_SHOWN, EACH = 12, 6
+"""Prompts that are shown with their images, and how many of each."""
+
 
 @dataclass
 class Scorer:
@@ -150,6 +153,22 @@ class Scorer:
         index = torch.arange(min(SHOWN, self.count))
         labels = self.labels(index)
         return {name: method.draw(labels, self.seeds(_seeds_of(method), index))[0].cpu() for name, method in methods.items()}
+
+    @torch.inference_mode()
+    def shown_prompts(self, methods: dict[str, Method]) -> tuple[list[str], dict[str, Tensor]]:
+        """Some prompts, evenly chosen, and images of each by teacher and generator, at the same seeds: title -> (N, k, channels,
+        H, W). Nothing where labels are no texts.
+        """
+        if not self._by_text:
+            return [], {}
+        names = self.teacher.conditions.class_names
+        rows = torch.linspace(0, len(names) - 1, min(PROMPTS_SHOWN, len(names))).long()
+        labels, index = rows.repeat_interleave(EACH).to(self.teacher.device), torch.arange(len(rows) * EACH)
+        drawn = {
+            methods[name].title: methods[name].draw(labels, self.seeds("prompts", index))[0].cpu()
+            for name in ("teacher", "generator")
+        }
+        return [names[int(row)] for row in rows], {title: images.unflatten(0, (-1, EACH)) for title, images in drawn.items()}
 
     def path_length(self, generator: Generator, paths: int, epsilon: float) -> dict[str, dict[str, float]]:
         """Perceptual path length of the generator, decoded as it is and, where there are codes, at the nearest (Table 5).

@@ -33,7 +33,9 @@ class Wanted(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    labels: list[int | str] = Field(min_length=1, max_length=256, description="Classes by number or name, one per image.")
+    labels: list[int | str] = Field(
+        min_length=1, max_length=256, description="Classes by number or name, or prompts, one per image."
+    )
     seeds: list[int] | None = Field(None, max_length=256, description="One per image; 0, 1, … by default.")
     num_inference_steps: int = Field(1, ge=1, le=10_000, description="1: one pass. k: the teacher redraws the last k - 1 steps.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Of the teacher, in more than one step.")
@@ -43,7 +45,7 @@ class Given(BaseModel):
     """What it answers."""
 
     images: list[str] = Field(description="PNG files, base64.")
-    labels: list[int]
+    labels: list[int | str]
     seeds: list[int]
     seconds: float = Field(description="Drawing and decoding.")
 
@@ -60,6 +62,7 @@ def build_api(studio: Studio) -> FastAPI:
         pipeline = studio.pipeline
         return {
             "name": studio.name,
+            "text_to_image": pipeline.by_text,
             "id2label": {str(number): label for number, label in pipeline.id2label.items()},
             "image_shape": list(pipeline.generator.tokenizer.image_shape),
             "max_inference_steps": studio.steps,

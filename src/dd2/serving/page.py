@@ -15,7 +15,7 @@ from gradio.themes import Base
 
 from dd2.errors import InputError
 from dd2.precision import name_of
-from dd2.serving.studio import FRAMES, Busy, Stopped, Studio, Who, seed_of
+from dd2.serving.studio import FRAMES, PROMPT, Busy, Stopped, Studio, Who, seed_of
 
 CSS = """
 .gradio-container { max-width: 1100px !important; }
@@ -84,7 +84,8 @@ def build_page(studio: Studio, files: Path, visitors: Visitors) -> gr.Blocks:
     names = [(name, number) for number, name in studio.pipeline.id2label.items()]
     said = f"# {html.escape(Path(studio.name).name)}\n"
     if studio.has_teacher:
-        said += f"One forward pass beside the teacher's {studio.steps - 1}, at the same classes and seeds."
+        same = "prompts" if studio.pipeline.by_text else "classes"
+        said += f"One forward pass beside the teacher's {studio.steps - 1}, at the same {same} and seeds."
     else:
         said += "One forward pass an image. The teacher is not in this folder, so there is nothing to compare with."
     with gr.Blocks(title=f"dd2 · {Path(studio.name).name}", analytics_enabled=False, delete_cache=(60, 600)) as page:
@@ -108,11 +109,12 @@ def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[tuple[
     def draw(seed: Any, label: Any, count: Any, steps: Any, stop: threading.Event) -> Updates:
         first, images, passes = seed_of(seed), _whole("images", count), _whole("steps", steps)
         number = _class(studio, label)
+        called = "" if isinstance(number, str) else f"class{number}_"
         seconds: dict[str, float] = {}
         for place, who in enumerate(rows):
             drawn = studio.draw([number] * images, range(first, first + images), passes, who=who, stop=stop)
             seconds[who] = drawn.seconds
-            name = f"{who}_class{number}_seed{first}"
+            name = f"{who}_{called}seed{first}"
             file, shown_file = _kept(files, f"{name}.png", drawn.grid()), _kept(files, f"{name}_large.png", drawn.enlarged(HIGH))
             shown = f"**{drawn.seconds:.3g} s** for {images} image{'s' if images > 1 else ''}"
             if who == "teacher":
@@ -123,7 +125,7 @@ def _compare(studio: Studio, files: Path, visitors: Visitors, names: list[tuple[
 
     with gr.Row():
         seed = gr.Textbox("0", label="Seed of the first image", max_length=20, max_lines=1, min_width=120)
-        label = gr.Dropdown(names, value=names[0][1], label="Class", allow_custom_value=True, min_width=140)
+        label = _label(studio, names)
     with gr.Row():
         count = gr.Slider(1, studio.limits.images, value=min(9, studio.limits.images), step=1, label="Images", min_width=WIDE)
         steps = gr.Slider(
@@ -154,17 +156,18 @@ def _walk(studio: Studio, files: Path, visitors: Visitors, names: list[tuple[str
     def walk(a: Any, b: Any, label: Any, frames: Any, stop: threading.Event) -> Updates:
         first, second, count = seed_of(a), seed_of(b), _whole("frames", frames)
         number = _class(studio, label)
-        file = _kept(files, f"walk_class{number}_{first}_{second}.png", studio.walk(first, second, count, number, stop))
+        called = "" if isinstance(number, str) else f"class{number}_"
+        file = _kept(files, f"walk_{called}{first}_{second}.png", studio.walk(first, second, count, number, stop))
         where = f"{studio.name!r}, dtype={name_of(studio.pipeline.dtype)!r}" + (
             f", trust={studio.trust!r}" if studio.trust else ""
         )
-        code = f"OneStepPipeline.from_pretrained({where}).interpolate({first}, {second}, {count}, {number})"
+        code = f"OneStepPipeline.from_pretrained({where}).interpolate({first}, {second}, {count}, {number!r})"
         yield file, gr.update(value=file, interactive=True), code
 
     with gr.Row():
         a = gr.Textbox("0", label="From seed", max_length=20, max_lines=1, min_width=120)
         b = gr.Textbox("1", label="To seed", max_length=20, max_lines=1, min_width=120)
-        label = gr.Dropdown(names, value=names[0][1], label="Class", allow_custom_value=True, min_width=140)
+        label = _label(studio, names)
         frames = gr.Slider(2, FRAMES, value=8, step=1, label="Frames", min_width=WIDE)
     frames.preprocess = lambda payload: payload
     go = gr.Button("Walk", variant="primary")
@@ -189,8 +192,17 @@ def _picture(what: str) -> gr.Image:
     )
 
 
-def _class(studio: Studio, value: Any) -> int:
-    """The number of a class: the menu's own, or what somebody typed."""
+def _label(studio: Studio, names: list[tuple[str, int]]) -> gr.Dropdown | gr.Textbox:
+    """Where the class is chosen, or the prompt is typed."""
+    if studio.pipeline.by_text:
+        return gr.Textbox(str(studio.first_label), label="Prompt", max_length=PROMPT, max_lines=2, min_width=280)
+    return gr.Dropdown(names, value=names[0][1], label="Class", allow_custom_value=True, min_width=140)
+
+
+def _class(studio: Studio, value: Any) -> int | str:
+    """The number of a class: the menu's own, or what somebody typed; of a text-conditional model the prompt."""
+    if studio.pipeline.by_text:
+        return studio.known(str(value))
     if type(value) is int and value in studio.pipeline.id2label:
         return value
     return studio.pipeline.get_label_ids(str(value))[0]

@@ -23,6 +23,9 @@ Who = Literal["generator", "teacher"]
 AT_ONCE = 8
 """Images between two looks at whether somebody still wants them."""
 
+PROMPT = 1_000
+"""Characters of a prompt, at most."""
+
 FRAMES = 32
 """Of a walk, at most."""
 
@@ -54,12 +57,12 @@ class Drawing:
 
     Attributes:
         levels: uint8 (B, H, W, channels).
-        labels, seeds: of each.
+        labels, seeds: of each; classes by number, or prompts.
         seconds: for all.
     """
 
     levels: np.ndarray
-    labels: list[int]
+    labels: list[int | str]
     seeds: list[int]
     seconds: float
 
@@ -119,21 +122,33 @@ class Studio:
         """
         if not 1 <= len(labels) <= self.limits.images:
             raise InputError(f"images must be 1 to {self.limits.images} a request, got {len(labels)}")
-        numbers = self.pipeline.get_label_ids(labels)
+        asked: list[int | str] = [self.known(label) for label in labels]
         parts = []
         with self._in_turn(stop):
-            for start in range(0, len(numbers), AT_ONCE):
+            for start in range(0, len(asked), AT_ONCE):
                 if stop is not None and stop.is_set():
                     raise Stopped
                 chosen = slice(start, start + AT_ONCE)
-                some, of = numbers[chosen], list(seeds[chosen])
+                some, of = asked[chosen], list(seeds[chosen])
                 if who == "teacher":
                     parts.append(self.pipeline.teacher(some, of, guidance_scale=guidance_scale))
                 else:
                     more = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
                     parts.append(self.pipeline(some, of, **more))
         levels = _levels([image for part in parts for image in part.images])
-        return Drawing(levels, numbers, list(seeds), sum(part.seconds for part in parts))
+        return Drawing(levels, asked, list(seeds), sum(part.seconds for part in parts))
+
+    def known(self, label: int | str) -> int | str:
+        """The number of a class that is named by number or name; of a text-conditional model a prompt as it is.
+
+        Raises:
+            InputError: it is neither.
+        """
+        if not (self.pipeline.by_text and isinstance(label, str)):
+            return self.pipeline.get_label_ids([label])[0]
+        if len(label) > PROMPT:
+            raise InputError(f"a prompt may have {PROMPT:,} characters here, this one has {len(label):,}")
+        return label
 
     def walk(self, a: int, b: int, frames: int, label: int | str, stop: threading.Event | None = None) -> bytes:
         """A PNG of frames from one seed's image to another's. Errors as `draw`."""
@@ -145,15 +160,21 @@ class Studio:
 
     def warm_up(self) -> None:
         """Draw once, so that the first visitor's times are not those of allocations."""
-        self.draw([0], [0])
+        self.draw([self.first_label], [0])
         if self.has_teacher:
-            self.draw([0], [0], who="teacher")
+            self.draw([self.first_label], [0], who="teacher")
+
+    @property
+    def first_label(self) -> int | str:
+        """Something that can be drawn."""
+        return next(iter(self.pipeline.id2label.values()), "") if self.pipeline.by_text else 0
 
     def command(
         self, label: int | str, seed: int, count: int, steps: int, guidance_scale: float | None = None, who: Who = "generator"
     ) -> str:
         """The command that draws the same PNG."""
-        words = ["dd2", "sample", self.name, "--labels", str(label), "--seed", str(seed), "--count", str(count)]
+        asked = ["--prompt" if self.pipeline.by_text and isinstance(label, str) else "--labels", str(label)]
+        words = ["dd2", "sample", self.name, *asked, "--seed", str(seed), "--count", str(count)]
         words += ["--steps", str(steps)] if who == "generator" else ["--method", "teacher"]
         words += [] if guidance_scale is None else ["--cfg-scale", f"{guidance_scale:g}"]
         words += ["--trust", *self.trust] if self.trust else []

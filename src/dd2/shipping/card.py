@@ -16,7 +16,7 @@ from dd2.evaluation.report import METRICS
 from dd2.evaluation.summary import SHOWN, described
 from dd2.generator import Generator
 from dd2.records import read_record
-from dd2.teachers.conditions import ClassLabels
+from dd2.teachers.conditions import CaptionLabels, ClassLabels
 
 ARXIV = "2510.21003"
 
@@ -161,30 +161,38 @@ def _about(card: Card, generator: Generator) -> str:
 
 
 def _use(card: Card, generator: Generator, has_teacher: bool) -> str:
-    names = generator.conditions.class_names
-    second = _example(generator)
+    conditions = generator.conditions
+    by_text = isinstance(conditions, CaptionLabels)
+    names = () if by_text else conditions.class_names
+    first, second = _texts(conditions) if by_text else ("0", _example(generator))
+    asked = f"--prompt {first}" if by_text else "--count 64"
     where = card.name if NAME.fullmatch(card.name) else "FOLDER"
     module = generator.code.partition(":")[0]
     trust, flag = (f', trust=["{module}"]', f" --trust {module}") if module else ("", "")
     lines = [
         "## Use",
         "",
-        '```sh\npip install "dd2[hub]"\n```',
+        f'```sh\npip install "dd2[hub{",t2i" if by_text else ""}]"\n```',
         "",
         "```python",
         "from dd2 import OneStepPipeline",
         "",
         f'pipe = OneStepPipeline.from_pretrained("{where}"{trust})',
-        f"images = pipe(labels=[0, {second}], seeds=[0, 1]).images",
-        *(["better = pipe(labels=[0], seeds=[0], num_inference_steps=4).images  # the teacher redraws the end"] * has_teacher),
+        f"images = pipe(labels=[{first}, {second}], seeds=[0, 1]).images",
+        *(
+            [f"better = pipe(labels=[{first}], seeds=[0], num_inference_steps=4).images  # the teacher redraws the end"]
+            * has_teacher
+        ),
         "```",
         "",
-        f"`dd2 sample {where}{flag} --count 64`"
+        f"`dd2 sample {where}{flag} {asked}`"
         + (f", `dd2 serve {where}{flag}` for a page in the browser" if has_teacher else "")
         + ".",
     ]
     if module:
         lines += ["", f"It needs the Python module `{module}`, which is not part of it, and which you have to trust by name."]
+    if by_text and conditions.encoder is not None:
+        lines += ["", f"Prompts are read by the text encoder {_plain(conditions.encoder.said())}; longer ones are cut."]
     if names:
         shown = ", ".join(map(_plain, names[:12])) + (f" … ({len(names):,} in all)" if len(names) > 12 else "")
         lines += ["", f"Labels: {shown}."]
@@ -211,6 +219,14 @@ def _results(numbers: dict[str, Any]) -> str:
         *(f"- {_elsewhere(line)}" for line in described(numbers, names_alone=True).splitlines()),
     ]
     return "\n".join(lines)
+
+
+def _texts(conditions: CaptionLabels) -> tuple[str, str]:
+    """Two prompts for the example, as code has them."""
+    plain = [
+        text for text in conditions.class_names if text.isascii() and text.isprintable() and len(text) < 50 and '"' not in text
+    ]
+    return tuple(f'"{text}"' for text in [*plain, "a red fox", "snow at night"][:2])  # pyright: ignore[reportReturnType]
 
 
 def _example(generator: Generator) -> str:

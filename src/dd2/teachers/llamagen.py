@@ -45,8 +45,8 @@ class LlamaGenConfig:
     caption_length: int = 120
     """Positions of a caption. Unused without captions."""
     caption_rope: Literal["zero", "identity"] = "zero"
-    """What 2-D RoPE does at the condition's positions. zero: their queries and keys become 0, as in the released models, so that all
-    words are attended to evenly. identity: nothing, so that words are found by what they are."""
+    """What 2-D RoPE does at the condition's positions. zero: their queries and keys become 0, as in the released models, so that
+    all words are attended to evenly. identity: nothing, so that words are found by what they are."""
     input_layer: Literal["mlp", "table"] = "mlp"
     """mlp: continuous codes (App. E.4). table: the official embedding table, which only takes exact codes (before dd2 adapt)."""
     code_hidden: int = 0
@@ -278,14 +278,12 @@ def llamagen_teacher(config: LlamaGenConfig, tokenizer: CodeTokenizer) -> LlamaG
     return LlamaGenTeacher(backbone, output, tokenizer, conditions_of(config))
 
 
-def rope_table(
-    rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0, *, still: bool = False
-) -> Tensor:
+def rope_table(rows: int, columns: int, head_dim: int, given: int = 1, base: float = 10000.0, *, still: bool = False) -> Tensor:
     """Cosines and sines of 2-D rotary positions, (given + rows * columns, head_dim / 2, 2) float32.
 
     The first half of the angles turns with the row, the second with the column. The rows of the `given` positions of the
-    condition are zeros, not the identity (cos 1, sin 0): their queries and keys become exactly 0, as in the released models; `still`
-    makes them the identity.
+    condition are zeros, not the identity (cos 1, sin 0): their queries and keys become exactly 0, as in the released models;
+    `still` makes them the identity.
     """
     quarter = head_dim // 4
     frequency = base ** (-torch.arange(quarter, dtype=torch.float32) * 2 / (head_dim // 2))

@@ -15,7 +15,8 @@ from dd2.data.scene_captions import captions
 from dd2.errors import InputError
 from dd2.teachers.conditions import CaptionLabels
 from dd2.text.captions import Captions, captions_of
-from dd2.text.encoder import EncoderSpec, open_encoder, spec_of
+from dd2.text.encoder import EncoderSpec, spec_of
+from dd2.text.encoders import open_encoder
 from dd2.text.layouts import LAYOUTS, write_files
 from dd2.text.prompts import LONGEST, Prompts, read_prompts, typed
 from texts import tiny_flan_t5

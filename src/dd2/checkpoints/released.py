@@ -52,6 +52,7 @@ RELEASED: dict[str, Callable[[], Teacher]] = {
     "llamagen_l": partial(_llamagen, 24, 1024, 16, 256),
     "llamagen_xl_384": partial(_llamagen, 36, 1280, 20, 384),
     "llamagen_t2i_xl": partial(_llamagen, 36, 1280, 20, 256, 2048),
+    "llamagen_t2i_xl_512": partial(_llamagen, 36, 1280, 20, 512, 2048),
     "mar_b": partial(_mar, 768, 12, 12, 6, 1024),
     "mar_l": partial(_mar, 1024, 16, 16, 8, 1280),
     "mar_h": partial(_mar, 1280, 20, 16, 12, 1536),

@@ -8,7 +8,8 @@ from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.processes import say
 from dd2.text.captions import Captions, say_cut
-from dd2.text.encoder import open_encoder, spec_of
+from dd2.text.encoder import spec_of
+from dd2.text.encoders import open_encoder
 from dd2.text.prompts import read_prompts
 
 

@@ -63,7 +63,7 @@ def layout(names: Sequence[str], place: str) -> Layout:
     _check_depth(inner, place, "CLASS/IMAGE")
     names_of = _in_order({folders[0] for folders in inner.values()})
     number = {name: label for label, name in enumerate(names_of)}
-    return Layout(names_of, _own_split([(name, number[folders[0]]) for name, folders in inner.items()]), own=True)
+    return Layout(names_of, own_split([(name, number[folders[0]]) for name, folders in inner.items()]), own=True)
 
 
 def _around(parts: list[list[str]]) -> int:
@@ -103,7 +103,7 @@ def _split_by_folders(inner: dict[str, list[str]], splits: dict[str, str], place
     items: dict[str, list[Item]] = {"train": [], "test": []}
     for name, folders in inner.items():
         items[splits[folders[0]]].append((name, number[folders[1]]))
-    return Layout(names_of, items, own=False) if items["test"] else Layout(names_of, _own_split(items["train"]), own=True)
+    return Layout(names_of, items, own=False) if items["test"] else Layout(names_of, own_split(items["train"]), own=True)
 
 
 def _check_depth(inner: dict[str, list[str]], place: str, wanted: str) -> None:
@@ -125,8 +125,8 @@ def _in_order(classes: set[str]) -> tuple[str, ...]:
     return tuple(sorted(classes))
 
 
-def _own_split(items: list[Item]) -> dict[str, list[Item]]:
-    """One image in `HELD_OUT_EVERY` is for tests."""
+def own_split(items: list[Item]) -> dict[str, list[Item]]:
+    """Pictures of "train" and "test": one in `HELD_OUT_EVERY` is for tests."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = max(1, len(items) // HELD_OUT_EVERY)
     return {

@@ -57,6 +57,7 @@ class Pictures:
 
     Attributes:
         names: of the pictures in order, with "/" between folders.
+        beside: names of the other files, hidden ones left out.
         left_out: ending (or "hidden") -> how many other files there are.
 
     Raises:
@@ -78,7 +79,8 @@ class Pictures:
             found = list(self._entries)
         shown = [name for name in found if not _is_hidden(name)]
         self.names = sorted(name for name in shown if name.lower().endswith(SUFFIXES))
-        self.left_out = Counter(_ending(name) for name in shown if not name.lower().endswith(SUFFIXES))
+        self.beside = sorted(name for name in shown if not name.lower().endswith(SUFFIXES))
+        self.left_out = Counter(_ending(name) for name in self.beside)
         if hidden := len(found) - len(shown):
             self.left_out["hidden"] = hidden
 

@@ -9,7 +9,7 @@ from dd2.data.scene_captions import CELL_NAMES, SIDE, captions
 SIZE = SIDE * digits.SIZE
 """Pixels of a side."""
 
-VARIETY = 0.4
+GENTLE = 0.4
 """Of the digits' augmentation: the bench is about reading, so that its digits vary less than those of the digits' own."""
 
 
@@ -74,5 +74,5 @@ def _cell(held: Tensor, split: str, random: torch.Generator) -> Tensor:
     wanted = (held - 1).clamp_min(0) % digits.NUM_CLASSES
     among = (torch.rand(len(held), generator=random) * counts[wanted]).long()
     rows = of_digit[(counts.cumsum(0) - counts)[wanted] + among]
-    drawn = digits.augment(images[rows], random, tilted=held > digits.NUM_CLASSES, strength=VARIETY)
+    drawn = digits.augment(images[rows], random, tilted=held > digits.NUM_CLASSES, strength=GENTLE)
     return torch.where((held > 0).view(-1, 1, 1, 1), drawn, torch.full_like(drawn, -1))

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dd2.data import digits
+from dd2.data.captioned import captioned_layout, captions_in
 from dd2.data.idx import IdxImages
 from dd2.data.layout import layout
 from dd2.data.pictures import Pictures
@@ -59,18 +60,17 @@ class Digits:
 
 
 class ImageFolder:
-    """Images in one folder per class, in a directory or a zip; centre-cropped, resized, mirrored at random.
+    """Images in one folder per class, or with captions, in a directory or a zip; centre-cropped, resized. Those of classes are
+    mirrored at random; captions may speak of sides.
 
     Args:
-        path: directory or .zip, laid out as `dd2.data.layout` knows it.
+        path: directory or .zip, laid out as `dd2.data.captioned` or `dd2.data.layout` knows it.
         image_size: height and width to give.
         channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        InputError: there is no such path, or it holds no class folders with images.
+        InputError: there is no such path, or it holds neither captions nor class folders with images.
     """
-
-    captions: tuple[str, ...] = ()
 
     def __init__(self, path: Path, image_size: int, channels: int) -> None:
         if channels not in MODES:
@@ -79,29 +79,37 @@ class ImageFolder:
         self._pictures = Pictures(path, "data")
         if not self._pictures.names:
             raise self._pictures.none()
-        self._layout = layout(self._pictures.names, f"data {path}")
-        self.class_names = self._layout.class_names
-        self.num_classes = len(self.class_names)
+        self.captions: tuple[str, ...] = ()
+        self.class_names: tuple[str, ...] = ()
+        if (found := captions_in(self._pictures)) is not None:
+            self.captions, self._items, own = captioned_layout(found)
+        else:
+            classes = layout(self._pictures.names, f"data {path}")
+            self.class_names, self._items, own = classes.class_names, classes.items, classes.own
+        self._held_out = "held out, one in 20" if own else "for tests, as its folders say"
+        self.num_classes = len(self.captions or self.class_names)
 
     @property
     def num_training(self) -> int:
-        return len(self._layout.items["train"])
+        return len(self._items["train"])
 
     def said(self) -> str:
         """What was found."""
-        counts = {split: len(items) for split, items in self._layout.items.items()}
+        counts = {split: len(items) for split, items in self._items.items()}
         names = ", ".join(self.class_names[:4]) + (", …" if self.num_classes > 4 else "")
-        by = "held out, one in 20" if self._layout.own else "for tests, as its folders say"
         classes = f"{self.num_classes:,} class{'' if self.num_classes == 1 else 'es'} ({names})"
+        labels = f"{self.num_classes:,} different captions" if self.captions else classes
+        left = len(self._pictures.names) - sum(counts.values())
+        without = f" ({left:,} without one are left out)" if left else ""
         return (
-            f"data {self._pictures.path}: {self._pictures.said()}, {classes}; {counts['train']:,} to train on, "
-            f"{counts['test']:,} {by}"
+            f"data {self._pictures.path}: {self._pictures.said()}, {labels}{without}; {counts['train']:,} to train on, "
+            f"{counts['test']:,} {self._held_out}"
         )
 
     def batch(self, split: str, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        items = self._layout.items[split]
+        items = self._items[split]
         rows = torch.randint(len(items), (size,), generator=random).tolist()
-        mirror = (torch.rand(size, generator=random) < 0.5) & (split == "train")
+        mirror = (torch.rand(size, generator=random) < 0.5) & (split == "train" and not self.captions)
         images = torch.stack([self._image(items[row][0]) for row in rows])
         images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
         return images, torch.tensor([items[row][1] for row in rows])

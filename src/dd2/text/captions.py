@@ -18,7 +18,8 @@ from dd2.files import writable_folder, write_atomic
 from dd2.processes import barrier, note, rank
 from dd2.progress import progress
 from dd2.records import parsed_text
-from dd2.text.encoder import EncoderSpec, TextEncoder, left_padded, open_encoder
+from dd2.text.encoder import EncoderSpec, TextEncoder, left_padded
+from dd2.text.encoders import open_encoder
 from dd2.text.prompts import EMBEDDED, Prompts, read_prompts
 
 AT_ONCE = 64

@@ -1,17 +1,15 @@
 """Lists of prompts in the formats that the field's benchmarks come in."""
 
-import csv
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dd2.data.scene_captions import Part, captions
+from dd2.data.tables import json_of, records_of
 from dd2.errors import InputError
 from dd2.files import text_lines
-from dd2.records import parsed_text
 
 EMBEDDED: dict[str, Part] = {"scenes": "seen", "scenes-unseen": "unseen"}
 """Name of an embedded list -> the scenes' captions that it holds."""
@@ -92,9 +90,9 @@ def read_prompts(source: str) -> Prompts:
     if kind == ".jsonl":
         return _of_json_lines(lines, source)
     if kind == ".json":
-        return _of_json(_json("\n".join(lines), source), source)
+        return _of_json(json_of("\n".join(lines), f"prompts {source}"), source)
     if kind in (".csv", ".tsv"):
-        return _of_table(lines, source, "\t" if kind == ".tsv" else ",")
+        return _of_records(records_of("\n".join(lines), source, f"prompts {source}"), source)
     texts = [line.strip() for line in lines]
     if "" in texts:
         raise InputError(f"prompts {source}: line {texts.index('') + 1} is empty; give one prompt a line")
@@ -103,7 +101,7 @@ def read_prompts(source: str) -> Prompts:
 
 def _of_json_lines(lines: Sequence[str], source: str) -> Prompts:
     kept = [line for line in lines if line.strip()]
-    found = _of_records([_json(line, source) for line in kept], source)
+    found = _of_records(records_of("\n".join(kept), source, f"prompts {source}"), source)
     return Prompts(found.texts, source, found.groups, records=tuple(kept))
 
 
@@ -117,14 +115,6 @@ def _of_json(content: Any, source: str) -> Prompts:
     if isinstance(content, list) and all(isinstance(value, str) for value in content):
         return Prompts(_texts(content, source), source)
     return _of_records(content, source)
-
-
-def _of_table(lines: Sequence[str], source: str, delimiter: str) -> Prompts:
-    try:
-        rows = list(csv.DictReader(io.StringIO("\n".join(lines)), delimiter=delimiter))
-    except csv.Error as error:
-        raise InputError(f"prompts {source} cannot be read as a table ({error}); {HINT}") from error
-    return _of_records(rows, source)
 
 
 def _of_records(records: Any, source: str) -> Prompts:
@@ -150,10 +140,3 @@ def _texts(values: Iterable[Any], source: str) -> tuple[str, ...]:
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"prompts {source}: number {number} is {'empty' if isinstance(value, str) else 'no text'}; {HINT}")
     return tuple(value.strip() for value in found)
-
-
-def _json(text: str, source: str) -> Any:
-    try:
-        return parsed_text(text)
-    except ValueError as error:
-        raise InputError(f"prompts {source} are not valid JSON ({error}); {HINT}") from error

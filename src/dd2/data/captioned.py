@@ -1,0 +1,84 @@
+"""Pictures with captions: a list of both beside them, or a text file beside each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from dd2.data.layout import SPLITS, Item, own_split
+from dd2.data.pictures import Pictures
+from dd2.data.tables import records_of
+from dd2.errors import InputError
+
+LISTS = ("metadata.jsonl", "metadata.csv")
+"""Names of lists, as the datasets library's folders of images have them: file_name and text in each record."""
+
+NAME_KEY, TEXT_KEYS = "file_name", ("text", "caption", "prompt")
+
+
+def captions_in(pictures: Pictures) -> dict[str, str] | None:
+    """Caption of each picture by name; None where they have none.
+
+    A metadata.jsonl or metadata.csv names pictures relative to its own folder; those that none names are left out. Else every
+    picture must have a .txt of its own name beside it.
+
+    Raises:
+        InputError: a list is damaged, or names a picture that is not there.
+    """
+    lists = [name for name in pictures.beside if PurePosixPath(name).name in LISTS]
+    if lists:
+        return {picture: text for name in lists for picture, text in _listed(pictures, name)}
+    own = {name: str(PurePosixPath(name).with_suffix(".txt")) for name in pictures.names}
+    beside = {*pictures.beside}
+    if not own or not all(text in beside for text in own.values()):
+        return None
+    return {name: _text(pictures, text) for name, text in own.items()}
+
+
+def captioned_layout(found: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, list[Item]], bool]:
+    """Different captions in the order of the pictures; "train" and "test" -> pictures with the numbers of their captions; and
+    whether the test pictures were set aside here. Folders called train and test (or val, …) split them; else one in 20 is for
+    tests.
+    """
+    captions = tuple(dict.fromkeys(found[name] for name in sorted(found)))
+    number = {text: label for label, text in enumerate(captions)}
+    items = [(name, number[found[name]]) for name in sorted(found)]
+    of: dict[str, list[Item]] = {"train": [], "test": []}
+    for name, label in items:
+        split = next((SPLITS[part.lower()] for part in name.split("/")[:-1] if part.lower() in SPLITS), "")
+        if split:
+            of[split].append((name, label))
+    if of["train"] and of["test"] and len(of["train"]) + len(of["test"]) == len(items):
+        return captions, of, False
+    return captions, own_split(items), True
+
+
+def _listed(pictures: Pictures, name: str) -> Sequence[tuple[str, str]]:
+    place = f"{pictures.what} {pictures.path}: {name}"
+    folder, known = PurePosixPath(name).parent, {*pictures.names}
+    found = []
+    for row, record in enumerate(records_of(_decoded(pictures, name), name, place), 1):
+        text = next((record[key] for key in TEXT_KEYS if key in record), None)
+        file: Any = record.get(NAME_KEY)
+        if not isinstance(file, str) or not isinstance(text, str) or not text.strip():
+            raise InputError(f"{place}: record {row} needs {NAME_KEY} and {' or '.join(TEXT_KEYS)}, both texts")
+        picture = str(folder / file)
+        if picture not in known:
+            raise InputError(f"{place}: record {row} names {file}, which is not beside it; remove the record, or add the picture")
+        found.append((picture, " ".join(text.split())))
+    return found
+
+
+def _text(pictures: Pictures, name: str) -> str:
+    text = " ".join(_decoded(pictures, name).split())
+    if not text:
+        raise InputError(
+            f"{pictures.what} {pictures.path}: {name} is empty; write a caption into it, or remove it and its picture"
+        )
+    return text
+
+
+def _decoded(pictures: Pictures, name: str) -> str:
+    try:
+        return pictures.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{pictures.what} {pictures.path}: {name} is not UTF-8 ({error}); convert it") from error

@@ -10,7 +10,7 @@ from dd2.config import load_config
 PAGE = Path("docs/memory-and-time.md")
 MODELS = (
     *("var_d16", "var_d20", "var_d24", "var_d30", "var_d36_512"),
-    *("llamagen_b", "llamagen_l", "llamagen_xl_384", "llamagen_t2i_xl", "mar_b", "mar_l", "mar_h"),
+    *("llamagen_b", "llamagen_l", "llamagen_xl_384", "llamagen_t2i_xl", "llamagen_t2i_xl_512", "mar_b", "mar_l", "mar_h"),
 )
 GPUS = 8
 

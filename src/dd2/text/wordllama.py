@@ -18,10 +18,18 @@ TABLE, TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_superca
 """Files of the package. Its own code, which averages vectors to one of a text, is not imported."""
 
 
+FORM = b"places 1"
+"""What is made of the files: another form of features is another encoder."""
+
+SIZE = 0.7
+"""Of the codes of places."""
+
+
 class WordLlama(TextEncoder):
     """Vectors of the pieces of a text, lower-cased, behind one that begins it: the empty text has that one alone.
 
-    They know nothing of each other; order is what the model that reads them makes of their positions.
+    They know nothing of each other; each bears a code of its place (`places`), so that "a three above a seven" can be told from
+    "a seven above a three" by a model that has no positions of its own for captions, as LlamaGen has none.
 
     Args:
         length: P, positions.
@@ -32,6 +40,7 @@ class WordLlama(TextEncoder):
 
     def __init__(self, length: int) -> None:
         self._tokenizer, self._table, digest = _loaded()
+        self._places = places(length, self._table.shape[1])
         self.spec = EncoderSpec("wordllama", length=length, channels=self._table.shape[1], digest=digest)
 
     def words(self, texts: Sequence[str]) -> list[int]:
@@ -43,11 +52,19 @@ class WordLlama(TextEncoder):
         mask = torch.zeros(len(texts), length, dtype=torch.long)
         for row, ids in enumerate(self._ids(texts)):
             kept = ids[:length]
-            features[row, : len(kept)], mask[row, : len(kept)] = self._table[kept], 1
+            features[row, : len(kept)], mask[row, : len(kept)] = self._table[kept] + self._places[: len(kept)], 1
         return features, mask
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoded.ids for encoded in self._tokenizer.encode_batch([text.lower() for text in texts])]
+
+
+def places(length: int, channels: int) -> Tensor:
+    """Codes (length, channels) of places 0 … length - 1: sines and cosines of growing wavelengths (Vaswani et al., 2017), as
+    large as the vectors of words are.
+    """
+    angles = torch.arange(length).unsqueeze(1) * 10_000.0 ** (-torch.arange(0, channels, 2) / channels)
+    return SIZE * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
 @functools.cache
@@ -61,7 +78,7 @@ def _loaded() -> tuple[Any, Tensor, str]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise InputError(missing) from error
-    folder, content = Path(found.origin).parent, hashlib.sha256()
+    folder, content = Path(found.origin).parent, hashlib.sha256(FORM)
     try:
         for name in (TABLE, TOKENIZER):
             content.update((folder / name).read_bytes())

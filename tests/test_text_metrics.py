@@ -13,7 +13,7 @@ from dd2.cli import main
 from dd2.errors import InputError
 from dd2.evaluation import inception
 from dd2.evaluation.clean import as_coco, as_stored, centre_square
-from dd2.evaluation.clip import VARIANTS, ClipScore
+from dd2.evaluation.clip import CLIP_SCORES, ClipScore
 from dd2.evaluation.features import open_features, pictures, read_features, read_pictures
 from dd2.frechet import fit_gaussian, frechet_distance
 
@@ -103,10 +103,10 @@ def test_torchmetrics_own_scale_and_what_is_refused(clip_values):
         ClipScore("clip_b16", CPU)
     with pytest.raises(InputError, match="not on this machine"):
         ClipScore(f"clip_b32@{folder / 'nowhere'}", CPU)
-    assert {ClipScore(f"{name}@{folder}", CPU).digest for name in VARIANTS} == {
-        ClipScore(f"{name}@{GOLDEN / 'clip_quick'}", CPU).digest for name in VARIANTS
+    assert {ClipScore(f"{name}@{folder}", CPU).digest for name in CLIP_SCORES} == {
+        ClipScore(f"{name}@{GOLDEN / 'clip_quick'}", CPU).digest for name in CLIP_SCORES
     }
-    assert len({ClipScore(f"{name}@{folder}", CPU).digest for name in VARIANTS}) == len(VARIANTS)
+    assert len({ClipScore(f"{name}@{folder}", CPU).digest for name in CLIP_SCORES}) == len(CLIP_SCORES)
 
 
 class StandIn(nn.Module):

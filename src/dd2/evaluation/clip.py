@@ -2,7 +2,6 @@
 
 import hashlib
 import html
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ class ClipVariant:
 
 B32, G14, L14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "openai/clip-vit-large-patch14"
 
-VARIANTS = {
+CLIP_SCORES = {
     "clip_b32_prefix": ClipVariant(B32, prefix=True, square=True),
     "clip_b32": ClipVariant(B32, prefix=False, square=True),
     "clip_g14_prefix": ClipVariant(G14, prefix=True, square=True),
@@ -68,9 +67,9 @@ class ClipScore:
 
     def __init__(self, spec: str, device: torch.device) -> None:
         self.name, _, place = spec.partition("@")
-        if self.name not in VARIANTS:
-            raise InputError(f"clip {self.name!r} is no variant of the CLIP score; they are {', '.join(VARIANTS)}")
-        self.variant, self.device = VARIANTS[self.name], device
+        if self.name not in CLIP_SCORES:
+            raise InputError(f"clip {self.name!r} is no variant of the CLIP score; they are {', '.join(CLIP_SCORES)}")
+        self.variant, self.device = CLIP_SCORES[self.name], device
         self._model, self._tokenizer, settings = _loaded(place or self.variant.model)
         self._model = self._model.to(device).eval()
         self._side, self._mean, self._std = settings
@@ -133,12 +132,13 @@ def _cleaned(text: str) -> str:
 def _loaded(place: str) -> tuple[Any, Any, tuple[int, Tensor, Tensor]]:
     """Model, tokenizer, and (pixels of a side, mean and deviation (3, 1, 1) of its channels)."""
     try:
-        transformers: Any = importlib.import_module("transformers")
+        import transformers
     except ImportError as error:
         raise InputError('CLIP scores need transformers; pip install "dd2[t2i]"') from error
     try:
-        model = transformers.CLIPModel.from_pretrained(place, local_files_only=True)
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        library: Any = transformers
+        model = library.CLIPModel.from_pretrained(place, local_files_only=True)
+        tokenizer = library.CLIPTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(

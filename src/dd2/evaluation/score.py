@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dd2.evaluation import reference as references
 from dd2.evaluation.bank import feature_bank
-from dd2.evaluation.clip import VARIANTS, ClipScore
+from dd2.evaluation.clip import CLIP_SCORES, ClipScore
 from dd2.evaluation.features import FeatureNetwork, pictures, read_features
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.evaluation.methods import Method
@@ -238,7 +238,7 @@ class Scorer:
 def text_scores(bank: Store, rows: Tensor | slice = slice(None)) -> dict[str, float]:
     """Means over some rows of a bank, with their intervals, of what says how well images go with their captions."""
     found: dict[str, float] = {}
-    for name in ("agreement", *VARIANTS):
+    for name in ("agreement", *CLIP_SCORES):
         if name in bank.names():
             each = bank.load(name)[rows].double()
             found |= {name: float(each.mean()), f"{name}_95": interval_of_mean(each)}

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from dd2.evaluation.clip import VARIANTS
+from dd2.evaluation.clip import CLIP_SCORES
 from dd2.evaluation.columns import COLUMNS
 
 OWN_DECODER = "the tokenizer's own"
 """What decoded the images, where it was not trained further."""
 
-SHOWN = ("frechet", "precision", "recall", "teacher_nll", "accuracy", "agreement", *VARIANTS)
+SHOWN = ("frechet", "precision", "recall", "teacher_nll", "accuracy", "agreement", *CLIP_SCORES)
 """The columns of the terminal's table."""
 
 

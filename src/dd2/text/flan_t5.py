@@ -1,7 +1,6 @@
 """Flan-T5's encoder by the library transformers: what LlamaGen's text models were trained with."""
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,17 +53,16 @@ class FlanT5(TextEncoder):
 
 def _loaded(spec: EncoderSpec) -> tuple[Any, Any]:
     try:
-        transformers: Any = importlib.import_module("transformers")
+        import transformers
     except ImportError as error:
         raise InputError('the text encoder Flan-T5 needs transformers; pip install "dd2[t2i]"') from error
+    library: Any = transformers
     name = spec.name or "google/flan-t5-xl"
     # Nothing is fetched but a revision that somebody named; a folder is no more than itself.
     where: dict[str, Any] = {"local_files_only": not spec.revision or Path(name).is_dir()}
     where |= {"revision": spec.revision} if spec.revision else {}
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, **where), transformers.T5EncoderModel.from_pretrained(
-            name, **where
-        )
+        return library.AutoTokenizer.from_pretrained(name, **where), library.T5EncoderModel.from_pretrained(name, **where)
     except (OSError, ValueError, ImportError) as error:
         why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(

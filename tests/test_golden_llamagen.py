@@ -6,11 +6,17 @@ from torch import Tensor
 
 from dd2.checkpoints import load_llamagen
 from dd2.checkpoints.foreign import official_shapes
-from dd2.checkpoints.llamagen import gpt_config, gpt_origins, vq_config, vq_ignored
+from dd2.checkpoints.llamagen import ENCODERS, gpt_config, gpt_origins, vq_config, vq_ignored
+from dd2.checkpoints.native import load_teacher, save_teacher
+from dd2.commands.distill_config import DistillConfig, with_usual_sampling
+from dd2.method.config import TuneConfig
+from dd2.teachers.adaptation import adapted_copy
 from dd2.teachers.code import CodeTeacher
+from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
 from dd2.text.captions import caption_condition
+from dd2.text.encoder import EncoderSpec
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.vq import VQTokenizer
 from golden_weights import golden_model, golden_sizes, golden_state, golden_values
@@ -72,6 +78,26 @@ def test_a_mask_of_words_only_changes_nothing():
     teacher, values = load("llamagen_t2i_tiny"), golden_values("llamagen_t2i_tiny")
     cond, tokens = values["cond"], teacher.codebook[values["ids"]]
     close(teacher.logits(tokens, caption_condition(cond, torch.ones(cond.shape[:2]))), values["logits"])
+
+
+def test_what_a_converted_text_teacher_remembers(tmp_path, capsys):
+    """Its encoder and its authors' sampling, in its folder and after stage 0, and that these are meant where no sampling is
+    given."""
+    original = load("llamagen_t2i_tiny")
+    save_teacher(tmp_path / "teacher", original)
+    adapted = adapted_copy(load_teacher(tmp_path / "teacher"))
+    for found in (original, load_teacher(tmp_path / "teacher"), adapted):
+        assert isinstance(labels := found.conditions, CaptionLabels)
+        assert labels.encoder == EncoderSpec("flan-t5", "", length=labels.length, channels=labels.channels)
+        assert found.usual_sampling == Sampling(cfg_scale=7.5, top_k=1000)
+        assert found.usually(Sampling(), Sampling()) == Sampling(cfg_scale=7.5, top_k=1000)
+        assert found.usually(Sampling(top_k=5), Sampling()) == Sampling(top_k=5)
+    assert "cfg_scale 7.5, top_k 1000" in capsys.readouterr().err
+    config = DistillConfig(tune=TuneConfig(sampling=Sampling(top_k=3)))
+    changed = with_usual_sampling(config, original)
+    assert (changed.tune.sampling, changed.csd.sampling) == (Sampling(top_k=3), Sampling(cfg_scale=7.5, top_k=1000))
+    assert ENCODERS[2048] == "google/flan-t5-xl"
+    assert load("llamagen_tiny").usual_sampling is None
 
 
 def test_grouped_heads_load_and_cache():

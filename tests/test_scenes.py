@@ -135,6 +135,7 @@ class Bench:
     judge: Path
     teacher: Path
     run: Path
+    next_scale: bool
 
 
 QUICK = ["--loop.preview-every", "0", "--loop.log-every", "1"]
@@ -162,7 +163,7 @@ def bench(request, tmp_path_factory) -> Bench:
     ]
     for command in commands:
         assert main([str(word) for word in [*command, *QUICK]]) == 0
-    return Bench(folder / "judge" / "classifier", folder / "teacher" / "teacher", folder / "run")
+    return Bench(folder / "judge" / "classifier", folder / "teacher" / "teacher", folder / "run", bool(kind))
 
 
 @pytest.mark.e2e
@@ -261,6 +262,36 @@ def test_prompts_of_models_that_know_classes_alone(tmp_path, capsys):
     assert "conditioned on classes" in capsys.readouterr().err
     command = ["train-teacher", "configs/digits_teacher.yaml", "--text-encoder", "wordllama", "--out", str(tmp_path / "t")]
     assert main(command) == 2
+
+
+@pytest.mark.e2e
+def test_dd1_of_texts(bench, tmp_path):
+    """The baseline whose text variant was never released: pairs, student, evaluation by unseen prompts, two passes."""
+    out = tmp_path / "dd1"
+    command = [
+        *[
+            "dd1",
+            f"configs/digits{'_var' if bench.next_scale else ''}_dd1.yaml",
+            "--teacher",
+            bench.teacher,
+            "--captions",
+            "scenes",
+            "--out",
+            out,
+            "--pairs",
+            777,
+        ],
+        *["--standardise-samples", 64, "--ode.steps", 2, "--train.iterations", 2, "--train.batch", 8, *QUICK],
+        *["--heads.second-step", 2],
+    ]
+    assert main([str(word) for word in command]) == 0
+    sample = ["sample", out, "--prompt", "a three above a seven", "--method", "two_passes", "--out", tmp_path / "two.png"]
+    assert main([str(word) for word in sample]) == 0
+    quick = ["--features", bench.judge, "--no-speed", "--metrics.halves", 2, "--metrics.kid-subsets", 2, "--skip", 1]
+    quick += ["--prompts", "scenes-unseen", "--count", 113]
+    assert main([str(word) for word in ["evaluate", out, *quick]]) == 0
+    numbers = json.loads((out / "prompts" / "scenes-unseen" / "metrics.json").read_text())
+    assert {"teacher", "generator", "generator_two_passes", "teacher_skip_1"} <= set(numbers["agreement"])
 
 
 @pytest.mark.e2e

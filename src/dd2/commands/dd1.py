@@ -75,7 +75,7 @@ def distil_dd1(config: DD1RunConfig) -> dict[str, float]:
     """
     device = pick_device(config.device)
     teacher = require_codes(open_teacher(config.teacher, device, config.captions, text_encoder=config.text_encoder), "dd2 dd1")
-    config = replace(config, sampling=teacher.usually(config.sampling))
+    config = replace(config, sampling=teacher.usually(config.sampling, DD1RunConfig().sampling))
     teacher.conditions.digest()  # refuses missing captions, and the next lines what else cannot be used,
     teacher.check(config.sampling)  # before a run folder exists
     if not teacher.backbone.continuous:

@@ -87,7 +87,8 @@ class DistillConfig:
 
 def with_usual_sampling(config: DistillConfig, teacher: Teacher) -> DistillConfig:
     """The same, with the teacher's usual sampling where none is given."""
-    tune, csd = (teacher.usually(given) for given in (config.tune.sampling, config.csd.sampling))
+    tune = teacher.usually(config.tune.sampling, TuneConfig().sampling)
+    csd = teacher.usually(config.csd.sampling, CSDConfig().sampling)
     return replace(config, tune=replace(config.tune, sampling=tune), csd=replace(config.csd, sampling=csd))
 
 

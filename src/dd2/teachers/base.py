@@ -168,9 +168,9 @@ class Teacher(nn.Module, ABC):
         """Modules that are called in float32, whatever the autocast around them."""
         return ()
 
-    def usually(self, given: Sampling) -> Sampling:
-        """The sampling that is meant where nobody has set any: the teacher's usual one, which is said."""
-        if self.usual_sampling is None or given != Sampling():
+    def usually(self, given: Sampling, default: Sampling) -> Sampling:
+        """The sampling that is meant where nobody has set another than a command's default: the teacher's usual one, which is said."""
+        if self.usual_sampling is None or given != default:
             return given
         usual = {name: value for name, value in self.usual_sampling.described().items() if value != getattr(given, name)}
         note(f"the teacher is sampled as its authors do: {', '.join(f'{name} {value}' for name, value in usual.items())}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dd2.cli import main
 from dd2.data.idx import IMAGES, LABELS, IdxImages
 from dd2.data.source import ImageFolder, open_data
 from dd2.errors import InputError
@@ -119,6 +120,16 @@ def test_pictures_with_captions(tmp_path, kind, zipped, capsys):
     for shade, label in zip(shades.tolist(), labels.tolist(), strict=True):
         assert data.captions[label] == " ".join(texts[names[shade]].split())
     assert "5 different captions; 3 to train on, 3 for tests" in capsys.readouterr().out
+
+
+def test_own_data_is_of_classes(tmp_path, capsys):
+    _pictures(tmp_path / "a", "x.png", "y.png")
+    (tmp_path / "a" / "metadata.jsonl").write_text(
+        '{"file_name": "x.png", "text": "fox"}\n{"file_name": "y.png", "text": "snow"}\n'
+    )
+    assert main(["own-data", str(tmp_path / "a"), "--size", "16", "--out", str(tmp_path / "out")]) == 2
+    assert "own-data makes models of classes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def test_a_mask_of_words_only_changes_nothing():
 
 def test_what_a_converted_text_teacher_remembers(tmp_path, capsys):
     """Its encoder and its authors' sampling, in its folder and after stage 0, and that these are meant where no sampling is
-    given."""
+    given.
+    """
     original = load("llamagen_t2i_tiny")
     save_teacher(tmp_path / "teacher", original)
     adapted = adapted_copy(load_teacher(tmp_path / "teacher"))

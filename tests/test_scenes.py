@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from dd2.evaluation.classifier import Classifier, ClassifierConfig, save_classif
 from dd2.evaluation.features import open_features, read_features
 from dd2.pipeline import OneStepPipeline
 from dd2.seeding import stream
+from dd2.serving.api import build_api
+from dd2.serving.page import Visitors, build_page
+from dd2.serving.studio import Studio
 
 ALL = {caption.text: caption for part in ("seen", "unseen") for caption in captions(part)}
 
@@ -262,6 +266,33 @@ def test_prompts_of_models_that_know_classes_alone(tmp_path, capsys):
     assert "conditioned on classes" in capsys.readouterr().err
     command = ["train-teacher", "configs/digits_teacher.yaml", "--text-encoder", "wordllama", "--out", str(tmp_path / "t")]
     assert main(command) == 2
+
+
+@pytest.mark.e2e
+def test_the_page_and_the_endpoint_take_prompts(bench, tmp_path, monkeypatch):
+    """Of a run with its teacher, and of a generator alone: drawn as the command draws that they print; too long ones are
+    refused.
+    """
+    from starlette.testclient import TestClient
+
+    monkeypatch.chdir(tmp_path)
+    prompt = "two fives and a nine"
+    for source in (bench.run, bench.run / "generator"):
+        studio = Studio(OneStepPipeline.from_pretrained(source, device="cpu", dtype="float32"), source)
+        studio.warm_up()
+        drawn = studio.draw([prompt] * 3, range(5, 8))
+        assert drawn.labels == [prompt] * 3
+        assert main(shlex.split(studio.command(prompt, 5, 3, 1))[1:]) == 0
+        assert Path("generator.png").read_bytes() == drawn.grid()
+        with pytest.raises(InputError, match="a prompt may have"):
+            studio.draw(["x" * 1001], [0])
+        assert build_page(studio, tmp_path / "files", Visitors()) is not None
+        assert studio.walk(0, 1, 3, prompt).startswith(b"\x89PNG")
+        client = TestClient(build_api(studio), base_url="http://127.0.0.1")
+        assert client.get("/api/model").json()["text_to_image"] is True
+        answer = client.post("/api/generate", json={"labels": [prompt], "seeds": [5]})
+        assert answer.status_code == 200
+        assert answer.json()["labels"] == [prompt]
 
 
 @pytest.mark.e2e

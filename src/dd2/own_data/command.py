@@ -135,6 +135,11 @@ def _looked_at(config: OwnDataConfig) -> Task:
             sys.stderr,
         )
     data = open_data(config.data, config.size, 3 if channels > 2 else 1)
+    if data.captions:
+        raise InputError(
+            f"data {config.data} has captions, and own-data makes models of classes: train a text-conditional one stage by stage "
+            "(docs/text-to-image.md)"
+        )
     if min(sides) < config.size:
         say(f"note: the first image is {sides[0]} x {sides[1]}; {config.size} px makes it larger", sys.stderr)
     if config.features:

@@ -169,7 +169,9 @@ class Teacher(nn.Module, ABC):
         return ()
 
     def usually(self, given: Sampling, default: Sampling) -> Sampling:
-        """The sampling that is meant where nobody has set another than a command's default: the teacher's usual one, which is said."""
+        """The sampling that is meant where nobody has set another than a command's default: the teacher's usual one, which is
+        said.
+        """
         if self.usual_sampling is None or given != default:
             return given
         usual = {name: value for name, value in self.usual_sampling.described().items() if value != getattr(given, name)}

@@ -118,8 +118,11 @@ def test_what_stage_0_cannot_use_is_refused_before_a_run_exists(original, tmp_pa
     for arguments, message in (
         (["adapt", "--teacher", tmp_path / "digits", *images], "has 2 classes, the teacher has 10 classes"),
         (["distill", "--teacher", tmp_path / "digits", *images], "has 2 classes, the teacher has 10 classes"),
-        (["distill", "--teacher", tmp_path / "text"], "give their features with --captions"),
-        (["train-teacher", "--tokenizer", raster, "--teacher.caption-dim", 4], "leave teacher.caption_dim"),
+        (["distill", "--teacher", tmp_path / "text"], "give prompts, a list of them"),
+        (
+            ["train-teacher", "--tokenizer", raster, "--teacher.caption-dim", 4],
+            "teacher.caption_dim 4 is decided by the text encoder",
+        ),
     ):
         assert main([str(a) for a in (*arguments, "--out", run)]) == 2
         assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ import re
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def row(title: str, part: str, name: str, numbers: list[dict[str, Any]]) -> str:
     return f"| {said} | {part} | {' | '.join(cells)} | {gap} | {_spread(trained, '.0f') if own and part == 'seen' else ''} |"
 
 
-def _spread(values: list[float | None], kind: str) -> str:
+def _spread(values: Sequence[float | None], kind: str) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""

@@ -71,6 +71,11 @@ class TeacherSizes:
             if getattr(self, unused) != getattr(TeacherSizes(), unused):
                 raise InputError(f"this is a {SECTIONS[used]} tokenizer: its teacher's sizes are {used}.*, not {unused}.*")
         decided: dict[str, int] = {} if encoder else {"num_classes": num_classes}
+        channels = 0 if encoder is None else encoder.channels
+        if (given := getattr(getattr(self, used), "caption_dim", 0)) not in (0, channels):
+            raise InputError(
+                f"{used}.caption_dim {given} is decided by the text encoder of data with captions (here {channels}): leave it out"
+            )
         if used != "mar":
             decided |= {"caption_dim": encoder.channels, "caption_length": encoder.length} if encoder else {"caption_dim": 0}
         elif encoder:

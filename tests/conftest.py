@@ -24,3 +24,18 @@ def pipe(folder):
     from dd2.pipeline import OneStepPipeline
 
     return OneStepPipeline.from_pretrained(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def inception_file(tmp_path, monkeypatch) -> Path:
+    """A stand-in of NVIDIA's file, taken for the verified one."""
+    import torch
+
+    from dd2.evaluation import inception
+    from dd2.files import file_digest
+    from texts import StandIn
+
+    file = tmp_path / "inception.pt"
+    torch.jit.script(StandIn()).save(str(file))
+    monkeypatch.setattr(inception, "SHA256", file_digest(file))
+    return file

@@ -136,11 +136,15 @@ def test_own_data_is_of_classes(tmp_path, capsys):
     ("content", "said"),
     [
         ('{"file_name": "none.png", "text": "fox"}', "names none.png, which is not beside it"),
-        ('{"file_name": "a.png"}', "record 1 needs file_name and text"),
-        ('{"file_name": "a.png", "text": " "}', "record 1 needs file_name and text"),
-        ('{"file_name": "a.png", "text": 3}', "record 1 needs file_name and text"),
+        (
+            '{"file_name": "a.png", "text": "fox"}\n{"file_name": "b.png"}',
+            "record 2 needs file_name and prompt or caption or text",
+        ),
+        ('{"file_name": "a.png", "text": " "}', "record 1 needs file_name and prompt or caption or text"),
+        ('{"file_name": "a.png", "text": 3}', "record 1 needs file_name and prompt or caption or text"),
         ("[1]", "something else than records"),
         ("nonsense", "not valid JSON"),
+        ("", "name no picture"),
         (b"\xe9", "not UTF-8"),
     ],
 )
@@ -163,6 +167,16 @@ def test_pictures_of_which_some_have_captions(tmp_path, capsys):
     _pictures(tmp_path / "b", "fox/x.png", "snow/y.png")
     (tmp_path / "b" / "fox" / "x.txt").write_text("a note")
     assert open_data(str(tmp_path / "b"), 8, 1).class_names == ("fox", "snow")
+    (tmp_path / "b" / "metadata.csv").write_text("file_name,label\nfox/x.png,1\n")  # a table about something else
+    assert open_data(str(tmp_path / "b"), 8, 1).class_names == ("fox", "snow")
+    (tmp_path / "a" / "metadata.csv").write_text("file_name,text\nx.png,another fox\n")
+    with pytest.raises(InputError, match=r"x\.png is listed with two captions"):
+        open_data(str(tmp_path / "a"), 8, 1)
+    _pictures(tmp_path / "c", "train/x.png", "test/y.png", "z.png")
+    for name in ("train/x", "test/y", "z"):
+        (tmp_path / "c" / f"{name}.txt").write_text(name)
+    with pytest.raises(InputError, match=r"outside of them, such as z\.png"):
+        open_data(str(tmp_path / "c"), 8, 1)
     (tmp_path / "b" / "snow" / "y.txt").write_text("")
     with pytest.raises(InputError, match=r"y\.txt is empty"):
         open_data(str(tmp_path / "b"), 8, 1)

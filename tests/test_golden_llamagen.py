@@ -92,11 +92,14 @@ def test_what_a_converted_text_teacher_remembers(tmp_path, capsys):
         assert labels.encoder == EncoderSpec("flan-t5", "", length=labels.length, channels=labels.channels)
         assert found.usual_sampling == Sampling(cfg_scale=7.5, top_k=1000)
         assert found.usually(Sampling(), Sampling()) == Sampling(cfg_scale=7.5, top_k=1000)
-        assert found.usually(Sampling(top_k=5), Sampling()) == Sampling(top_k=5)
+        assert found.usually(Sampling(top_k=5), Sampling()) == Sampling(cfg_scale=7.5, top_k=5)
     assert "cfg_scale 7.5, top_k 1000" in capsys.readouterr().err
     config = DistillConfig(tune=TuneConfig(sampling=Sampling(top_k=3)))
     changed = with_usual_sampling(config, original)
-    assert (changed.tune.sampling, changed.csd.sampling) == (Sampling(top_k=3), Sampling(cfg_scale=7.5, top_k=1000))
+    assert (changed.tune.sampling, changed.csd.sampling) == (
+        Sampling(cfg_scale=None, top_k=3),
+        Sampling(cfg_scale=7.5, top_k=1000),
+    )
     assert ENCODERS[2048] == "google/flan-t5-xl"
     assert load("llamagen_tiny").usual_sampling is None
 

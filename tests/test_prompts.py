@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dd2.cli import main
 from dd2.data.scene_captions import captions
@@ -78,6 +80,7 @@ def test_the_formats_of_lists(tmp_path):
         ("a.jsonl", '{"class": "fox"}\n', "first record has class"),
         ("a.csv", "id,name\n1,fox\n", "first record has id, name"),
         ("a.csv", "prompt\n", "there are none"),
+        ("a.json", '["\\ud800 fox"]', "half a character"),
     ],
 )
 def test_lists_that_are_none(tmp_path, name, content, said):
@@ -98,6 +101,8 @@ def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content, kind):
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert all(0 < len(text) <= LONGEST for text in found.texts)
+        assert len(found.digest()) == 64
+        assert Captions.encoded(found, open_encoder(WORDLLAMA)).mask.sum(1).min() >= 1
 
 
 def test_wordllama_is_its_package_s_own_vectors():
@@ -163,9 +168,60 @@ def test_who_made_the_features_is_remembered(cache, flan_t5, tmp_path, capsys):
     assert len(captions_of(typed(["a"]), unknown, place=str(flan_t5))) == 1
     with pytest.raises(InputError, match="does not say which text encoder"):
         captions_of(typed(["a"]), None)
-    with pytest.raises(InputError, match=r"needs transformers|not on this machine"):
+    with pytest.raises(InputError, match="not on this machine, or damaged"):
         captions_of(typed(["a"]), spec_of("google/flan-t5-none"))
     assert not cache.exists()  # few prompts are not kept
+
+
+def test_a_model_that_is_not_whole_is_refused(flan_t5, tmp_path):
+    """Missing tensors and tokenizers, which the library makes up; other weights anywhere, and other tokenizers, are another
+    encoder; what is stored in half precision is computed in float32.
+    """
+    spec = open_encoder(spec_of(str(flan_t5), 6)).spec
+
+    def copied(name: str) -> Path:
+        shutil.copytree(flan_t5, tmp_path / name)
+        return tmp_path / name
+
+    def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+        weights = load_file(folder / "model.safetensors")
+        save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    last = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    part = changed(copied("part"), lambda weights: {name: value for name, value in weights.items() if name != last})
+    with pytest.raises(InputError, match="lacks 1 tensors"):
+        open_encoder(spec_of(str(part), 6))
+    other = changed(copied("other"), lambda weights: {**weights, last: 3 * weights[last]})
+    assert open_encoder(spec_of(str(other), 6)).spec.digest != spec.digest
+    half = changed(copied("half"), lambda weights: {name: value.bfloat16() for name, value in weights.items()})
+    assert open_encoder(spec_of(str(half), 6)).encode(["a red fox"])[0].dtype == torch.float32
+    bare = copied("bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match="has no tokenizer"):
+        open_encoder(spec_of(str(bare), 6))
+    cut = copied("cut")
+    (cut / "model.safetensors").write_bytes((flan_t5 / "model.safetensors").read_bytes()[:200])
+    with pytest.raises(InputError, match="or damaged"):
+        open_encoder(spec_of(str(cut), 6))
+
+
+def test_lists_that_join_to_the_same_lines_are_not_the_same(cache):
+    first, second = (Prompts((*texts, *map(str, range(40))), "p") for texts in (("a\nb", "c"), ("a", "b\nc")))
+    assert first.digest() != second.digest()
+    assert captions_of(first, WORDLLAMA).texts != captions_of(second, WORDLLAMA).texts
+
+
+def test_a_damaged_file_of_kept_features_is_made_again(cache):
+    prompts = Prompts(tuple(f"fox {row}" for row in range(40)), "p")
+    first = captions_of(prompts, WORDLLAMA)
+    (file,) = cache.iterdir()
+    file.unlink()  # not written over: the features are mapped from it
+    file.write_bytes(b"torn")
+    again = captions_of(prompts, WORDLLAMA)
+    assert torch.equal(again.features, first.features)
+    assert again.digest == first.digest == Captions.load(file).digest
 
 
 def test_many_prompts_are_encoded_once(cache, monkeypatch, capsys):
@@ -193,7 +249,9 @@ def test_conditions_of_texts(cache):
     assert known.class_names == ("a three above a seven", "two fives")
     assert known.label("Two fives") == 1
     assert known(torch.tensor([1])).shape == (1, 12, 257)
-    with pytest.raises(InputError, match="this model reads 12 positions of 8"):
+    upgraded = CaptionLabels(12, 256, encoder=EncoderSpec("wordllama", length=12, channels=256)).of_texts(typed(["a"]))
+    assert upgraded.encoder == spec  # what was unknown of the encoder is remembered from here on
+    with pytest.raises(InputError, match="reads 12 positions of 8"):
         CaptionLabels(12, 8, encoder=spec)
 
 
@@ -237,5 +295,8 @@ def test_folders_of_others_scorers(tmp_path):
     for name in ("geneval", "hpsv2", "mjhq"):
         with pytest.raises(InputError, match=f"layout {name} needs"):
             LAYOUTS[name](lists["captions"])
+    for twice in (("a/b", "a:b"), ("x", "X")):
+        with pytest.raises(InputError, match="two of them would be the file"):
+            LAYOUTS["mjhq"](Prompts(("fox", "snow"), "p", groups=("food", "food"), keys=twice)).check()
     with pytest.raises(InputError, match="one image of each prompt"):
         LAYOUTS["hpsv2"](lists["hpsv2"]).name(3)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dd2.checkpoints.native import load_teacher
+from dd2.checkpoints.runs import embedded
 from dd2.cli import main
 from dd2.data import digits, scenes
 from dd2.data.scene_captions import CELL_NAMES, agreement, captions
@@ -224,6 +226,8 @@ def test_lists_of_prompts_on_the_command_line(bench, tmp_path, capsys):
         (["--prompts", prompts, "--prompt", "a four"], "both given"),
         (["--prompts", prompts, "--labels", "3"], "leave one of them out"),
         (["--prompts", tmp_path / "none.txt"], "cannot be read"),
+        (["--prompts", prompts, "--layout", "captions", "--first", 3], "counts its images from 0"),
+        (["--prompt", "a \udce9"], "half a character"),
         (["--prompt", "a four", "--text-encoder", tmp_path], "is a flan-t5"),
     ):
         wrong = ["sample", bench.run, *more, "--out", tmp_path / "wrong"]
@@ -258,14 +262,93 @@ def test_seen_and_unseen_prompts_are_measured(bench, capsys):
 
 
 @pytest.mark.e2e
-def test_prompts_of_models_that_know_classes_alone(tmp_path, capsys):
-    """A teacher's folder remembers its encoder; the digits know no texts."""
-    assert main(["sample", str(tmp_path), "--prompt", "a three", "--out", str(tmp_path / "x.png")]) == 2
-    command = ["distill", "configs/digits.yaml", "--captions", "scenes", "--out", str(tmp_path / "run")]
-    assert main(command) == 2
-    assert "conditioned on classes" in capsys.readouterr().err
-    command = ["train-teacher", "configs/digits_teacher.yaml", "--text-encoder", "wordllama", "--out", str(tmp_path / "t")]
-    assert main(command) == 2
+def test_prompts_of_models_that_know_classes_alone(folder, tmp_path, capsys):
+    tokenizer = ["--tokenizer", embedded("teacher") / "tokenizer"]
+    for command, said in (
+        (["sample", folder, "--prompt", "a three"], "conditioned on classes"),
+        (["sample", folder, "--text-encoder", tmp_path], "text_encoder has no effect"),
+        (["evaluate", folder, "--prompts", "scenes"], "conditioned on classes"),
+        (["distill", "configs/digits.yaml", "--captions", "scenes"], "conditioned on classes"),
+        (["distill", "configs/digits.yaml", "--text-encoder", tmp_path], "text_encoder has no effect"),
+        (["train-teacher", "configs/digits_teacher.yaml", *tokenizer, "--text-encoder", "wordllama"], "has classes, no captions"),
+        (["train-classifier", "--data", "scenes"], "needs classes"),
+    ):
+        out = [] if command[0] == "evaluate" else ["--out", tmp_path / "out.png" if command[0] == "sample" else tmp_path / "out"]
+        assert main([str(word) for word in [*command, *out]]) == 2
+        assert said in capsys.readouterr().err.strip().splitlines()[-1], command
+
+
+@pytest.mark.e2e
+def test_groups_of_prompts_and_clip_scores_of_a_run(bench, tmp_path, capsys):
+    """Each group's distance stands beside the whole, but for groups of one image; CLIP scores are of the prompts, for every
+    method.
+    """
+    prompts = tmp_path / "groups.jsonl"
+    tags = {"a three above a seven": "pair", "two fives": "count", "three ones": "count", "a four": "alone"}
+    prompts.write_text("\n".join(json.dumps({"prompt": text, "tag": tag}) for text, tag in tags.items()))
+    clip = f"clip_b32_prefix@{Path(__file__).parent / 'golden' / 't2i' / 'clip_quick'}"
+    quick = [
+        "--features",
+        bench.judge,
+        "--no-speed",
+        "--metrics.halves",
+        0,
+        "--metrics.kid-subsets",
+        2,
+        "--metrics.neighbours",
+        1,
+    ]
+    command = ["evaluate", bench.run, *quick, "--prompts", prompts, "--count", 8, "--clip", clip]
+    assert main([str(word) for word in command]) == 0
+    (folder,) = (bench.run / "prompts").glob("groups-*")
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert set(numbers["groups"]) == {"pair", "count", "alone"}
+    assert {group: found["generator"]["count"] for group, found in numbers["groups"].items()} == {
+        "pair": 2,
+        "count": 4,
+        "alone": 2,
+    }
+    assert numbers["evaluation"]["clip_digests"].keys() == {"clip_b32_prefix"}
+    scores = {name: found["clip_b32_prefix"] for name, found in numbers["metrics"].items()}
+    assert all(-1 <= score <= 1 for score in scores.values())
+    assert len({*scores.values()}) > 2
+    of_groups = sum(found["generator"]["count"] * found["generator"]["clip_b32_prefix"] for found in numbers["groups"].values())
+    assert of_groups / 8 == pytest.approx(scores["generator"], abs=1e-6)
+    assert main([str(word) for word in [*command, "--count", 4]]) == 0
+    assert set(json.loads((folder / "metrics.json").read_text())["groups"]) == {"count"}
+    capsys.readouterr()
+    assert main([str(word) for word in [*command, "--clip", clip, clip]]) == 2
+    assert "names a variant twice" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_features_that_resize_stored_images_have_no_path_length_and_train_no_decoder(bench, inception_file, tmp_path, capsys):
+    features = f"inception-coco@{inception_file}"
+    for command, said in (
+        (["evaluate", bench.run, "--features", features, "--path-length", 4], "path_length needs features"),
+        (["align-decoder", bench.run, "--features", features, "--out", tmp_path / "aligned"], "without gradient"),
+    ):
+        assert main([str(word) for word in command]) == 2
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.e2e
+def test_a_run_whose_captions_are_gone_still_reads_prompts(bench, tmp_path):
+    """Its captions are looked at when one is asked for by number; so is the place of the encoder, by the teacher too."""
+    run = tmp_path / "run"
+    shutil.copytree(bench.run, run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "captions": str(tmp_path / "gone.txt")}))
+    pipe = OneStepPipeline.from_pretrained(run, device="cpu", dtype="float32")
+    own = OneStepPipeline.from_pretrained(bench.run, device="cpu", dtype="float32")
+    assert torch.equal(pipe("a four").tokens, own("a four").tokens)
+    with pytest.raises(InputError, match=r"gone\.txt cannot be read"):
+        pipe([3])
+    assert main(["export", str(run), str(tmp_path / "package"), "--format", "folder"]) == 0
+    elsewhere = OneStepPipeline.from_pretrained(bench.run, device="cpu", text_encoder=str(tmp_path))
+    for steps in (1, 2):
+        with pytest.raises(InputError, match="is a flan-t5"):
+            elsewhere("a four", num_inference_steps=steps)
 
 
 @pytest.mark.e2e

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from dd2.cli import main
 from dd2.errors import InputError
-from dd2.evaluation import inception
 from dd2.evaluation.clean import as_coco, as_stored, centre_square
 from dd2.evaluation.clip import CLIP_SCORES, ClipScore
 from dd2.evaluation.features import open_features, pictures, read_features, read_pictures
@@ -109,31 +107,6 @@ def test_torchmetrics_own_scale_and_what_is_refused(clip_values):
     assert len({ClipScore(f"{name}@{folder}", CPU).digest for name in CLIP_SCORES}) == len(CLIP_SCORES)
 
 
-class StandIn(nn.Module):
-    """In the place of Inception's file: its layers see what they are given, at 299 pixels."""
-
-    class Layers(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([x.mean((2, 3)), x[:, :, 150, 150]], 1)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = StandIn.Layers()
-
-    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        return x.mean((2, 3))
-
-
-@pytest.fixture
-def inception_file(tmp_path, monkeypatch) -> Path:
-    file = tmp_path / "inception.pt"
-    torch.jit.script(StandIn()).save(str(file))
-    from dd2.files import file_digest
-
-    monkeypatch.setattr(inception, "SHA256", file_digest(file))
-    return file
-
-
 def test_inception_behind_the_protocols(inception_file):
     """Images of any sizes, each brought to 299 pixels as the protocol says, (x - 128) / 128; drawn ones as they would be
     stored.
@@ -172,7 +145,10 @@ def test_folders_of_images_and_captions(inception_file, tmp_path, capsys, clip_v
     assert numbers["metrics"]["images"]["clip_b32_prefix"] == pytest.approx(float(expected.mean()), abs=1e-6)
     assert numbers["evaluation"]["prompts_count"] == 64
     assert "COCO-30k" in numbers["features"]
-    assert numbers["metrics"]["images"]["frechet"] > 0
+    network = open_features(f"inception-coco@{inception_file}", CPU)
+    folders = [[stored(file) for file in sorted(folder.rglob("*.*g"))] for folder in (made, reference)]
+    fits = [fit_gaussian([read_pictures(network, images, CPU)["pool"]]) for images in folders]
+    assert numbers["metrics"]["images"]["frechet"] == pytest.approx(frechet_distance(*fits), rel=1e-4)
     capsys.readouterr()
     for wrong, said in (
         ([*command, "--prompts", "scenes"], "prompts have no effect on images"),

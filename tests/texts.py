@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 
 def tiny_flan_t5(folder: Path, seed: int = 0) -> Path:
@@ -23,3 +24,18 @@ def tiny_flan_t5(folder: Path, seed: int = 0) -> Path:
     sizes = T5Config(vocab_size=len(words), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     T5EncoderModel(sizes).save_pretrained(folder)
     return folder
+
+
+class StandIn(nn.Module):
+    """In the place of Inception's file: its layers see what they are given, at 299 pixels."""
+
+    class Layers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.mean((2, 3)), x[:, :, 150, 150]], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = StandIn.Layers()
+
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        return x.mean((2, 3))

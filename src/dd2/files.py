@@ -76,7 +76,7 @@ def text_lines(file: Path, what: str, hint: str) -> list[str]:
     """
     try:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or f"it is not UTF-8: {error}"
         raise InputError(f"{what} {file} cannot be read ({why}); {hint}") from error
     if "\0" in text:
@@ -103,13 +103,18 @@ def writable_folder(path: Path, what: str) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Where what can be had again is kept: ~/.cache/dd2, or $DD2_CACHE."""
+    return Path(os.environ.get("DD2_CACHE", Path.home() / ".cache" / "dd2"))
+
+
 def fetched(url: str, sha256: str) -> Path:
     """A file of the internet, downloaded once into ~/.cache/dd2 (or $DD2_CACHE) and verified.
 
     Raises:
         InputError: it cannot be fetched, or is not the file with that SHA-256.
     """
-    folder = Path(os.environ.get("DD2_CACHE", Path.home() / ".cache" / "dd2"))
+    folder = cache_folder()
     file = folder / f"{sha256[:16]}-{url.rpartition('/')[2]}"
     if file.is_file() and file_digest(file) == sha256:
         return file

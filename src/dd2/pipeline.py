@@ -128,7 +128,7 @@ class OneStepPipeline:
         precision = pick_precision(dtype, place)
         path = located(name, revision, token, local_files_only=local_files_only)
         generator = open_generator(path, place, captions, trust, text_encoder)
-        opened = functools.partial(open_run, path, place, captions, trust) if (path / FILE).is_file() else None
+        opened = functools.partial(open_run, path, place, captions, trust, text_encoder) if (path / FILE).is_file() else None
         return cls(generator, precision, opened, text_encoder)
 
     @property

@@ -29,7 +29,7 @@ class RunRecord:
     Attributes:
         command: that made it: "distill", "dd1".
         teacher: as its configuration names it.
-        captions: file of the captions' features, or empty.
+        captions: a list of prompts or a file of their features, or empty.
         sampling: the teacher's distribution that is distilled.
         head: sizes of the students' heads, where the method has them.
         codes: of a generator over codes (`dd2.code_student`), what its teacher does not say; None where it has a head.

@@ -14,6 +14,7 @@ from dd2.errors import InputError
 from dd2.external import check_trust, is_code
 from dd2.generator import Generator
 from dd2.teachers.base import Teacher
+from dd2.teachers.conditions import CaptionLabels, Conditions
 from dd2.teachers.filtering import Sampling
 from dd2.text.prompts import Prompts
 from dd2.training.samples import samples_identity
@@ -53,9 +54,16 @@ def open_teacher(
                 "ar_diffusion folder, or module:function"
             )
         teacher = load_ar_teacher(folder, trust) if read_kind(folder) == "generator" else load_teacher(folder)
+    _refuse_encoder(teacher.conditions, text_encoder)
     if captions:
         teacher.conditions = teacher.conditions.of_texts(captions, text_encoder, device)
     return teacher.to(device)
+
+
+def _refuse_encoder(conditions: Conditions, text_encoder: str) -> None:
+    """Refuse a place of a text encoder where none is used."""
+    if text_encoder and not isinstance(conditions, CaptionLabels):
+        raise InputError("text_encoder has no effect: this model is conditioned on classes; leave it out")
 
 
 @dataclass(frozen=True)
@@ -95,9 +103,11 @@ def open_generator(
     Raises:
         InputError: there is none, or it cannot be opened.
     """
-    if not captions and (path / FILE).is_file():
-        captions = RunRecord.read(path).captions
-    return _generator(path, device, captions, trust, text_encoder)
+    found = _generator(path, device, captions, trust, text_encoder)
+    if captions or not (path / FILE).is_file() or not isinstance(found.conditions, CaptionLabels):
+        return found
+    own = RunRecord.read(path).captions
+    return replace(found, conditions=found.conditions.later(own, text_encoder, device)) if own else found
 
 
 def _generator(path: Path, device: torch.device, captions: Texts, trust: Sequence[str], text_encoder: str) -> Generator:
@@ -148,6 +158,7 @@ def open_record_teacher(
 
 def _opened(folder: Path, device: torch.device, captions: Texts, trust: Sequence[str], text_encoder: str = "") -> Generator:
     generator = load_generator(folder, trust)
+    _refuse_encoder(generator.conditions, text_encoder)
     if captions:
         generator = replace(generator, conditions=generator.conditions.of_texts(captions, text_encoder, device))
     return generator.to(device)

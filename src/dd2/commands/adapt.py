@@ -115,7 +115,9 @@ def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple
     """
     out, seed, device = trainer.folder, trainer.seed, trainer.device
     wanted = HELD_OUT + (config.sequences if config.data == "teacher" else 0)
-    own = TeacherSamples.prepare(out / "adapt_samples", original, Sampling(), wanted, seed, config.batch)
+    own = TeacherSamples.prepare(
+        out / "adapt_samples", original, original.usually(Sampling(), Sampling()), wanted, seed, config.batch
+    )
     torch.manual_seed(seed)
     adapted = adapted_copy(original, config.hidden)
     held_out = own.kept[:HELD_OUT].long().to(device), original.conditions(own.labels[:HELD_OUT].to(device))

@@ -130,6 +130,10 @@ def _check_gradients(run: FinishedRun, networks: dict[str, FeatureNetwork]) -> d
     shape, channels = run.teacher.tokenizer.image_shape, {}
     for spec, network in networks.items():
         images = torch.zeros(2, *shape, device=run.generator.device, requires_grad=True)
+        if network.prepare is not None:
+            raise InputError(
+                f"the decoder is trained through its features, and {network.name} resizes stored images without gradient"
+            )
         channels[spec] = read_features(network, images)["pool"].shape[1]  # refuses other sizes, and what is no features
         if not network.read(images)["pool"].requires_grad:
             raise InputError(f"features {spec} give no gradient; a function that is matched must not switch gradients off")

@@ -33,6 +33,7 @@ from dd2.evaluation.summary import OWN_DECODER, summary
 from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.images import png
+from dd2.places import absolute
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
 from dd2.provenance import commit, machine, read_versions
@@ -40,8 +41,8 @@ from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
 from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import OtherSampling
-from dd2.text.captions import is_features
-from dd2.text.prompts import Prompts, read_prompts
+from dd2.text.captions import listed
+from dd2.text.prompts import EMBEDDED, Prompts
 from dd2.training.health import findings
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples, samples_identity
@@ -58,6 +59,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     pick_precision(config.precision, device)  # refuses before anything is read
     network = open_features(config.features, device)
+    if config.path_length and network.prepare is not None:
+        raise InputError(f"path_length needs features of images as they are drawn, and {network.name} resizes stored ones")
     clips = [ClipScore(spec, device) for spec in config.clip]
     if config.images:
         return evaluate_images(config, network, clips, device)
@@ -68,9 +71,10 @@ def _evaluate_run(
     config: EvaluateConfig, network: FeatureNetwork, clips: Sequence[ClipScore], device: torch.device
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    prompts = config.prompts if is_features(config.prompts) or not config.prompts else read_prompts(config.prompts)
+    prompts = listed(config.prompts)
     run = open_run(config.run, device, prompts, config.trust, config.text_encoder)
-    place = config.run / "prompts" / Path(config.prompts).stem if config.prompts else config.run
+    known = _known_prompts(run, config.prompts)
+    place = config.run / "prompts" / _name_of(config.prompts, known) if config.prompts else config.run
     writable_folder(place, "run folder")
     spent = read_seconds(config.run)
     if not spent or not (config.run / "versions.json").is_file():
@@ -90,7 +94,7 @@ def _evaluate_run(
             f"count {config.count} is no multiple of the {labels} labels, so the classes are unbalanced; choose another count "
             f"({near if near > 1 else 2 * labels} or {near + labels}), or give --allow-unbalanced"
         )
-    if clips and not (isinstance(run.teacher.conditions, CaptionLabels) and run.teacher.conditions.class_names):
+    if clips and known is None:
         raise InputError(
             "clip needs captions whose texts are known, which this run's labels are not; leave it out, or give --prompts"
         )
@@ -112,11 +116,7 @@ def _evaluate_run(
         numbers["path_length"] = scorer.path_length(run.generator, config.path_length, config.epsilon)
     if config.speed:
         numbers |= speed_numbers(ways, compared, config.batch)
-    pictures, prompts_shown = [], scorer.shown_prompts(compared)
-    if prompts_shown[0]:
-        picture = png(captioned(*prompts_shown))
-        write_atomic(place / "prompts.png", picture)
-        pictures.append(("Prompts", "Teacher and one step, at the same seeds.", picture))
+    pictures = []
     if points:
         floor, worst = numbers["frechet"]["floor"], numbers["frechet"]["onestep_marginal"]
         numbers["curve"] = curve_numbers(points, reference, floor, worst, network.knows_labels)
@@ -132,7 +132,8 @@ def _evaluate_run(
         "features_digest": network.digest,
         "evaluation": {
             **decides,
-            **(prompts.described() if isinstance(prompts, Prompts) else {}),
+            **(known.described() if known is not None else {}),
+            **({"clip_digests": {clip.name: clip.digest for clip in clips}} if clips else {}),
             "precision": scorer.precision,
             "made": {"machine": machine(device), "torch": str(torch.__version__), "commit": commit()},
             "reference": reference.described,
@@ -155,12 +156,32 @@ def _evaluate_run(
         ],
     }
     write_atomic(place / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    texts, of_prompts = scorer.shown_prompts(compared)
+    if texts:
+        picture = png(captioned(texts, of_prompts))
+        write_atomic(place / "prompts.png", picture)
+        pictures.append(("Prompts", "Teacher and one step, at the same seeds.", picture))
     write_run_report(Section(config.run, numbers, scorer.shown(compared), pictures), place)
     say(summary(numbers))
-    say(f"wrote {place}/metrics.json, samples.png, curves.png and report.html")
+    say(f"wrote {place}/metrics.json, samples.png, {'prompts.png, ' if texts else ''}curves.png and report.html")
     if config.export is not None:
         _export(config.export, config, scorer, compared["generator"])
     return numbers
+
+
+def _known_prompts(run: FinishedRun, source: str) -> Prompts | None:
+    """What the labels of a run say, where they are captions whose texts are known."""
+    conditions = run.teacher.conditions
+    if not isinstance(conditions, CaptionLabels) or not conditions.class_names:
+        return None
+    return Prompts(conditions.class_names, absolute(source or run.record.captions))
+
+
+def _name_of(source: str, known: Prompts | None) -> str:
+    """Of the folder of a list's results: two lists never share one."""
+    if source in EMBEDDED:
+        return source
+    return f"{Path(source).stem}-{known.digest()[:8] if known is not None else 'features'}"
 
 
 def _drawn_curve(config: EvaluateConfig, run: FinishedRun, spent: dict[str, float], scorer: Scorer) -> list[tuple[Point, Store]]:

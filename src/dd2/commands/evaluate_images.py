@@ -53,7 +53,7 @@ def evaluate_images(
         "features_digest": network.digest,
         "evaluation": {
             **{key: value for key, value in flat(config).items() if key.startswith(("metrics.", "seed", "features"))},
-            **({} if shown is None else {**shown[0].described(), "clip": list(config.clip)}),
+            **({} if shown is None else {**shown[0].described(), "clip_digests": {clip.name: clip.digest for clip in clips}}),
             "images": str(path),
             "sha256": digest,
             "seeds": "unknown" if images.seeds is None else f"{len(set(images.seeds))} different ones",
@@ -82,7 +82,7 @@ def _prompts(config: EvaluateConfig, images: ImageSet) -> tuple[Prompts, list[in
         raise InputError(
             f"prompts {source} are {len(found):,}, the images {len(images):,}: give one for each image, in their order"
         )
-    natural = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in images.names]
+    natural = [[int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)] for name in images.names]
     order = sorted(range(len(natural)), key=lambda row: natural[row]) if natural else list(range(len(images)))
     return found, order
 

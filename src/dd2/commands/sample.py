@@ -14,7 +14,8 @@ from dd2.checkpoints.runs import Texts, open_generator, open_run
 from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted
-from dd2.files import writable_folder
+from dd2.files import weights_digest, writable_folder
+from dd2.places import absolute
 from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
@@ -24,9 +25,9 @@ from dd2.seeding import SEEDS
 from dd2.shipping.hub import located
 from dd2.teachers.conditions import Conditions
 from dd2.teachers.filtering import OtherSampling
-from dd2.text.captions import is_features
+from dd2.text.captions import is_features, listed
 from dd2.text.layouts import LAYOUTS, Layout, LayoutName, write_files
-from dd2.text.prompts import Prompts, read_prompts, typed
+from dd2.text.prompts import Prompts, typed
 from dd2.writers import open_writer
 
 
@@ -41,7 +42,7 @@ class SampleConfig(OtherSampling):
     run: RunFolder
     """Run folder of dd2 distill or dd2 demo, a generator folder (one step only), or owner/name on the Hugging Face Hub."""
     out: Path = Path("samples.png")
-    """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (one PNG per image)."""
+    """What to write: a .png (one grid), an .npz (arr_0 uint8 NHWC, labels, seeds), or a folder (a file per image)."""
     labels: tuple[str, ...] = ("all",)
     """Classes by number or name, or line numbers of captions, in turn: 3 seven, or 3,seven; "all" takes every one."""
     prompt: tuple[str, ...] = ()
@@ -98,6 +99,8 @@ class SampleConfig(OtherSampling):
             raise InputError(
                 f"layout {self.layout} is about a folder of prompts: give --prompts with texts, and an --out without ending"
             )
+        if self.layout == "captions" and self.first:
+            raise InputError("layout captions counts its images from 0, and first is another number; leave it out")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
         if self.steps > 1 and self.method != "generator":
@@ -175,9 +178,7 @@ def _stopped(config: SampleConfig, kept: int, count: int) -> str:
 
 def _prompts(config: SampleConfig) -> Texts:
     """What to draw, where it is no labels: prompts, or the name of a file of features."""
-    if config.prompt:
-        return typed(config.prompt)
-    return read_prompts(config.prompts) if config.prompts and not is_features(config.prompts) else config.prompts
+    return typed(config.prompt) if config.prompt else listed(config.prompts)
 
 
 def _layout(config: SampleConfig, prompts: Texts, count: int) -> Layout | None:
@@ -189,6 +190,7 @@ def _layout(config: SampleConfig, prompts: Texts, count: int) -> Layout | None:
     if config.layout == "plain" or not isinstance(prompts, Prompts):
         return None
     found = LAYOUTS[config.layout](prompts)
+    found.check()
     found.name(config.first + count - 1)
     return found
 
@@ -198,7 +200,11 @@ def _described(config: SampleConfig, ways: Ways, prompts: Prompts) -> dict[str, 
     by_teacher = config.method == "teacher" or config.steps > 1
     return {
         **prompts.described(),
+        "prompts": absolute(prompts.source),
         "run": os.path.abspath(config.run),
+        "generator": weights_digest(ways.generator.student),
+        **({} if ways.teacher is None else {"teacher": ways.teacher.fingerprint()}),
+        "first": config.first,
         "method": config.method,
         "steps": config.steps,
         "sampling": ways.sampling.described() if by_teacher else "as distilled",

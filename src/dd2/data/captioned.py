@@ -6,13 +6,13 @@ from typing import Any
 
 from dd2.data.layout import SPLITS, Item, own_split
 from dd2.data.pictures import Pictures
-from dd2.data.tables import records_of
+from dd2.data.tables import TEXT_KEYS, is_text, records_of
 from dd2.errors import InputError
 
 LISTS = ("metadata.jsonl", "metadata.csv")
 """Names of lists, as the datasets library's folders of images have them: file_name and text in each record."""
 
-NAME_KEY, TEXT_KEYS = "file_name", ("text", "caption", "prompt")
+NAME_KEY = "file_name"
 
 
 def captions_in(pictures: Pictures) -> dict[str, str] | None:
@@ -25,8 +25,9 @@ def captions_in(pictures: Pictures) -> dict[str, str] | None:
         InputError: a list is damaged, or names a picture that is not there.
     """
     lists = [name for name in pictures.beside if PurePosixPath(name).name in LISTS]
-    if lists:
-        return {picture: text for name in lists for picture, text in _listed(pictures, name)}
+    listed = [found for name in lists if (found := _listed(pictures, name)) is not None]
+    if listed:
+        return _joined(pictures, [pair for found in listed for pair in found])
     own = {name: str(PurePosixPath(name).with_suffix(".txt")) for name in pictures.names}
     beside = {*pictures.beside}
     if not own or not all(text in beside for text in own.values()):
@@ -47,19 +48,41 @@ def captioned_layout(found: Mapping[str, str]) -> tuple[tuple[str, ...], dict[st
         split = next((SPLITS[part.lower()] for part in name.split("/")[:-1] if part.lower() in SPLITS), "")
         if split:
             of[split].append((name, label))
-    if of["train"] and of["test"] and len(of["train"]) + len(of["test"]) == len(items):
+    if of["train"] and of["test"]:
+        inside = {name for split in of.values() for name, _ in split}
+        if outside := [name for name, _ in items if name not in inside]:
+            raise InputError(f"pictures lie in folders of train and test, and outside of them, such as {outside[0]}; move these")
         return captions, of, False
     return captions, own_split(items), True
 
 
-def _listed(pictures: Pictures, name: str) -> Sequence[tuple[str, str]]:
+def _joined(pictures: Pictures, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Lists as one.
+
+    Raises:
+        InputError: they are empty, or a picture has two captions.
+    """
+    if not pairs:
+        raise InputError(f"{pictures.what} {pictures.path}: {' and '.join(LISTS)} name no picture; remove them, or fill them")
+    found: dict[str, str] = {}
+    for picture, text in pairs:
+        if found.setdefault(picture, text) != text:
+            raise InputError(f"{pictures.what} {pictures.path}: {picture} is listed with two captions; keep one of them")
+    return found
+
+
+def _listed(pictures: Pictures, name: str) -> Sequence[tuple[str, str]] | None:
+    """Pictures and captions of a list; None where it is about something else than captions."""
     place = f"{pictures.what} {pictures.path}: {name}"
     folder, known = PurePosixPath(name).parent, {*pictures.names}
     found = []
-    for row, record in enumerate(records_of(_decoded(pictures, name), name, place), 1):
+    records = records_of(_decoded(pictures, name), name, place)
+    if records and (NAME_KEY not in records[0] or not any(key in records[0] for key in TEXT_KEYS)):
+        return None
+    for row, record in enumerate(records, 1):
         text = next((record[key] for key in TEXT_KEYS if key in record), None)
         file: Any = record.get(NAME_KEY)
-        if not isinstance(file, str) or not isinstance(text, str) or not text.strip():
+        if not isinstance(file, str) or not isinstance(text, str) or not text.strip() or not is_text(text):
             raise InputError(f"{place}: record {row} needs {NAME_KEY} and {' or '.join(TEXT_KEYS)}, both texts")
         picture = str(folder / file)
         if picture not in known:

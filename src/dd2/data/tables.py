@@ -7,6 +7,18 @@ from typing import Any
 from dd2.errors import InputError
 from dd2.records import parsed_text
 
+TEXT_KEYS = ("prompt", "caption", "text")
+"""What the field calls the text in records; the first that is there counts."""
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def records_of(text: str, name: str, place: str) -> list[dict[str, Any]]:
     """The records of a file.

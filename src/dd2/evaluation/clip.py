@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dd2.errors import InputError
 from dd2.evaluation.clean import centre_square, rgb
-from dd2.files import weights_digest
 from dd2.processes import note
+from dd2.text.library import digest, opened
 
 PREFIX = "A photo depicts"
 """What GigaGAN's evaluator, and who follows it, puts before every caption: as tokens, behind the start token."""
@@ -70,10 +70,13 @@ class ClipScore:
         if self.name not in CLIP_SCORES:
             raise InputError(f"clip {self.name!r} is no variant of the CLIP score; they are {', '.join(CLIP_SCORES)}")
         self.variant, self.device = CLIP_SCORES[self.name], device
-        self._model, self._tokenizer, settings = _loaded(place or self.variant.model)
-        self._model = self._model.to(device).eval()
-        self._side, self._mean, self._std = settings
-        self.digest = hashlib.sha256(f"{self.name} {weights_digest(self._model)}".encode()).hexdigest()
+        place = place or self.variant.model
+        remedy = f"fetch it (hf download {place}), or give NAME@FOLDER with --clip"
+        found, self._tokenizer = opened(place, "CLIPModel", "CLIPTokenizer", "CLIP", remedy)
+        self._model, self._side = found.to(device), int(found.config.vision_config.image_size)
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        known = f"{self.name} {digest(found, self._tokenizer)} {_ftfy() is not None}"
+        self.digest = hashlib.sha256(known.encode()).hexdigest()
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> Tensor:
@@ -118,35 +121,22 @@ def _embedding(found: Any) -> Tensor:
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
-def _cleaned(text: str) -> str:
-    """As CLIP's authors do before they tokenise: repaired, unescaped, single blanks, lower case."""
+def _ftfy() -> Any:
+    """The library that repairs texts; None where it is not installed."""
     try:
         import ftfy
     except ImportError:
+        return None
+    return ftfy
+
+
+def _cleaned(text: str) -> str:
+    """As CLIP's authors do before they tokenise: repaired, unescaped, single blanks, lower case."""
+    if (ftfy := _ftfy()) is None:
         note("ftfy is not installed, so odd marks in captions are not repaired as CLIP's authors do (pip install ftfy)")
     else:
         text = ftfy.fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
-
-
-def _loaded(place: str) -> tuple[Any, Any, tuple[int, Tensor, Tensor]]:
-    """Model, tokenizer, and (pixels of a side, mean and deviation (3, 1, 1) of its channels)."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError('CLIP scores need transformers; pip install "dd2[t2i]"') from error
-    try:
-        library: Any = transformers
-        model = library.CLIPModel.from_pretrained(place, local_files_only=True)
-        tokenizer = library.CLIPTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"CLIP's weights {place} are not on this machine ({why}); fetch them (hf download {place}), or give NAME@FOLDER "
-            "with --clip"
-        ) from error
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return model, tokenizer, (int(model.config.vision_config.image_size), mean, std)
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -22,11 +22,11 @@ OF_RUNS = (
 class EvaluateConfig:
     """Score a distilled run against its teacher, or a set of images, and store beside each number what decides it.
 
-    Writes metrics.json, samples.png, curves.png and report.html into RUN; features are kept in RUN/features, so that an
-    interrupted evaluation goes on where it stopped, and torchrun splits it over processes. The Fréchet distance (FD; FID with
-    --features inception-2015-12-05.pt) is to `reference`; with the teacher as reference its own row, from other seeds, is the
-    floor. gap_closed is how far the generator got from independent tokens (onestep_marginal) to the teacher's row. The teacher
-    samples as it did in distillation.
+    Writes metrics.json, samples.png, curves.png and report.html into RUN (of prompts into RUN/prompts/NAME); features are kept
+    in RUN/features, so that an interrupted evaluation goes on where it stopped, and torchrun splits it over processes. The
+    Fréchet distance (FD; FID with --features inception-2015-12-05.pt) is to `reference`; with the teacher as reference its own
+    row, from other seeds, is the floor. gap_closed is how far the generator got from independent tokens (onestep_marginal) to
+    the teacher's row. The teacher samples as it did in distillation.
     """
 
     run: RunFolder = Path()
@@ -44,7 +44,7 @@ class EvaluateConfig:
     text_encoder: str = ""
     """Where the text encoder lies on this machine, if not where the model says."""
     clip: tuple[str, ...] = ()
-    """CLIP scores against the prompts, in the named variants of docs/evaluation.md, such as clip_b32_prefix; NAME@FOLDER where
+    """CLIP scores against the prompts, in the named variants of docs/text-to-image.md, such as clip_b32_prefix; NAME@FOLDER where
     the weights lie elsewhere than in the Hub's local cache."""
     steps: tuple[int, ...] = (1,)
     """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
@@ -122,6 +122,9 @@ class EvaluateConfig:
         for (name, why), found in without_effect.items():
             if found:
                 raise InputError(f"{name} would have no effect, as {why}; leave it out")
+        named = [spec.partition("@")[0] for spec in self.clip]
+        if len({*named}) < len(named):
+            raise InputError(f"clip names a variant twice: {', '.join(named)}")
         if self.prompts and self.curve:
             raise InputError("curve goes with the captions that the run was distilled with; leave prompts out, or curve")
         if self.images is not None and self.prompts and not self.clip:

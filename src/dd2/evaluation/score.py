@@ -116,10 +116,13 @@ class Scorer:
         found: dict[str, dict[str, dict[str, float]]] = {}
         of_reference = np.array(reference.groups)
         for group in sorted({*self.groups}):
-            fit = fit_gaussian([reference.pool[of_reference == group]])
-            found[group] = {}
+            known = reference.pool[of_reference == group]
+            rows_of = {name: torch.from_numpy(np.array(self._groups_of(bank)) == group) for name, bank in banks.items()}
+            if min(len(known), *(int(rows.sum()) for rows in rows_of.values())) < 2:
+                continue  # one image has no spread
+            fit, found[group] = fit_gaussian([known]), {}
             for name, bank in banks.items():
-                rows = torch.from_numpy(np.array(self._groups_of(bank)) == group)
+                rows = rows_of[name]
                 distance = frechet_distance(fit_gaussian([bank.load("pool")[rows]]), fit)
                 found[group][name] = {"frechet": distance, "count": int(rows.sum()), **text_scores(bank, rows)}
         return {"groups": found}
@@ -138,7 +141,8 @@ class Scorer:
             if texts := [self.teacher.conditions.class_names[label] for label in labels.tolist() if self._by_text]:
                 if self.network.agrees is not None:
                     found["agreement"] = self.network.agrees(found, texts).float()
-                found |= {clip.name: clip(pictures(images), texts) for clip in self.clips}
+                if seeds_of != "reference":  # whose scores nobody reads
+                    found |= {clip.name: clip(pictures(images), texts) for clip in self.clips}
             if tokens is not None and isinstance(self.teacher, CodeTeacher):
                 ids = self.teacher.ids(tokens)
                 nll = teacher_nll(self.teacher, ids, self.teacher.conditions(labels))
@@ -164,10 +168,12 @@ class Scorer:
         names = self.teacher.conditions.class_names
         rows = torch.linspace(0, len(names) - 1, min(PROMPTS_SHOWN, len(names))).long()
         labels, index = rows.repeat_interleave(EACH).to(self.teacher.device), torch.arange(len(rows) * EACH)
-        drawn = {
-            methods[name].title: methods[name].draw(labels, self.seeds("prompts", index))[0].cpu()
-            for name in ("teacher", "generator")
-        }
+        seeds = self.seeds("prompts", index)
+        drawn = {}
+        for name in ("teacher", "generator"):
+            parts = zip(labels.split(self.batch), index.split(self.batch), strict=True)
+            images = [methods[name].draw(some, [seeds[int(i)] for i in of])[0].cpu() for some, of in parts]
+            drawn[methods[name].title] = torch.cat(images)
         return [names[int(row)] for row in rows], {title: images.unflatten(0, (-1, EACH)) for title, images in drawn.items()}
 
     def path_length(self, generator: Generator, paths: int, epsilon: float) -> dict[str, dict[str, float]]:
@@ -231,7 +237,7 @@ class Scorer:
             "precision": self.precision,
             "network": [self.network.name, self.network.digest],
             **({"texts": typed(self.teacher.conditions.class_names).digest()} if self._by_text else {}),
-            **({"clips": [clip.digest for clip in self.clips]} if self.clips else {}),
+            **({"clips": [clip.digest for clip in self.clips]} if self.clips and seeds_of != "reference" else {}),
         }
 
 

@@ -173,7 +173,8 @@ class Studio:
         self, label: int | str, seed: int, count: int, steps: int, guidance_scale: float | None = None, who: Who = "generator"
     ) -> str:
         """The command that draws the same PNG."""
-        asked = ["--prompt" if self.pipeline.by_text and isinstance(label, str) else "--labels", str(label)]
+        prompt = self.pipeline.by_text and isinstance(label, str)
+        asked = [f"--prompt={label}"] if prompt else ["--labels", str(label)]
         words = ["dd2", "sample", self.name, *asked, "--seed", str(seed), "--count", str(count)]
         words += ["--steps", str(steps)] if who == "generator" else ["--method", "teacher"]
         words += [] if guidance_scale is None else ["--cfg-scale", f"{guidance_scale:g}"]

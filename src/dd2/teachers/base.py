@@ -8,6 +8,7 @@ channel, so that the data lie on the scale of the noise; the backbone itself rea
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -172,11 +173,17 @@ class Teacher(nn.Module, ABC):
         """The sampling that is meant where nobody has set another than a command's default: the teacher's usual one, which is
         said.
         """
-        if self.usual_sampling is None or given != default:
+        if self.usual_sampling is None:
             return given
-        usual = {name: value for name, value in self.usual_sampling.described().items() if value != getattr(given, name)}
-        note(f"the teacher is sampled as its authors do: {', '.join(f'{name} {value}' for name, value in usual.items())}")
-        return self.usual_sampling
+        usual = {
+            name: value
+            for name, value in self.usual_sampling.described().items()
+            if getattr(given, name) == getattr(default, name) != value
+        }
+        if usual:
+            said = ", ".join(f"{name} {value}" for name, value in usual.items())
+            note(f"the teacher is sampled as its authors do where nothing else is set: {said}")
+        return replace(given, **usual)
 
     def student_backbone(self) -> Backbone:
         """A backbone for a student to train: a copy of this one."""

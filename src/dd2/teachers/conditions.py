@@ -1,9 +1,10 @@
 """What an image is conditioned on: integer labels for people, condition tensors for transformers."""
 
 import difflib
+import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -134,28 +135,28 @@ class CaptionLabels(Conditions):
     Args:
         length: positions P of a caption.
         channels: of their features.
-        captions: if they are known already.
+        captions: if they are known already, or how they are got when somebody asks for one.
         encoder: that the model was trained with; None where nobody said.
 
     Raises:
         InputError: the captions do not fit the model.
     """
 
-    def __init__(self, length: int, channels: int, captions: Captions | None = None, encoder: EncoderSpec | None = None) -> None:
-        self.length, self.channels, self.captions, self.encoder = length, channels, captions, encoder
-        self.class_names = () if captions is None else captions.texts
+    def __init__(
+        self,
+        length: int,
+        channels: int,
+        captions: Captions | Callable[[], Captions] | None = None,
+        encoder: EncoderSpec | None = None,
+    ) -> None:
+        self.length, self.channels, self.encoder, self._captions = length, channels, encoder, captions
         if encoder is not None and (encoder.length, encoder.channels) != (length, channels):
             raise InputError(
-                f"the text encoder {encoder.said()} gives features of {encoder.channels} channels; this model reads {length} "
-                "positions "
-                f"of {channels}"
+                f"the text encoder {encoder.said()} of {encoder.channels} channels, does not go with this model, which reads "
+                f"{length} positions of {channels}"
             )
-        if captions is not None and tuple(captions.features.shape[1:]) != (length, channels):
-            raise InputError(
-                f"the captions' features are {tuple(captions.features.shape)}; this model needs (N, {length}, {channels}): "
-                "make them "
-                "with the text encoder that it was trained with"
-            )
+        if isinstance(captions, Captions):
+            self._fitting(captions)
 
     @property
     def num_labels(self) -> int:
@@ -167,19 +168,40 @@ class CaptionLabels(Conditions):
     def empty(self, count: int, device: torch.device | str) -> Tensor:
         return torch.empty(count, self.length, self.channels, device=device)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return () if self._captions is None else self._known.texts
+
     def of_texts(self, source: str | Prompts, place: str = "", device: torch.device | None = None) -> "CaptionLabels":
-        return CaptionLabels(self.length, self.channels, captions_of(source, self.encoder, place, device), self.encoder)
+        found = captions_of(source, self.encoder, place, device)
+        known = self.encoder if self.encoder is not None and self.encoder.digest else found.encoder or self.encoder
+        return CaptionLabels(self.length, self.channels, found, known)
+
+    def later(self, source: str, place: str = "", device: torch.device | None = None) -> "CaptionLabels":
+        """As `of_texts`, but looked at when a label is first asked for: prompts do without."""
+        made = functools.partial(captions_of, source, self.encoder, place, device)
+        return CaptionLabels(self.length, self.channels, made, self.encoder)
 
     def digest(self) -> str:
-        return self._known.digest()
+        return self._known.digest
 
     @property
     def _known(self) -> Captions:
-        if self.captions is None:
+        if self._captions is None:
             raise InputError(
                 "this model is conditioned on captions: give prompts, a list of them (--prompts FILE), or in training --captions"
             )
-        return self.captions
+        if not isinstance(self._captions, Captions):
+            self._captions = self._fitting(self._captions())
+        return self._captions
+
+    def _fitting(self, captions: Captions) -> Captions:
+        if tuple(captions.features.shape[1:]) != (self.length, self.channels):
+            raise InputError(
+                f"the captions' features are {tuple(captions.features.shape)}; this model needs "
+                f"(N, {self.length}, {self.channels}): make them with the text encoder that it was trained with"
+            )
+        return captions
 
 
 class Sizes(Protocol):

@@ -76,6 +76,8 @@ class TeacherSizes:
             raise InputError(
                 f"{used}.caption_dim {given} is decided by the text encoder of data with captions (here {channels}): leave it out"
             )
+        if (given := getattr(getattr(self, used), "caption_length", 120)) not in (120, encoder.length if encoder else 120):
+            raise InputError(f"{used}.caption_length {given} is decided by --caption-length: give it there")
         if used != "mar":
             decided |= {"caption_dim": encoder.channels, "caption_length": encoder.length} if encoder else {"caption_dim": 0}
         elif encoder:

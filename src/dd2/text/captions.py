@@ -1,8 +1,8 @@
 """Features of prompts: made once, kept under the hash of what decides them, and looked up by row."""
 
+import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dd2.errors import InputError
-from dd2.files import writable_folder, write_atomic
+from dd2.files import cache_folder, writable_folder, write_atomic
 from dd2.processes import barrier, note, rank
 from dd2.progress import progress
 from dd2.records import parsed_text
@@ -105,9 +105,15 @@ class Captions:
         rows = labels.cpu()
         return caption_condition(self.features[rows], self.mask[rows]).to(labels.device)
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Hash of features and mask."""
+        """Hash of what decides them: texts and encoder where these are known, as features are rounded by every machine in its own
+        way; else of features and mask.
+        """
         content = hashlib.sha256()
+        if self.texts and self.encoder is not None and self.encoder.digest:
+            content.update(json.dumps([self.texts, self.encoder.digest, self.encoder.length]).encode())
+            return content.hexdigest()
         for tensor in (self.features, self.mask):
             for part in tensor.split(512):
                 content.update(part.float().contiguous().numpy().tobytes())
@@ -117,6 +123,15 @@ class Captions:
 def caption_condition(features: Tensor, mask: Tensor) -> Tensor:
     """Features (B, P, caption_dim) and mask (B, P) as one condition tensor (B, P, caption_dim + 1)."""
     return torch.cat([features.float(), mask.float().unsqueeze(-1)], -1)
+
+
+def listed(source: str) -> str | Prompts:
+    """What a command line names: prompts of a list, or the name of a file of features as it is.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    return source if not source or is_features(source) else read_prompts(source)
 
 
 def is_features(source: str) -> bool:
@@ -136,6 +151,8 @@ def captions_of(source: str | Prompts, spec: EncoderSpec | None, place: str = ""
         InputError: they cannot be read, are another encoder's, or there is no encoder for them.
     """
     if isinstance(source, str) and is_features(source):
+        if place:
+            raise InputError(f"text_encoder has no effect: {source} holds features already; leave it out")
         found = Captions.load(Path(source))
         if spec is not None and found.encoder is not None and spec.differs_from(found.encoder):
             raise InputError(
@@ -152,20 +169,46 @@ def captions_of(source: str | Prompts, spec: EncoderSpec | None, place: str = ""
             "needed; make "
             "them with dd2 text-features, and give that file"
         )
-    encoder = open_encoder(spec, place, device)
-    say_cut(prompts, encoder)
     if len(prompts) <= KEPT_ABOVE:
+        encoder = open_encoder(spec, place, device)
+        say_cut(prompts, encoder)
         return Captions.encoded(prompts, encoder)
-    file = _cached(prompts, encoder.spec)
-    if rank() == 0 and not file.is_file():
-        writable_folder(file.parent, "cache folder")
-        Captions.encoded(prompts, encoder).save(file)
+    return _kept(prompts, spec, place, device)
+
+
+def _kept(prompts: Prompts, spec: EncoderSpec, place: str, device: torch.device | None) -> Captions:
+    """Features of many prompts, made once on a machine. The encoder does not stay in memory."""
+    encoder = None if spec.digest and not place else open_encoder(spec, place, device)
+    known = spec if encoder is None else encoder.spec
+    file = _cached(prompts, known)
+    if rank() == 0 and _readable(file, prompts) is None:
+        _make(file, prompts, encoder or open_encoder(spec, place, device))
     barrier()
-    return Captions.load(file)
+    found = _readable(file, prompts)
+    if found is None:  # another machine of the job, which shares no home with the first
+        _make(file, prompts, encoder or open_encoder(spec, place, device))
+        found = Captions.load(file)
+    open_encoder.cache_clear()
+    return found
+
+
+def _readable(file: Path, prompts: Prompts) -> Captions | None:
+    """What is kept, if it is whole and of these prompts."""
+    try:
+        found = Captions.load(file)
+    except InputError:
+        return None
+    return found if found.texts == prompts.texts else None
+
+
+def _make(file: Path, prompts: Prompts, encoder: TextEncoder) -> None:
+    say_cut(prompts, encoder)
+    writable_folder(file.parent, "cache folder")
+    Captions.encoded(prompts, encoder).save(file)
 
 
 def say_cut(prompts: Prompts, encoder: TextEncoder) -> None:
-    """Say which prompts an encoder reads a part of only."""
+    """Say how many prompts an encoder reads a part of only, and which is the first."""
     length = encoder.spec.length
     if long := [row for row, words in enumerate(encoder.words(prompts.texts), 1) if words > length]:
         which = f"{len(long):,} of {len(prompts):,} prompts are" if len(prompts) > 1 else "the prompt is"
@@ -176,5 +219,4 @@ def _cached(prompts: Prompts, spec: EncoderSpec) -> Path:
     """Where their features are kept."""
     identity: dict[str, Any] = {"prompts": prompts.digest(), "count": len(prompts), "length": spec.length, "digest": spec.digest}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    root = Path(os.environ.get("DD2_CACHE", Path.home() / ".cache" / "dd2"))
-    return root / "text" / f"{key[:24]}.safetensors"
+    return cache_folder() / "text" / f"{key[:24]}.safetensors"

@@ -1,9 +1,11 @@
 """Text encoders: prompts to features of their words, behind one interface; which one a teacher was trained with is part of it."""
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -70,6 +72,8 @@ def spec_of(text: str, length: int = 0) -> EncoderSpec:
     """
     if text == "wordllama":
         return EncoderSpec("wordllama", length=length or USUAL_LENGTH["wordllama"])
+    if Path(text).is_dir():
+        return EncoderSpec("flan-t5", os.path.abspath(text), length=length or USUAL_LENGTH["flan-t5"])
     name, _, revision = text.partition("@") if HUB_NAME.fullmatch(text) else (text, "", "")
     return EncoderSpec("flan-t5", name, revision, length or USUAL_LENGTH["flan-t5"])
 

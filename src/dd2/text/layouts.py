@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dd2.errors import InputError
+from dd2.files import write_atomic
 from dd2.text.prompts import Prompts
 
 LayoutName = Literal["plain", "captions", "geneval", "hpsv2", "mjhq"]
@@ -24,6 +25,12 @@ class Layout(ABC):
 
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
+
+    def check(self) -> None:
+        """Refuse lists of which two prompts would share a file."""
+        places = Counter(self.name(number).lower() for number in range(len(self.prompts)))
+        if shared := [name for name, count in places.items() if count > 1]:
+            raise InputError(f"prompts {self.prompts.source}: two of them would be the file {shared[0]}; give them other names")
 
     def place(self, number: int) -> tuple[int, int]:
         """Number of the prompt of an image, and of the image among that prompt's."""
@@ -128,7 +135,7 @@ def write_files(folder: Path, layout: Layout | None, count: int, described: dict
     beside = {} if layout is None else layout.files(count)
     for name, text in {**beside, "dd2.json": json.dumps(described, indent=2) + "\n"}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+        write_atomic(folder / name, text if text.endswith("\n") else text + "\n")
 
 
 def _safe(name: str) -> str:

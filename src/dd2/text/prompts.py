@@ -1,21 +1,19 @@
 """Lists of prompts in the formats that the field's benchmarks come in."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dd2.data.scene_captions import Part, captions
-from dd2.data.tables import json_of, records_of
+from dd2.data.tables import TEXT_KEYS, is_text, json_of, records_of
 from dd2.errors import InputError
 from dd2.files import text_lines
 
 EMBEDDED: dict[str, Part] = {"scenes": "seen", "scenes-unseen": "unseen"}
 """Name of an embedded list -> the scenes' captions that it holds."""
-
-TEXT_KEYS = ("prompt", "caption", "text")
-"""What the field calls the text in records."""
 
 GROUP_KEYS = ("category", "style", "tag")
 """What it calls the part of a benchmark that a prompt belongs to."""
@@ -49,6 +47,10 @@ class Prompts:
         if not self.texts:
             raise InputError(f"prompts {self.source}: there are none in it; {HINT}")
         for number, text in enumerate(self.texts, 1):
+            if not is_text(text):
+                raise InputError(
+                    f"prompts {self.source}: number {number} holds half a character (a lone surrogate); write it again"
+                )
             if len(text) > LONGEST:
                 raise InputError(
                     f"prompts {self.source}: number {number} has {len(text.split()):,} words ({len(text):,} characters), where "
@@ -59,8 +61,8 @@ class Prompts:
         return len(self.texts)
 
     def digest(self) -> str:
-        """SHA-256 of the texts in order, one a line: the same list in another format has the same."""
-        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+        """SHA-256 of the texts in order, as a JSON list: the same list in another format has the same."""
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def described(self) -> dict[str, Any]:
         """What is stored beside numbers that were made with them."""

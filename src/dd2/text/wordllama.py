@@ -86,7 +86,7 @@ def _loaded() -> tuple[Any, Tensor, str]:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer, load_file(folder / TABLE)["embedding.weight"].float(), content.hexdigest()
-    except (OSError, KeyError) as error:
+    except Exception as error:  # the tokenizers library has none of its own
         raise InputError(
             f"the package wordllama has other files than 0.4 ({error}); pip install 'wordllama>=0.4,<0.5'"
         ) from error

@@ -64,6 +64,7 @@ def test_what_is_kept_from_training():
     words = [{word for caption in captions(part) for word in caption.text.split()} for part in ("seen", "unseen")]
     assert words[1] <= words[0]
     assert 0.08 < len(captions("unseen")) / len(ALL) < 0.2
+    assert Counter(caption.kind for caption in ALL.values()) == {"digit": 10, "tilt": 50, "place": 40, "pair": 400, "count": 390}
     for mark in (" above ", " to the left of ", " in the ", "tilted", " and ", "three "):
         assert any(mark in caption.text for caption in captions("unseen")), mark
 
@@ -253,6 +254,8 @@ def test_seen_and_unseen_prompts_are_measured(bench, capsys):
     numbers = json.loads((bench.run / "metrics.json").read_text())
     assert set(numbers["agreement"]) == set(numbers["methods"])
     assert 0 <= numbers["agreement"]["teacher"] <= 1
+    assert set(numbers["groups"]) == {"digit", "tilt", "place", "pair", "count"}
+    assert sum(found["generator"]["count"] for found in numbers["groups"].values()) == 777
     assert "scenes-cells" in numbers["features"]
     assert main([str(word) for word in ["evaluate", bench.run, *quick, "--prompts", "scenes-unseen", "--count", 113]]) == 0
     assert json.loads((bench.run / "metrics.json").read_text()) == numbers

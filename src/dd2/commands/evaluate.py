@@ -41,8 +41,8 @@ from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
 from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import OtherSampling
-from dd2.text.captions import listed
-from dd2.text.prompts import EMBEDDED, Prompts
+from dd2.text.captions import is_features, listed
+from dd2.text.prompts import EMBEDDED, Prompts, read_prompts
 from dd2.training.health import findings
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples, samples_identity
@@ -100,7 +100,7 @@ def _evaluate_run(
         )
     ways = ways_of(run, config)
     scorer, compared = comparison(config, run, ways, network)
-    scorer = replace(scorer, clips=clips, groups=prompts.groups if isinstance(prompts, Prompts) else ())
+    scorer = replace(scorer, clips=clips, groups=() if known is None else known.groups)
     reference = _reference(config, scorer, compared, network, device)
     channels = len(reference.fits["pool"].mean)
     if config.metrics.fid_infinity:
@@ -174,7 +174,11 @@ def _known_prompts(run: FinishedRun, source: str) -> Prompts | None:
     conditions = run.teacher.conditions
     if not isinstance(conditions, CaptionLabels) or not conditions.class_names:
         return None
-    return Prompts(conditions.class_names, absolute(source or run.record.captions))
+    name = source or run.record.captions
+    asked = read_prompts(name) if name and not is_features(name) else None
+    return (
+        asked if asked is not None and asked.texts == conditions.class_names else Prompts(conditions.class_names, absolute(name))
+    )
 
 
 def _name_of(source: str, known: Prompts | None) -> str:

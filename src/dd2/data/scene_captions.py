@@ -37,6 +37,9 @@ Part = Literal["seen", "unseen"]
 Scene = tuple[int, ...]
 """Numbers of `CELL_NAMES`, four of them."""
 
+Said = tuple[str, str, set[Scene]]
+"""Kind, text and scenes of a caption."""
+
 
 @dataclass(frozen=True)
 class SceneCaption:
@@ -45,10 +48,12 @@ class SceneCaption:
     Attributes:
         text: what is said.
         scenes: all that it allows, in order.
+        kind: what has to be read: "digit", "tilt", "place", "pair", "count".
     """
 
     text: str
     scenes: tuple[Scene, ...]
+    kind: str
 
     @property
     def unseen(self) -> bool:
@@ -94,35 +99,36 @@ def agreement(texts: Sequence[str], cells: Tensor) -> Tensor:
 
 @functools.cache
 def _all() -> tuple[SceneCaption, ...]:
-    return tuple(SceneCaption(text, tuple(sorted(scenes))) for text, scenes in itertools.chain(_single(), _pairs(), _counts()))
+    said = itertools.chain(_single(), _pairs(), _counts())
+    return tuple(SceneCaption(text, tuple(sorted(scenes)), kind) for kind, text, scenes in said)
 
 
-def _single() -> Iterator[tuple[str, set[Scene]]]:
+def _single() -> Iterator[Said]:
     """One digit, upright or tilted, anywhere or somewhere."""
     for tilt, (digit, name) in itertools.product((0, len(CLASS_NAMES)), enumerate(CLASS_NAMES)):
         said = f"a tilted {name}" if tilt else f"{_article(name)} {name}"
         each = [_scene({place: 1 + digit + tilt}) for place in range(CELLS)]
-        yield said, set(each)
+        yield "tilt" if tilt else "digit", said, set(each)
         for place, scene in zip(PLACES, each, strict=True):
-            yield f"{said} in the {place}", {scene}
+            yield "tilt" if tilt else "place", f"{said} in the {place}", {scene}
 
 
-def _pairs() -> Iterator[tuple[str, set[Scene]]]:
+def _pairs() -> Iterator[Said]:
     """Two digits side by side, or one above the other."""
     apart = {"above": (0, 2, 1), "below": (2, 0, 1), "to the left of": (0, 1, 2), "to the right of": (1, 0, 2)}
     for (relation, (first, second, step)), a, b in itertools.product(apart.items(), range(10), range(10)):
         a_name, b_name = CLASS_NAMES[a], CLASS_NAMES[b]
         scenes = {_scene({first + k * step: 1 + a, second + k * step: 1 + b}) for k in range(SIDE)}
-        yield f"{_article(a_name)} {a_name} {relation} {_article(b_name)} {b_name}", scenes
+        yield "pair", f"{_article(a_name)} {a_name} {relation} {_article(b_name)} {b_name}", scenes
 
 
-def _counts() -> Iterator[tuple[str, set[Scene]]]:
+def _counts() -> Iterator[Said]:
     """Two to four digits of one kind or two, anywhere."""
     for number, digit in itertools.product((2, 3, 4), range(10)):
-        yield _many(number, digit), _arranged([digit] * number)
+        yield "count", _many(number, digit), _arranged([digit] * number)
     for (m, n), a, b in itertools.product(((1, 1), (2, 1), (3, 1), (2, 2)), range(10), range(10)):
         if a != b:
-            yield f"{_many(m, a)} and {_many(n, b)}", _arranged([a] * m + [b] * n)
+            yield "count", f"{_many(m, a)} and {_many(n, b)}", _arranged([a] * m + [b] * n)
 
 
 def _many(number: int, digit: int) -> str:

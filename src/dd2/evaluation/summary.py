@@ -66,7 +66,12 @@ def described(numbers: dict[str, Any], *, names_alone: bool = False) -> str:
         count, digest = decides["prompts_count"], decides["prompts_sha256"][:12]
         lines.append(f"prompts: {Path(decides['prompts']).name}, {count:,} of them, SHA-256 {digest}")
     for group, methods in numbers.get("groups", {}).items():
-        said = (f"{name} {values['frechet']:.2f}" for name, values in methods.items() if name in ("teacher", "generator"))
-        lines.append(f"Fréchet distance of {group}: {', '.join(said)}")
+        keys = [key for key in ("frechet", "agreement", *CLIP_SCORES) if key in methods["generator"]]
+        said = (
+            f"{COLUMNS[key].heading} "
+            f"{' against '.join(format(methods[name][key], COLUMNS[key].kind) for name in ('generator', 'teacher'))}"
+            for key in keys
+        )
+        lines.append(f"{group}, one step against the teacher: {', '.join(said)}")
     lines += [f"not measured: {text}" for text in numbers.get("absent", [])]
     return "\n".join([*lines, *(f"warning: {text}" for text in numbers["warnings"])])

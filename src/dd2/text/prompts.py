@@ -85,7 +85,8 @@ def read_prompts(source: str) -> Prompts:
         InputError: there is no such list, or it holds something else.
     """
     if source in EMBEDDED:
-        return Prompts(tuple(caption.text for caption in captions(EMBEDDED[source])), source)
+        known = captions(EMBEDDED[source])
+        return Prompts(tuple(caption.text for caption in known), source, groups=tuple(caption.kind for caption in known))
     file = Path(source)
     lines = text_lines(file, "prompts", HINT)
     kind = file.suffix.lower()

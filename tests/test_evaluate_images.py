@@ -410,6 +410,6 @@ def test_any_number_of_images_is_scored(count):
 @pytest.mark.parametrize(("scale", "shift"), [(5.0, 0.0), (9.0, -1.0)])
 def test_what_is_no_probability_is_refused(scale, shift):
     read = lambda images: {"pool": images.flatten(1), "probabilities": images.flatten(1)[:, :8].abs() * scale + shift}  # noqa: E731
-    network: Any = SimpleNamespace(name="mine", read=read)
+    network: Any = SimpleNamespace(name="mine", read=read, prepare=None)
     with pytest.raises(InputError, match="probabilities must not be negative and must sum to 1"):
         read_features(network, torch.rand(4, 1, 4, 4))

@@ -205,7 +205,7 @@ def test_the_commands_of_a_text_conditional_teacher(captions, tmp_path, capsys):
         (["distill", "--teacher", "digits", "--captions", captions, "--out", tmp_path / "r"], "conditioned on classes"),
         (
             ["distill", "--teacher", tmp_path / "teacher", "--captions", out / "config.yaml", "--out", tmp_path / "r"],
-            "cannot be read",
+            "does not say which text encoder",
         ),
     ):
         assert main([str(a) for a in wrong]) == 2

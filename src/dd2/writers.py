@@ -112,7 +112,8 @@ class FolderWriter(ImageWriter):
     def _write(self, pixels: np.ndarray, labels: Sequence[int], seeds: Sequence[int]) -> None:
         def write(index: int) -> None:
             path = self.folder / self._name(self._next + index, labels[index], seeds[index])
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent != self.folder:  # a layout's own; the folder itself was made by who asked for it
+                path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, (jpeg if path.suffix == ".jpg" else png)(picture(pixels[index])))
 
         list(self._encoders.map(write, range(len(pixels))))

@@ -7,11 +7,12 @@ python tools/scenes_table.py "DD2, LlamaGen"=runs/scenes_0,runs/scenes_1,runs/sc
 import json
 import re
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dd2.reproduce.page import Measured
 
 PAGE = Path("docs/results/scenes.md")
 PARTS = {"seen": Path(), "unseen": Path("prompts/scenes-unseen")}
@@ -56,10 +57,7 @@ def row(title: str, part: str, name: str, numbers: list[dict[str, Any]]) -> str:
 
 def _spread(values: Sequence[float | None], kind: str) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = format(statistics.mean(known), kind)
-    return f"{mean} ± {format(statistics.stdev(known), kind)}" if len(known) > 1 else mean
+    return Measured(known).shown(kind) if known else ""
 
 
 def _name(title: str) -> str:

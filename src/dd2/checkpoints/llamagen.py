@@ -60,10 +60,8 @@ def load_llamagen(gpt: Source, vq: Source, *, num_heads: int | None = None, imag
         encoder = EncoderSpec("flan-t5", ENCODERS.get(labels.channels, ""), length=labels.length, channels=labels.channels)
         teacher.conditions = CaptionLabels(labels.length, labels.channels, encoder=encoder)
         teacher.usual_sampling = TEXT_SAMPLING
-        note(
-            f"{GPT}: conditioned on text, by features of {encoder.said()}, drawn at cfg_scale 7.5 and top_k 1000 unless told "
-            "otherwise"
-        )
+        usual = f"cfg_scale {TEXT_SAMPLING.cfg_scale} and top_k {TEXT_SAMPLING.top_k}"
+        note(f"{GPT}: conditioned on text, by features of {encoder.said()}, drawn at {usual} unless told otherwise")
     return teacher.eval().requires_grad_(False)
 
 

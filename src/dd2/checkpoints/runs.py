@@ -103,14 +103,12 @@ def open_generator(
     Raises:
         InputError: there is none, or it cannot be opened.
     """
-    found = _generator(path, device, captions, trust, text_encoder)
-    if captions or not (path / FILE).is_file() or not isinstance(found.conditions, CaptionLabels):
-        return found
-    own = RunRecord.read(path).captions
-    return replace(found, conditions=found.conditions.later(own, text_encoder, device)) if own else found
+    own = "" if captions or not (path / FILE).is_file() else RunRecord.read(path).captions
+    return _generator(path, device, captions, own, trust, text_encoder)
 
 
-def _generator(path: Path, device: torch.device, captions: Texts, trust: Sequence[str], text_encoder: str) -> Generator:
+def _generator(path: Path, device: torch.device, captions: Texts, own: str, trust: Sequence[str], text_encoder: str) -> Generator:
+    """The generator in a folder; its run's `own` captions are looked at when a label asks for one, and given ones at once."""
     folder = path if (path / "model.safetensors").exists() or not (path / "generator").is_dir() else path / "generator"
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run folder of dd2 distill or a generator folder")
@@ -118,7 +116,10 @@ def _generator(path: Path, device: torch.device, captions: Texts, trust: Sequenc
         raise InputError(
             f"{path} has no generator yet: its distillation has not ended; resume it with dd2 distill {path}/config.yaml"
         )
-    return _opened(folder, device, captions, trust, text_encoder)
+    found = _opened(folder, device, captions, trust, text_encoder)
+    if captions or not own:
+        return found
+    return replace(found, conditions=found.conditions.later(own, text_encoder, device))
 
 
 def open_run(
@@ -130,10 +131,10 @@ def open_run(
         InputError: the folder is no run, or teacher and generator do not belong together.
     """
     record = RunRecord.read(path)
-    captions = captions or record.captions
-    generator = _generator(path, device, captions, trust, text_encoder)
-    teacher = open_record_teacher(record, path, device, "", trust)
-    teacher.conditions = generator.conditions if captions else teacher.conditions  # prompts are encoded once
+    generator = _generator(path, device, captions, record.captions, trust, text_encoder)
+    teacher = open_record_teacher(record, path, device, trust)
+    if captions or record.captions:
+        teacher.conditions = generator.conditions  # prompts are encoded once
     made_by = samples_identity(path / "teacher_samples").get("teacher")
     if made_by is not None and made_by != teacher.fingerprint():
         raise InputError(f"{path}: the teacher named in {FILE} is not the one that was distilled; restore it")
@@ -145,15 +146,13 @@ def open_run(
     return FinishedRun(record, generator, tuned, teacher)
 
 
-def open_record_teacher(
-    record: RunRecord, path: Path, device: torch.device, captions: Texts = "", trust: Sequence[str] = ()
-) -> Teacher:
-    """The teacher that a run in `path` was distilled from. Arguments and errors as `open_run`."""
+def open_record_teacher(record: RunRecord, path: Path, device: torch.device, trust: Sequence[str] = ()) -> Teacher:
+    """The teacher that a run in `path` was distilled from, without captions. Arguments and errors as `open_run`."""
     adapted = path / "teacher"  # stage 0's result, where there was a stage 0
     name = str(adapted) if adapted.is_dir() else record.teacher
     if is_code(name):
         check_trust(name, trust, path)
-    return open_teacher(name, device, captions, trust)
+    return open_teacher(name, device, trust=trust)
 
 
 def _opened(folder: Path, device: torch.device, captions: Texts, trust: Sequence[str], text_encoder: str = "") -> Generator:

@@ -11,7 +11,7 @@ import torch
 
 from dd2.baselines.marginal import MarginalSampler
 from dd2.baselines.skip import kept_steps
-from dd2.checkpoints.runs import FinishedRun, open_run
+from dd2.checkpoints.runs import FinishedRun, Texts, open_run
 from dd2.commands.evaluate_images import evaluate_images
 from dd2.commands.guidance import guidance_of
 from dd2.commands.run_folder import read_seconds
@@ -33,7 +33,6 @@ from dd2.evaluation.summary import OWN_DECODER, summary
 from dd2.fields import flat
 from dd2.files import writable_folder, write_atomic
 from dd2.images import png
-from dd2.places import absolute
 from dd2.precision import name_of, pick_precision
 from dd2.processes import rank, say
 from dd2.provenance import commit, machine, read_versions
@@ -41,8 +40,8 @@ from dd2.sampling import Ways, first_redrawn_step
 from dd2.teachers.code import require_codes
 from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import OtherSampling
-from dd2.text.captions import is_features, listed
-from dd2.text.prompts import EMBEDDED, Prompts, read_prompts
+from dd2.text.captions import listed
+from dd2.text.prompts import EMBEDDED, Prompts
 from dd2.training.health import findings
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples, samples_identity
@@ -73,7 +72,7 @@ def _evaluate_run(
     start = time.perf_counter()
     prompts = listed(config.prompts)
     run = open_run(config.run, device, prompts, config.trust, config.text_encoder)
-    known = _known_prompts(run, config.prompts)
+    known = _known_prompts(run, prompts)
     place = config.run / "prompts" / _name_of(config.prompts, known) if config.prompts else config.run
     writable_folder(place, "run folder")
     spent = read_seconds(config.run)
@@ -169,16 +168,18 @@ def _evaluate_run(
     return numbers
 
 
-def _known_prompts(run: FinishedRun, source: str) -> Prompts | None:
-    """What the labels of a run say, where they are captions whose texts are known."""
+def _known_prompts(run: FinishedRun, asked: Texts) -> Prompts | None:
+    """What the labels of a run say, where they are captions whose texts are known.
+
+    Args:
+        run: opened with what was asked for.
+        asked: prompts, the name of a file of features, or nothing: then they are the run's own captions.
+    """
     conditions = run.teacher.conditions
     if not isinstance(conditions, CaptionLabels) or not conditions.class_names:
         return None
-    name = source or run.record.captions
-    asked = read_prompts(name) if name and not is_features(name) else None
-    return (
-        asked if asked is not None and asked.texts == conditions.class_names else Prompts(conditions.class_names, absolute(name))
-    )
+    named = asked or listed(run.record.captions)
+    return named if isinstance(named, Prompts) else Prompts(conditions.class_names, named)
 
 
 def _name_of(source: str, known: Prompts | None) -> str:

@@ -15,7 +15,7 @@ from dd2.evaluation.clip import ClipScore
 from dd2.evaluation.config import EvaluateConfig
 from dd2.evaluation.features import FeatureNetwork
 from dd2.evaluation.images import ImageSet
-from dd2.evaluation.metrics import interval_of_mean, scores, warnings
+from dd2.evaluation.metrics import mean_with_interval, scores, warnings
 from dd2.evaluation.reference import image_bank, open_reference
 from dd2.evaluation.summary import described
 from dd2.fields import flat
@@ -99,8 +99,7 @@ def _clip_scores(
                 rows = torch.tensor(order[start : start + batch])
                 parts.append(clip(images.pictures(rows), prompts.texts[start : start + batch]).double())
                 bar.update(len(rows))
-        each = torch.cat(parts)
-        found |= {clip.name: float(each.mean()), f"{clip.name}_95": interval_of_mean(each)}
+        found |= mean_with_interval(clip.name, torch.cat(parts))
     return found
 
 

@@ -15,7 +15,6 @@ from dd2.config import RunFolder
 from dd2.device import pick_device
 from dd2.errors import InputError, Interrupted
 from dd2.files import weights_digest, writable_folder
-from dd2.places import absolute
 from dd2.precision import Precision, name_of, pick_precision
 from dd2.processes import answering, say
 from dd2.progress import progress
@@ -29,6 +28,9 @@ from dd2.text.captions import is_features, listed
 from dd2.text.layouts import LAYOUTS, Layout, LayoutName, write_files
 from dd2.text.prompts import Prompts, typed
 from dd2.writers import open_writer
+
+USUAL_COUNT = 64
+"""Images where neither count nor prompts say how many."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class SampleConfig(OtherSampling):
         for name in ("count", "steps", "batch", "per_prompt"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        self.check_seeds(self.count or 64)
+        self.check_seeds(self.count or USUAL_COUNT)
         if self.prompt and self.prompts:
             raise InputError("prompt and prompts are both given: type prompts, or name a list of them")
         asked = bool(self.prompt or self.prompts)
@@ -133,7 +135,7 @@ def sample(config: SampleConfig) -> None:
     ways = _opened(replace(config, run=located(config.run)), prompts, device).in_precision(precision)
     if config.precision != "auto" and ways.precision != precision:
         say(f"note: drawn in {name_of(ways.precision)}, as a network is code of yours", sys.stderr)
-    count = config.count or (config.per_prompt * ways.conditions.num_labels if prompts else 64)
+    count = config.count or (config.per_prompt * ways.conditions.num_labels if prompts else USUAL_COUNT)
     config.check_seeds(count)
     labels = parse_labels(config.labels, ways.conditions, count, config.first)
     draw = _draw(config, ways)
@@ -200,7 +202,6 @@ def _described(config: SampleConfig, ways: Ways, prompts: Prompts) -> dict[str, 
     by_teacher = config.method == "teacher" or config.steps > 1
     return {
         **prompts.described(),
-        "prompts": absolute(prompts.source),
         "run": os.path.abspath(config.run),
         "generator": weights_digest(ways.generator.student),
         **({} if ways.teacher is None else {"teacher": ways.teacher.fingerprint()}),

@@ -43,17 +43,15 @@ def captioned_layout(found: Mapping[str, str]) -> tuple[tuple[str, ...], dict[st
     captions = tuple(dict.fromkeys(found[name] for name in sorted(found)))
     number = {text: label for label, text in enumerate(captions)}
     items = [(name, number[found[name]]) for name in sorted(found)]
-    of: dict[str, list[Item]] = {"train": [], "test": []}
-    for name, label in items:
-        split = next((SPLITS[part.lower()] for part in name.split("/")[:-1] if part.lower() in SPLITS), "")
-        if split:
-            of[split].append((name, label))
-    if of["train"] and of["test"]:
-        inside = {name for split in of.values() for name, _ in split}
-        if outside := [name for name, _ in items if name not in inside]:
-            raise InputError(f"pictures lie in folders of train and test, and outside of them, such as {outside[0]}; move these")
-        return captions, of, False
-    return captions, own_split(items), True
+    of: dict[str, list[Item]] = {"train": [], "test": [], "": []}
+    for item in items:
+        of[next((SPLITS[part.lower()] for part in item[0].split("/")[:-1] if part.lower() in SPLITS), "")].append(item)
+    outside = of.pop("")
+    if not (of["train"] and of["test"]):
+        return captions, own_split(items), True
+    if outside:
+        raise InputError(f"pictures lie in folders of train and test, and outside of them, such as {outside[0][0]}; move these")
+    return captions, of, False
 
 
 def _joined(pictures: Pictures, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dd2.errors import InputError
 from dd2.evaluation.clean import centre_square, rgb
 from dd2.processes import note
-from dd2.text.library import digest, opened
+from dd2.text.pretrained import digest, opened
 
 PREFIX = "A photo depicts"
 """What GigaGAN's evaluator, and who follows it, puts before every caption: as tokens, behind the start token."""

@@ -57,7 +57,7 @@ class ImageSet:
         return f"{self.what} {self.path}: {found}, {width} x {height} {'grey' if channels == 1 else 'colour'}"
 
     def __len__(self) -> int:
-        return len(self._names) if self._array is None else len(self._array)
+        return len(self.names) if self._array is None else len(self._array)
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Images (B, channels, H, W) in [-1, 1] of indices (B,).
@@ -92,30 +92,26 @@ class ImageSet:
     @property
     def names(self) -> list[str]:
         """Of the files in order, with folders; none of an .npz."""
-        return self._names
+        return self._pictures.names if self._pictures else []
 
     def digest(self) -> str:
         """SHA-256 of the file, or of the names and contents of a folder."""
         if self.path.is_file():
             return file_digest(self.path)
         content = hashlib.sha256()
-        for name in self._names:
+        for name in self.names:
             assert self._pictures is not None
             known = hashlib.sha256(self._pictures.read(name)).hexdigest()
             content.update(os.fsencode(f"{name} {known}\n"))
         return content.hexdigest()
 
-    @property
-    def _names(self) -> list[str]:
-        return self._pictures.names if self._pictures else []
-
     def _read_names(self) -> None:
         """Labels and seeds, where all names say them."""
-        marks = [found for name in self._names if (found := re.search(r"_label(\d+)_seed(\d+)\.png$", name))]
-        if marks and len(marks) == len(self._names):
+        marks = [found for name in self.names if (found := re.search(r"_label(\d+)_seed(\d+)\.png$", name))]
+        if marks and len(marks) == len(self.names):
             self.labels, self.seeds = [int(mark[1]) for mark in marks], [int(mark[2]) for mark in marks]
 
     def _decode(self, index: int) -> np.ndarray:
         assert self._pictures is not None
-        pixels = np.array(self._pictures.image(self._names[index]))
+        pixels = np.array(self._pictures.image(self.names[index]))
         return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -69,7 +69,7 @@ def scores(bank: Store, reference: Reference, config: MetricConfig, seed: int = 
         found["kid"], found["kid_sd"] = kernel_distance(reference.pool, pool, config.kid_subsets, config.kid_size, seed)
         if min(len(pool), len(reference.pool)) > config.neighbours:
             for name, each in neighbour_scores(reference.pool, pool, config.neighbours).items():
-                found |= {name: float(each.mean()), f"{name}_95": interval_of_mean(each)}
+                found |= mean_with_interval(name, each)
     return found
 
 
@@ -107,6 +107,11 @@ def spread_of_halves(values: Tensor, metric: Callable[[Tensor], float], halves: 
 def interval_of_mean(each: Tensor) -> float:
     """Half width of the 95 % interval of the mean of (N,) independent values, N > 1."""
     return 1.96 * float(each.double().std()) / len(each) ** 0.5
+
+
+def mean_with_interval(name: str, each: Tensor) -> dict[str, float]:
+    """NAME, the mean of (N,) independent values, and NAME_95, half the width of its 95 % interval."""
+    return {name: float(each.mean()), f"{name}_95": interval_of_mean(each)}
 
 
 def frechet_infinity(pool: Tensor, reference: GaussianFit, seed: int, points: int = 15) -> float:

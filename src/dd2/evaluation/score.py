@@ -16,7 +16,7 @@ from dd2.evaluation.clip import CLIP_SCORES, ClipScore
 from dd2.evaluation.features import FeatureNetwork, pictures, read_features
 from dd2.evaluation.likelihood import teacher_nll
 from dd2.evaluation.methods import Method
-from dd2.evaluation.metrics import MetricConfig, interval_of_mean, scores, within_class_spread
+from dd2.evaluation.metrics import MetricConfig, mean_with_interval, scores, within_class_spread
 from dd2.evaluation.neighbours import nearest_distance
 from dd2.evaluation.path_length import path_length
 from dd2.evaluation.reference import Reference
@@ -73,7 +73,7 @@ class Scorer:
         bank = self.bank("reference (teacher)", "teacher", teacher, "reference")
         found = references.of_bank(bank, {"reference": "teacher", "count": self.count})
         known = self.groups and found.pool is not None and len(found.pool) == self.count
-        return replace(found, groups=self._groups_of(bank)) if known else found
+        return replace(found, groups=self._groups) if known else found
 
     def drawn(self, methods: dict[str, Method]) -> dict[str, Store]:
         """Everything that is scored. All processes draw their share."""
@@ -113,22 +113,25 @@ class Scorer:
         """Distance and scores of each category of the prompts, where the reference has images of the same ones."""
         if not self.groups or reference.pool is None or not {*self.groups} <= {*reference.groups}:
             return {}
-        found: dict[str, dict[str, dict[str, float]]] = {}
         of_reference = np.array(reference.groups)
-        for group in sorted({*self.groups}):
-            known = reference.pool[of_reference == group]
-            rows_of = {name: torch.from_numpy(np.array(self._groups_of(bank)) == group) for name, bank in banks.items()}
-            if min(len(known), *(int(rows.sum()) for rows in rows_of.values())) < 2:
-                continue  # one image has no spread
-            fit, found[group] = fit_gaussian([known]), {}
-            for name, bank in banks.items():
-                rows = rows_of[name]
-                distance = frechet_distance(fit_gaussian([bank.load("pool")[rows]]), fit)
-                found[group][name] = {"frechet": distance, "count": int(rows.sum()), **text_scores(bank, rows)}
+        known = {group: reference.pool[of_reference == group] for group in sorted({*self.groups})}
+        shown = np.array(self._groups)
+        rows_of = {group: torch.from_numpy(np.flatnonzero(shown == group)) for group in known}
+        several = [group for group in known if min(len(known[group]), len(rows_of[group])) > 1]  # one image has no spread
+        fits = {group: fit_gaussian([known[group]]) for group in several}
+        found: dict[str, dict[str, dict[str, float]]] = {group: {} for group in several}
+        for name, bank in banks.items():
+            pool = bank.load("pool")
+            for group in several:
+                rows = rows_of[group]
+                distance = frechet_distance(fit_gaussian([pool[rows]]), fits[group])
+                found[group][name] = {"frechet": distance, "count": len(rows), **text_scores(bank, rows)}
         return {"groups": found}
 
-    def _groups_of(self, bank: Store) -> tuple[str, ...]:
-        return tuple(self.groups[int(label)] for label in bank.load("labels"))
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        """Of each image of a method, which has the same label in all of them."""
+        return tuple(self.groups[label] for label in self.labels(torch.arange(self.count)).tolist())
 
     def bank(self, title: str, name: str, method: Method, seeds_of: str) -> Store:
         """Draw `count` samples of one method, or what is missing of them; `seeds_of` names the family of seeds."""
@@ -168,11 +171,10 @@ class Scorer:
         names = self.teacher.conditions.class_names
         rows = torch.linspace(0, len(names) - 1, min(PROMPTS_SHOWN, len(names))).long()
         labels, index = rows.repeat_interleave(EACH).to(self.teacher.device), torch.arange(len(rows) * EACH)
-        seeds = self.seeds("prompts", index)
         drawn = {}
         for name in ("teacher", "generator"):
             parts = zip(labels.split(self.batch), index.split(self.batch), strict=True)
-            images = [methods[name].draw(some, [seeds[int(i)] for i in of])[0].cpu() for some, of in parts]
+            images = [methods[name].draw(some, self.seeds("prompts", of))[0].cpu() for some, of in parts]
             drawn[methods[name].title] = torch.cat(images)
         return [names[int(row)] for row in rows], {title: images.unflatten(0, (-1, EACH)) for title, images in drawn.items()}
 
@@ -246,8 +248,7 @@ def text_scores(bank: Store, rows: Tensor | slice = slice(None)) -> dict[str, fl
     found: dict[str, float] = {}
     for name in ("agreement", *CLIP_SCORES):
         if name in bank.names():
-            each = bank.load(name)[rows].double()
-            found |= {name: float(each.mean()), f"{name}_95": interval_of_mean(each)}
+            found |= mean_with_interval(name, bank.load(name)[rows].double())
     return found
 
 
@@ -257,11 +258,10 @@ def likelihood_and_accuracy(bank: Store, knows_labels: bool) -> dict[str, float]
     """
     found: dict[str, float] = {}
     if "nll" in bank.names():
-        nll = bank.load("nll").double()
-        found |= {"teacher_nll": float(nll.mean()), "teacher_nll_95": interval_of_mean(nll)}
+        found |= mean_with_interval("teacher_nll", bank.load("nll").double())
     if knows_labels:
         right = (bank.load("probabilities").argmax(1) == bank.load("labels")).double()
-        found |= {"accuracy": float(right.mean()), "accuracy_95": interval_of_mean(right)}
+        found |= mean_with_interval("accuracy", right)
     return found
 
 

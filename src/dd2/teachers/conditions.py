@@ -89,6 +89,10 @@ class Conditions(ABC):
             f"captions ({named}) were given, but this model is conditioned on classes: leave them out, or name labels"
         )
 
+    def later(self, source: str, place: str = "", device: torch.device | None = None) -> "Conditions":
+        """As `of_texts`, of captions that may be looked at when a label is first asked for."""
+        return self.of_texts(source, place, device)
+
     def digest(self) -> str:
         """Hash of what the labels stand for; empty where that is fixed.
 
@@ -178,7 +182,6 @@ class CaptionLabels(Conditions):
         return CaptionLabels(self.length, self.channels, found, known)
 
     def later(self, source: str, place: str = "", device: torch.device | None = None) -> "CaptionLabels":
-        """As `of_texts`, but looked at when a label is first asked for: prompts do without."""
         made = functools.partial(captions_of, source, self.encoder, place, device)
         return CaptionLabels(self.length, self.channels, made, self.encoder)
 

@@ -61,9 +61,8 @@ class Captions:
             raise InputError(f"captions {file} cannot be read ({error}); make it with dd2 text-features") from error
         if features.ndim != 3 or mask.shape != features.shape[:2] or not len(mask):
             raise InputError(
-                f"captions {file} hold features {tuple(features.shape)} and mask {tuple(mask.shape)}, not (N, P, channels) "
-                "and (N, P); "
-                "make it with dd2 text-features"
+                f"captions {file} hold features {tuple(features.shape)} and mask {tuple(mask.shape)}, not (N, P, channels) and "
+                "(N, P); make it with dd2 text-features"
             )
         if not (features.is_floating_point() and all(torch.isfinite(part).all() for part in features.split(512))):
             raise InputError(f"captions {file} hold features that are not finite numbers; make them again with dd2 text-features")
@@ -156,18 +155,15 @@ def captions_of(source: str | Prompts, spec: EncoderSpec | None, place: str = ""
         found = Captions.load(Path(source))
         if spec is not None and found.encoder is not None and spec.differs_from(found.encoder):
             raise InputError(
-                f"captions {source} were made by another text encoder ({found.encoder.said()}, digest "
-                f"{found.encoder.digest[:8]}) "
-                f"than this model was trained with ({spec.said()}, digest {spec.digest[:8]}); make them again with dd2 "
-                "text-features"
+                f"captions {source} were made by another text encoder ({found.encoder.said()}, {found.encoder.digest[:8]}) than "
+                f"this model was trained with ({spec.said()}, {spec.digest[:8]}); make them again with dd2 text-features"
             )
         return found
     prompts = read_prompts(source) if isinstance(source, str) else source
     if spec is None:
         raise InputError(
-            f"prompts {prompts.source}: this model does not say which text encoder it was trained with, so features are "
-            "needed; make "
-            "them with dd2 text-features, and give that file"
+            f"prompts {prompts.source}: this model does not say which text encoder it was trained with, so features are needed; "
+            "make them with dd2 text-features, and give that file"
         )
     if len(prompts) <= KEPT_ABOVE:
         encoder = open_encoder(spec, place, device)
@@ -181,13 +177,13 @@ def _kept(prompts: Prompts, spec: EncoderSpec, place: str, device: torch.device 
     encoder = None if spec.digest and not place else open_encoder(spec, place, device)
     known = spec if encoder is None else encoder.spec
     file = _cached(prompts, known)
-    if rank() == 0 and _readable(file, prompts) is None:
-        _make(file, prompts, encoder or open_encoder(spec, place, device))
+    found = _readable(file, prompts) if rank() == 0 else None
+    if rank() == 0 and found is None:
+        found = _made(file, prompts, encoder or open_encoder(spec, place, device))
     barrier()
-    found = _readable(file, prompts)
+    found = _readable(file, prompts) if found is None else found
     if found is None:  # another machine of the job, which shares no home with the first
-        _make(file, prompts, encoder or open_encoder(spec, place, device))
-        found = Captions.load(file)
+        found = _made(file, prompts, encoder or open_encoder(spec, place, device))
     open_encoder.cache_clear()
     return found
 
@@ -201,10 +197,11 @@ def _readable(file: Path, prompts: Prompts) -> Captions | None:
     return found if found.texts == prompts.texts else None
 
 
-def _make(file: Path, prompts: Prompts, encoder: TextEncoder) -> None:
+def _made(file: Path, prompts: Prompts, encoder: TextEncoder) -> Captions:
     say_cut(prompts, encoder)
     writable_folder(file.parent, "cache folder")
     Captions.encoded(prompts, encoder).save(file)
+    return Captions.load(file)  # mapped from the file, so that they need not lie in memory
 
 
 def say_cut(prompts: Prompts, encoder: TextEncoder) -> None:

@@ -35,7 +35,6 @@ def open_encoder(spec: EncoderSpec, place: str = "", device: torch.device | None
         raise InputError(
             f"the text encoder {made.spec.said()} found here has other weights than the one that this model was trained with "
             f"({made.spec.channels} channels, digest {made.spec.digest[:8]}, not {known.channels} and {known.digest[:8]}); "
-            "give its "
-            "place with --text-encoder"
+            "give its place with --text-encoder"
         )
     return made

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dd2.text.encoder import EncoderSpec, TextEncoder
-from dd2.text.library import digest, opened
+from dd2.text.pretrained import digest, opened
 
 
 class FlanT5(TextEncoder):

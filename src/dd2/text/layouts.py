@@ -19,12 +19,25 @@ class Layout(ABC):
     Args:
         prompts: whose images they are; image i is of prompt i modulo their number.
 
+    Attributes:
+        called: on the command line.
+        needs: what of `Prompts` it is made of.
+        needed: that, in words.
+        remedy: what to give, so that it is there.
+
     Raises:
         InputError: the list of prompts lacks what the layout is made of.
     """
 
+    called: LayoutName
+    needs: tuple[str, ...] = ()
+    needed: str = ""
+    remedy: str = ""
+
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
+        if not all(getattr(prompts, name) for name in self.needs):
+            raise InputError(f"layout {self.called} needs {self.needed}: give {self.remedy}, not {prompts.source}")
 
     def check(self) -> None:
         """Refuse lists of which two prompts would share a file."""
@@ -40,13 +53,15 @@ class Layout(ABC):
     def name(self, number: int) -> str:
         """Path of an image in the folder."""
 
-    @abstractmethod
     def files(self, count: int) -> dict[str, str]:
-        """Path -> text of the other files, for `count` images."""
+        """Path -> text of the other files, for `count` images; by default there are none."""
+        return {}
 
 
 class CaptionsLayout(Layout):
     """images/0.png … and captions.txt, whose line k is what image k is of: LlamaGen's, GigaGAN's and DMD2's evaluators."""
+
+    called = "captions"
 
     def name(self, number: int) -> str:
         return f"images/{number}.png"
@@ -60,14 +75,10 @@ class CaptionsLayout(Layout):
 class GenEvalLayout(Layout):
     """00000/samples/0000.png … and 00000/metadata.jsonl: a folder for each prompt, with its line of evaluation_metadata.jsonl."""
 
-    def __init__(self, prompts: Prompts) -> None:
-        super().__init__(prompts)
-        if not prompts.records:
-            raise InputError(
-                "layout geneval needs the records that its scorer reads: give GenEval's evaluation_metadata.jsonl as "
-                "prompts, not "
-                f"{prompts.source}"
-            )
+    called = "geneval"
+    needs = ("records",)
+    needed = "the records that its scorer reads"
+    remedy = "GenEval's evaluation_metadata.jsonl as prompts"
 
     def name(self, number: int) -> str:
         prompt, sample = self.place(number)
@@ -80,13 +91,13 @@ class GenEvalLayout(Layout):
 class HPSv2Layout(Layout):
     """STYLE/00000.jpg …, in the order of each style's prompts."""
 
+    called = "hpsv2"
+    needs = ("groups",)
+    needed = "styles"
+    remedy = "a .json of {style: [prompts]}, as hpsv2.benchmark_prompts('all') gives it"
+
     def __init__(self, prompts: Prompts) -> None:
         super().__init__(prompts)
-        if not prompts.groups:
-            raise InputError(
-                "layout hpsv2 needs styles: give a .json of {style: [prompts]}, as hpsv2.benchmark_prompts('all') gives it, not "
-                f"{prompts.source}"
-            )
         seen: Counter[str] = Counter()
         self._rows = []
         for group in prompts.groups:
@@ -99,35 +110,22 @@ class HPSv2Layout(Layout):
             raise InputError("layout hpsv2 has room for one image of each prompt; leave per_prompt at 1")
         return f"{_safe(self.prompts.groups[prompt])}/{self._rows[prompt]:05d}.jpg"
 
-    def files(self, count: int) -> dict[str, str]:
-        return {}
-
 
 class MJHQLayout(Layout):
     """CATEGORY/NAME.png, by the names of meta_data.json."""
 
-    def __init__(self, prompts: Prompts) -> None:
-        super().__init__(prompts)
-        if not prompts.keys or not prompts.groups:
-            raise InputError(
-                f"layout mjhq needs names and categories: give MJHQ's meta_data.json as prompts, not {prompts.source}"
-            )
+    called = "mjhq"
+    needs = ("keys", "groups")
+    needed = "names and categories"
+    remedy = "MJHQ's meta_data.json as prompts"
 
     def name(self, number: int) -> str:
         prompt, sample = self.place(number)
         again = f"_{sample}" if sample else ""
         return f"{_safe(self.prompts.groups[prompt])}/{_safe(self.prompts.keys[prompt])}{again}.png"
 
-    def files(self, count: int) -> dict[str, str]:
-        return {}
 
-
-LAYOUTS: dict[str, type[Layout]] = {
-    "captions": CaptionsLayout,
-    "geneval": GenEvalLayout,
-    "hpsv2": HPSv2Layout,
-    "mjhq": MJHQLayout,
-}
+LAYOUTS: dict[str, type[Layout]] = {kind.called: kind for kind in (CaptionsLayout, GenEvalLayout, HPSv2Layout, MJHQLayout)}
 
 
 def write_files(folder: Path, layout: Layout | None, count: int, described: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ from dd2.data.scene_captions import Part, captions
 from dd2.data.tables import TEXT_KEYS, is_text, json_of, records_of
 from dd2.errors import InputError
 from dd2.files import text_lines
+from dd2.places import absolute
 
 EMBEDDED: dict[str, Part] = {"scenes": "seen", "scenes-unseen": "unseen"}
 """Name of an embedded list -> the scenes' captions that it holds."""
@@ -66,7 +67,7 @@ class Prompts:
 
     def described(self) -> dict[str, Any]:
         """What is stored beside numbers that were made with them."""
-        return {"prompts": self.source, "prompts_count": len(self), "prompts_sha256": self.digest()}
+        return {"prompts": absolute(self.source), "prompts_count": len(self), "prompts_sha256": self.digest()}
 
 
 def typed(texts: Sequence[str]) -> Prompts:

@@ -50,9 +50,8 @@ def opened(place: str, model: str, tokenizer: str, what: str, remedy: str, revis
         raise InputError(f"{what} {place} is not on this machine, or damaged ({why}); {remedy}") from error
     if wrong := [*map(str, said.get("missing_keys", ())), *map(str, said.get("mismatched_keys", ()))]:
         raise InputError(
-            f"{what} {place} lacks {len(wrong)} tensors of such a model (first {wrong[0]}): it is another model, or not all "
-            "of it was "
-            "copied; copy it again"
+            f"{what} {place} lacks {len(wrong)} tensors of such a model (first {wrong[0]}): it is another model, or not all of "
+            "it was copied; copy it again"
         )
     return found.float().eval().requires_grad_(False), words
 

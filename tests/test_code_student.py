@@ -68,10 +68,69 @@ def test_it_starts_as_the_teachers_layers_and_more_of_them_change_nothing(kind):
     assert all(end.weight.grad.abs().sum() > 0 for end in ends)  # they will learn
 
 
-@pytest.mark.parametrize("extra", [0, 3])
-def test_a_folder_gives_it_back(tmp_path, extra):
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_further_round_starts_as_the_teacher_reading_the_codes_of_the_round_before(kind):
+    teacher = standardised(kind)
+    cond, noise = teacher.conditions(torch.tensor([0, 1, 2])), noise_of(teacher)
+    once, twice = CodeStudent.from_teacher(teacher), CodeStudent.from_teacher(teacher, rounds=3)
+    first, drawn = once.draw(noise, cond), twice.draw(noise, cond)
+    assert first.logits is not None
+    assert drawn.logits is not None
+    assert len(drawn.earlier) == 2
+    torch.testing.assert_close(drawn.earlier[0], first.logits)
+    torch.testing.assert_close(drawn.earlier[1], teacher.logits(first.tokens, cond))
+    second = teacher.codebook[drawn.earlier[1].argmax(-1)]
+    torch.testing.assert_close(drawn.logits, teacher.logits(second, cond))
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_round_is_told_its_own_noise_and_that_of_earlier_steps(kind):
+    """Position i of a further round sees noise up to its own step, none of later ones; the earlier codes by the round before."""
+    teacher = standardised(kind)
+    student = CodeStudent.from_teacher(teacher, rounds=2).requires_grad_(False)
+    assert student.again is not None
+    for parameter in student.again.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    cond, noise, tokens = teacher.conditions(torch.tensor([0, 1, 2])), noise_of(teacher), noise_of(teacher, seed=5)
+    before = student.again(tokens, noise, cond)
+    step = teacher.order.steps[1]
+    moved = noise.clone()
+    moved[:, step.start] += 1
+    found = (student.again(tokens, moved, cond) - before).abs().amax((0, 2))
+    assert found[step.start] > 1e-3
+    assert found[: step.start].max() < 1e-5
+    later = tokens.clone()
+    later[:, step] += 1
+    found = (student.again(later, noise, cond) - before).abs().amax((0, 2))
+    assert found[: step.stop].max() < 1e-5
+    assert found[step.stop :].max() > 1e-3
+
+
+def test_every_round_learns_by_its_own_loss_and_no_gradient_flows_between_them():
     teacher = standardised()
-    generator = CodeStudent.from_teacher(teacher, extra_layers=extra)
+    student, cond = CodeStudent.from_teacher(teacher, rounds=2), torch.tensor([0, 1, 2])
+    drawn, ids = student.draw(noise_of(teacher), cond), teacher.generate(torch.tensor([0, 1, 2]), Sampling(), range(3))
+    loss, _ = code_loss(drawn, teacher, ids)
+    assert drawn.logits is not None
+    terms = [nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()) for logits in (drawn.logits, drawn.earlier[0])]
+    torch.testing.assert_close(loss, terms[0] + 0.5 * terms[1])
+    terms[0].backward(retain_graph=True)
+    assert student.output.weight.grad is None
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_rounds_without_what_they_learn_by_are_refused():
+    with pytest.raises(InputError, match=r"networks\.rounds needs networks\.generator codes"):
+        NetworksConfig(rounds=2)
+    with pytest.raises(InputError, match=r"networks\.rounds must be at least 1"):
+        NetworksConfig(generator="codes", rounds=0)
+
+
+@pytest.mark.parametrize(("extra", "rounds"), [(0, 1), (3, 1), (2, 3)])
+def test_a_folder_gives_it_back(tmp_path, extra, rounds):
+    teacher = standardised()
+    generator = CodeStudent.from_teacher(teacher, extra_layers=extra, rounds=rounds)
     for parameter in generator.parameters():
         nn.init.normal_(parameter, std=0.1)
     save_generator(tmp_path / "g", Generator.of(generator, teacher))

@@ -126,6 +126,8 @@ WIRES: dict[str, tuple[Any, ...]] = {
     "networks.guidance": ("codes", FIRST_CSD),
     # New layers are identities: the first loss is the same, the gradient is not.
     "networks.extra_layers": (1, "csd 1 generator/grad_norm", {"networks.generator": "codes"}),
+    # Of a round that starts as the teacher, behind one that is not yet any good.
+    "networks.rounds": (2, "regress 1 generator/loss", {"networks.generator": "codes", "regress.iterations": 2}),
     "csd.regression_weight": (0.5, TARGET),
     "csd.match.weight": (0.7, TARGET, MATCH),
     "csd.match.distance": ("mmd", MATCHED, MATCH),

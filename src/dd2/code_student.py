@@ -27,12 +27,14 @@ class CodeStudentConfig:
     """What a teacher's sizes do not say of a `CodeStudent`."""
 
     layers: int = 0
-    """Transformer layers in all; 0 means as many as the teacher has."""
+    """Transformer layers of a round; 0 means as many as the teacher has."""
+    rounds: int = 1
+    """How often a pass goes over the tokens: later rounds read what the one before has decided."""
 
     def __post_init__(self) -> None:
-        """Refuse negative numbers."""
-        if self.layers < 0:
-            raise InputError(f"layers must not be negative, got {self.layers}")
+        """Refuse numbers without meaning."""
+        if self.layers < 0 or self.rounds < 1:
+            raise InputError(f"layers must not be negative, rounds at least 1, got {self.layers}, {self.rounds}")
 
 
 class OwnTokenStudent(OneStepNetwork):
@@ -78,12 +80,41 @@ class OwnTokenStudent(OneStepNetwork):
         return self.backbone
 
 
+class Round(nn.Module):
+    """One more round over the tokens: the teacher reads what the round before has decided, and each position its own noise.
+
+    It starts as the teacher. Given the right earlier codes it has only the map of one token's noise to learn.
+
+    Args:
+        backbone: a copy of the teacher's.
+        output: a copy of its classifier.
+    """
+
+    def __init__(self, backbone: Backbone, output: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.output = backbone, output
+        channels, width = backbone.token_shape[1], backbone.width
+        last = nn.Linear(width, width)
+        self.told = nn.Sequential(nn.Linear(channels, width), nn.GELU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, tokens: Tensor, noise: Tensor, cond: Tensor) -> Tensor:
+        """Logits (B, n, V), given the tokens (B, n, C) of the round before, the noise (B, n, C) and cond (B, ...)."""
+        assert isinstance(self.backbone, ReadsOwnToken)
+        return in_float32(self.output, self.backbone.told_features(tokens, cond, self.told(noise).float()))
+
+
 class CodeStudent(OwnTokenStudent):
     """A generator whose tokens are codes: position i reads its own noise behind that of earlier steps, and a classifier decides.
 
+    With more than one round, all of the same pass, the codes are then read and decided again: Jacobi's iteration of the teacher's
+    ODE (`dd2.trajectory.data_given`), unrolled and trained. Later rounds share their weights. No gradient flows from a round into
+    the one before, which has a loss of its own (`dd2.method.regress`).
+
     Args:
         backbone, output, codebook: as `OwnTokenStudent`.
-        config: the backbone gets layers until it has as many as it says.
+        config: the backbone gets layers until it has as many as it says, and copies of both make the later rounds.
 
     Raises:
         InputError: the backbone cannot read a position's own token, or cannot be made deeper.
@@ -96,36 +127,50 @@ class CodeStudent(OwnTokenStudent):
         self.config = config
         if config.layers > len(self.own.stack):
             backbone.deepen(config.layers - len(self.own.stack))
+        self.again = Round(copy.deepcopy(backbone), copy.deepcopy(output)) if config.rounds > 1 else None
+
+    @property
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        """The classifiers."""
+        return (self.output,) if self.again is None else (self.output, self.again.output)
 
     @classmethod
-    def from_teacher(cls, teacher: CodeTeacher, extra_layers: int = 0) -> "CodeStudent":
-        """A student that starts as the teacher's layers and classifier (`classifier_of`), with `extra_layers` that change nothing
-        yet.
+    def from_teacher(cls, teacher: CodeTeacher, extra_layers: int = 0, rounds: int = 1) -> "CodeStudent":
+        """A student that starts as the teacher's layers and classifier (`classifier_of`), with `extra_layers` in every round that
+        change nothing yet.
 
         Raises:
             InputError: as the class.
         """
-        sizes = cls.sizes(teacher, extra_layers)
+        sizes = cls.sizes(teacher, extra_layers, rounds)
         student = cls(teacher.student_backbone(), classifier_of(teacher), teacher.tokenizer.codebook, sizes)
         return student.requires_grad_(True)
 
     @staticmethod
-    def sizes(teacher: Teacher, extra_layers: int) -> CodeStudentConfig:
-        """Of a student with that many layers more than the teacher."""
+    def sizes(teacher: Teacher, extra_layers: int, rounds: int = 1) -> CodeStudentConfig:
+        """Of a student with that many layers more than the teacher, and that many rounds."""
         if not extra_layers or not isinstance(teacher.backbone, ReadsOwnToken):
-            return CodeStudentConfig()
-        return CodeStudentConfig(len(teacher.backbone.stack) + extra_layers)
+            return CodeStudentConfig(rounds=rounds)
+        return CodeStudentConfig(len(teacher.backbone.stack) + extra_layers, rounds)
 
     def draw(self, noise: Tensor, cond: Tensor) -> Drawn:
         """The most probable code of each position; its gradient is that of the expected code (straight through)."""
-        logits = in_float32(self.output, self.own.own_features(noise, cond, lambda index, x: x))
-        codes = self.codebook
+        logits, codes = self.first_round(noise, cond), self.codebook
+        earlier: list[Tensor] = []
+        if self.again is not None:
+            for _ in range(self.config.rounds - 1):
+                earlier.append(logits)
+                logits = self.again(codes[logits.argmax(-1)], noise, cond)
         chosen = codes[logits.argmax(-1)]
         if logits.requires_grad:
             with full_precision(logits.device):
                 expected = logits.softmax(-1) @ codes
             chosen = chosen + (expected - expected.detach())
-        return Drawn(chosen, logits)
+        return Drawn(chosen, logits, tuple(earlier))
+
+    def first_round(self, noise: Tensor, cond: Tensor) -> Tensor:
+        """Logits (B, n, V) of what is decided from noise (B, n, C) alone, cond (B, ...)."""
+        return in_float32(self.output, self.own.own_features(noise, cond, lambda index, x: x))
 
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
         return self.draw(noise, cond).tokens

@@ -108,10 +108,12 @@ class Drawn:
     Attributes:
         tokens: (B, n, C) clean standardised tokens.
         logits: (B, n, V) over the codes, from networks that decide by a classifier.
+        earlier: the same of the rounds before the last, from networks of several.
     """
 
     tokens: Tensor
     logits: Tensor | None = None
+    earlier: tuple[Tensor, ...] = ()
 
 
 class OneStepNetwork(nn.Module, ABC):

@@ -54,7 +54,11 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     masked = tuned.config if isinstance(tuned, MaskedStudent) else None
     if not config.networks.need_stage1:
         tuned = None
-    codes = CodeStudent.sizes(teacher, config.networks.extra_layers) if config.networks.generator == "codes" else None
+    codes = (
+        CodeStudent.sizes(teacher, config.networks.extra_layers, config.networks.rounds)
+        if config.networks.generator == "codes"
+        else None
+    )
     record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head, codes, masked)
     hint = start_run(config.out, config, "distill", record)
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)

@@ -27,6 +27,7 @@ from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import layer_stacks
 from dd2.teachers.masked import MaskedBackbone
+from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.footprint import Footprint, footprint
 
 GB = 1e9
@@ -218,7 +219,12 @@ def _passes(config: PlanConfig, teacher: Teacher, network: Network, guided: int)
 
     def features() -> Tensor:
         if isinstance(network, CodeStudent):
-            return network.own.own_features(tokens, cond, lambda index, x: x)
+            found = network.own.own_features(tokens, cond, lambda index, x: x)
+            for _ in range(network.config.rounds - 1):
+                assert network.again is not None
+                assert isinstance(network.again.backbone, ReadsOwnToken)
+                found = found + network.again.backbone.told_features(tokens, cond, network.again.told(tokens))
+            return found
         return network.backbone(tokens, cond)
 
     def head(draws: int) -> Footprint:
@@ -231,8 +237,8 @@ def _passes(config: PlanConfig, teacher: Teacher, network: Network, guided: int)
             velocity_head = network.head
             return footprint(lambda: HeadScore(velocity_head, given).velocity(x, x[..., 0]), network)
         assert isinstance(network, CodeStudent | CodeGuidance)
-        classifier = network.output
-        return footprint(lambda: classifier(given), network)  # once, whatever the draws
+        classifier, rounds = network.output, network.config.rounds if isinstance(network, CodeStudent) else 1
+        return footprint(lambda: classifier(given.repeat(rounds, 1, 1)), network)  # once a round, whatever the draws
 
     frozen = copy.deepcopy(teacher).requires_grad_(False)
     twice = tokens.repeat(guided, 1, 1), teacher.conditions.empty(guided * csd.batch, "meta")

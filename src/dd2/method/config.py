@@ -62,16 +62,22 @@ class NetworksConfig:
     multiplied by t / (1 - t), 9 at 928."""
     extra_layers: int = 0
     """Layers of the generator beyond the teacher's, identities to begin with. Needs generator codes."""
+    rounds: int = 1
+    """How often the generator's one pass goes over the tokens: each round after the first reads the codes that the round before
+    decided, as the teacher would, and decides again. A pass costs as many times the operations; later rounds share their layers.
+    Needs generator codes, and the regression, by which earlier rounds learn."""
 
     def __post_init__(self) -> None:
         """Refuse kinds that there are not."""
         for name in ("generator", "guidance"):
             if getattr(self, name) not in ("velocity", "codes"):
                 raise InputError(f'networks.{name} must be "velocity" or "codes", got {getattr(self, name)!r}')
-        _counts("networks", self, (), ("extra_layers",))
+        _counts("networks", self, ("rounds",), ("extra_layers",))
         MaskedStudentConfig(self.level)  # refuses what is no level
         if self.extra_layers and self.generator != "codes":
             raise InputError("networks.extra_layers needs networks.generator codes")
+        if self.rounds > 1 and self.generator != "codes":
+            raise InputError("networks.rounds needs networks.generator codes")
 
     @property
     def need_stage1(self) -> bool:

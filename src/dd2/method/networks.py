@@ -95,7 +95,7 @@ def networks_over_codes(kinds: NetworksConfig, teacher: Teacher) -> tuple[CodeSt
     """
     generator = guidance = None
     if kinds.generator == "codes":
-        generator = CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)
+        generator = CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers, kinds.rounds)
     if kinds.guidance == "codes":
         guidance = CodeGuidance.from_teacher(require_codes(teacher, "networks.guidance codes"))
     return generator, guidance

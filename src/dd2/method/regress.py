@@ -24,6 +24,9 @@ from dd2.teachers.filtering import Sampling
 from dd2.training.timing import part
 from dd2.trajectory import OdeConfig, data_given
 
+EARLIER = 0.5
+"""Weight of the loss of each round before the last, which learns by nothing else."""
+
 
 def regress_loss(generator: OneStepNetwork, teacher: Teacher, noise: Tensor, data: Tensor, cond: Tensor) -> Losses:
     """The generator's tokens against the ODE's data of the same noise.
@@ -83,14 +86,18 @@ def regress_own_loss(
 
 
 def code_loss(drawn: Drawn, teacher: CodeTeacher, ids: Tensor) -> Losses:
-    """What a generator drew against codes (B, n): cross-entropy of its classifier, or the squared error of its tokens.
+    """What a generator drew against codes (B, n): cross-entropy of its classifier, with that of earlier rounds added under the
+    weight `EARLIER`, or the squared error of its tokens.
 
     Returns:
         The loss, and the share of tokens whose (nearest) code is the right one.
     """
     if drawn.logits is not None:
         right = (drawn.logits.detach().argmax(-1) == ids).float().mean()
-        return F.cross_entropy(drawn.logits.flatten(0, 1), ids.flatten()), {"right_codes": right}
+        loss = F.cross_entropy(drawn.logits.flatten(0, 1), ids.flatten())
+        for logits in drawn.earlier:
+            loss = loss + EARLIER * F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        return loss, {"right_codes": right}
     q = drawn.tokens.float()
     right = (teacher.ids(q.detach()) == ids).float().mean()
     return (q - teacher.codebook[ids]).square().mean(), {"right_codes": right}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +63,11 @@ class LayerStack(nn.ModuleList):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.call, layer, x, *arguments, None, index, use_reentrant=False)  # pyright: ignore
         return self.call(layer, x, *arguments, None, index)
+
+
+def add_first(told: Tensor, skipped: int) -> BeforeLayer:
+    """Adds told (B, n, D) to the stream before the first layer, behind the `skipped` positions that come first."""
+    return lambda index, x: x + F.pad(told, (0, 0, skipped, 0)) if index == 0 else x
 
 
 def xavier_linears(network: nn.Module) -> None:

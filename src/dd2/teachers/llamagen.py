@@ -16,7 +16,7 @@ from dd2.teachers.captions import CaptionEmbedding, attention_mask
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import conditions_of
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
+from dd2.teachers.layers import BeforeLayer, LayerStack, add_first, append_identities
 from dd2.tokenizers.base import CodeTokenizer, nearest_ids
 
 
@@ -238,6 +238,11 @@ class LlamaGenBackbone(Backbone):
     def own_features(self, tokens: Tensor, cond: Tensor, before: BeforeLayer) -> Tensor:
         """As `ReadsOwnToken.own_features`."""
         return self._run(tokens, cond, None, before)[:, self.config.condition_positions :]
+
+    def told_features(self, tokens: Tensor, cond: Tensor, told: Tensor) -> Tensor:
+        """As `ReadsOwnToken.told_features`."""
+        first = self.config.condition_positions - 1
+        return self._run(self.order.inputs(tokens), cond, None, add_first(told, first))[:, first:]
 
     def new_cache(self) -> KVCache:
         return KVCache(self.positions)

@@ -1,4 +1,4 @@
-"""Backbones whose layers can also be run with every position reading its own token: what DD1's student needs."""
+"""Backbones whose layers can also be run with every position reading something of its own: what students over codes need."""
 
 from typing import Protocol, runtime_checkable
 
@@ -29,6 +29,19 @@ class ReadsOwnToken(Protocol):
 
         Returns:
             (B, n, D). Position i sees the condition, the tokens of earlier steps, and token i.
+        """
+        ...
+
+    def told_features(self, tokens: Tensor, cond: Tensor, told: Tensor) -> Tensor:
+        """Features of the usual reading, where every position is told something besides.
+
+        Args:
+            tokens, cond: as `Backbone.forward`.
+            told: (B, n, D), added to the stream before the first layer where position i's token is predicted.
+
+        Returns:
+            (B, n, D), `Backbone.forward`'s where told is 0. Position i sees the condition, the tokens of earlier steps, and
+            what positions of steps up to its own are told.
         """
         ...
 

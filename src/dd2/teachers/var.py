@@ -18,7 +18,7 @@ from dd2.teachers.captions import CaptionEmbedding, seen_words
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import conditions_of
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.layers import BeforeLayer, LayerStack, append_identities
+from dd2.teachers.layers import BeforeLayer, LayerStack, add_first, append_identities
 from dd2.teachers.next_scale import NextScaleOrder, order_of
 from dd2.teachers.own_token import masked_attention, own_token_mask
 from dd2.tokenizers.base import CodeTokenizer
@@ -224,6 +224,10 @@ class VARBackbone(Backbone):
         x = torch.cat([given.before, own], 1)
         return self._layers(x, given.embedding, attend, None, before)[:, before_tokens:]
 
+    def told_features(self, tokens: Tensor, cond: Tensor, told: Tensor) -> Tensor:
+        """As `ReadsOwnToken.told_features`."""
+        return self._run(tokens, cond, None, add_first(told, self.config.condition_positions))
+
     def new_cache(self) -> KVCache:
         return KVCache(self.positions)
 
@@ -231,7 +235,7 @@ class VARBackbone(Backbone):
         step = next(step for step in self.order.steps if step.start == tokens.shape[1])
         return self._run(tokens, cond, cache)[:, step.start - step.stop :]
 
-    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None) -> Tensor:
+    def _run(self, tokens: Tensor, cond: Tensor, cache: KVCache | None, before: BeforeLayer | None = None) -> Tensor:
         """Features of the tokens' positions, less those that the cache has read."""
         given, first = self._given(cond), self.order.steps[0].stop
         read = max((cache.length if cache else 0) - self.config.condition_positions, 0)
@@ -242,7 +246,7 @@ class VARBackbone(Backbone):
         held = x.shape[1] if read else x.shape[1] + first
         x = x if read else torch.cat([given.before, x], 1)
         attend = self.order.attend if given.words is None else self._attend_caption(given.words, read, read + held)
-        return self._layers(x, given.embedding, attend, cache)[:, -held:]
+        return self._layers(x, given.embedding, attend, cache, before)[:, -held:]
 
     def _given(self, cond: Tensor) -> "_Given":
         first = self.order.steps[0]

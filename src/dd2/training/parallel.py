@@ -61,7 +61,7 @@ def shard_backbone(backbone: Backbone, device: torch.device) -> None:
     mesh = _mesh(device)
     for unit in (*(layer for stack in layer_stacks(backbone) for layer in stack), backbone):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    for method in ("next_features", "own_features", "features_given", "head", "condition_features"):
+    for method in ("next_features", "own_features", "told_features", "features_given", "head", "condition_features"):
         if hasattr(backbone, method):
             register_fsdp_forward_method(backbone, method)
     # Features are slices; nobody changes them in place, which is what the warning is about.

@@ -120,11 +120,16 @@ def test_every_round_learns_by_its_own_loss_and_no_gradient_flows_between_them()
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_rounds_without_what_they_learn_by_are_refused():
+def test_rounds_without_what_they_learn_by_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"networks\.rounds needs networks\.generator codes"):
         NetworksConfig(rounds=2)
     with pytest.raises(InputError, match=r"networks\.rounds must be at least 1"):
         NetworksConfig(generator="codes", rounds=0)
+    teacher = standardised()
+    monkeypatch.delattr(type(teacher.backbone), "told_features")
+    assert CodeStudent.from_teacher(teacher).again is None
+    with pytest.raises(InputError, match="no told_features"):
+        CodeStudent.from_teacher(teacher, rounds=2)
 
 
 @pytest.mark.parametrize(("extra", "rounds"), [(0, 1), (3, 1), (2, 3)])

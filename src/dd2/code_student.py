@@ -19,7 +19,7 @@ from dd2.scores import CodeMixture
 from dd2.student import Drawn, OneStepNetwork
 from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.own_token import ReadsOwnToken
+from dd2.teachers.own_token import IsTold, ReadsOwnToken
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,18 @@ class Round(nn.Module):
     Args:
         backbone: a copy of the teacher's.
         output: a copy of its classifier.
+
+    Raises:
+        InputError: the backbone cannot be told anything.
     """
 
     def __init__(self, backbone: Backbone, output: nn.Module) -> None:
         super().__init__()
+        if not isinstance(backbone, IsTold):
+            raise InputError(
+                f"further rounds (networks.rounds) tell every position its noise, which a {type(backbone).__name__} cannot be: "
+                "no told_features (dd2.teachers.own_token says what is expected)"
+            )
         self.backbone, self.output = backbone, output
         channels, width = backbone.token_shape[1], backbone.width
         last = nn.Linear(width, width)
@@ -101,8 +109,12 @@ class Round(nn.Module):
 
     def forward(self, tokens: Tensor, noise: Tensor, cond: Tensor) -> Tensor:
         """Logits (B, n, V), given the tokens (B, n, C) of the round before, the noise (B, n, C) and cond (B, ...)."""
-        assert isinstance(self.backbone, ReadsOwnToken)
-        return in_float32(self.output, self.backbone.told_features(tokens, cond, self.told(noise).float()))
+        return in_float32(self.output, self.features(tokens, noise, cond))
+
+    def features(self, tokens: Tensor, noise: Tensor, cond: Tensor) -> Tensor:
+        """What `forward` classifies, (B, n, D)."""
+        assert isinstance(self.backbone, IsTold)
+        return self.backbone.told_features(tokens, cond, self.told(noise).float())
 
 
 class CodeStudent(OwnTokenStudent):

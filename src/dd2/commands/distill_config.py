@@ -108,8 +108,10 @@ def check(config: DistillConfig, teacher: Teacher) -> None:
         raise InputError("networks.rounds needs regress.iterations: the rounds before the last learn by the regression alone")
     if kinds.rounds > 1 and not config.csd.regression_weight:
         said.add("the rounds before the last stay as the regression leaves them: csd.regression_weight is 0")
-    if kinds.generator == "codes" and (kinds.extra_layers or not isinstance(teacher.backbone, ReadsOwnToken)):
-        CodeStudent.from_teacher(require_codes(teacher, "networks.generator codes"), kinds.extra_layers)  # says what is missing
+    if kinds.generator == "codes" and (kinds.extra_layers or kinds.rounds > 1 or not isinstance(teacher.backbone, ReadsOwnToken)):
+        CodeStudent.from_teacher(
+            require_codes(teacher, "networks.generator codes"), kinds.extra_layers, kinds.rounds
+        )  # says what is missing
     if "codes" in (kinds.generator, kinds.guidance) and not has_own_classifier(require_codes(teacher, "networks over codes")):
         said.add("networks over codes start with a fresh classifier: the teacher computes features or logits in its own way")
     if not config.networks.need_stage1:

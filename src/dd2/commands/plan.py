@@ -27,7 +27,6 @@ from dd2.teachers.code import CodeTeacher, require_codes
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import layer_stacks
 from dd2.teachers.masked import MaskedBackbone
-from dd2.teachers.own_token import ReadsOwnToken
 from dd2.training.footprint import Footprint, footprint
 
 GB = 1e9
@@ -222,8 +221,7 @@ def _passes(config: PlanConfig, teacher: Teacher, network: Network, guided: int)
             found = network.own.own_features(tokens, cond, lambda index, x: x)
             for _ in range(network.config.rounds - 1):
                 assert network.again is not None
-                assert isinstance(network.again.backbone, ReadsOwnToken)
-                found = found + network.again.backbone.told_features(tokens, cond, network.again.told(tokens))
+                found = found + network.again.features(tokens, tokens, cond)
             return found
         return network.backbone(tokens, cond)
 

@@ -240,7 +240,7 @@ class LlamaGenBackbone(Backbone):
         return self._run(tokens, cond, None, before)[:, self.config.condition_positions :]
 
     def told_features(self, tokens: Tensor, cond: Tensor, told: Tensor) -> Tensor:
-        """As `ReadsOwnToken.told_features`."""
+        """As `IsTold.told_features`."""
         first = self.config.condition_positions - 1
         return self._run(self.order.inputs(tokens), cond, None, add_first(told, first))[:, first:]
 

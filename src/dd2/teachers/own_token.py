@@ -1,4 +1,4 @@
-"""Backbones whose layers can also be run with every position reading something of its own: what students over codes need."""
+"""Backbones whose layers can also be run with every position knowing something of its own: what students over codes need."""
 
 from typing import Protocol, runtime_checkable
 
@@ -31,6 +31,11 @@ class ReadsOwnToken(Protocol):
             (B, n, D). Position i sees the condition, the tokens of earlier steps, and token i.
         """
         ...
+
+
+@runtime_checkable
+class IsTold(Protocol):
+    """A backbone whose usual reading can be told something of every position: what further rounds of a generator need."""
 
     def told_features(self, tokens: Tensor, cond: Tensor, told: Tensor) -> Tensor:
         """Features of the usual reading, where every position is told something besides.

@@ -225,7 +225,7 @@ class VARBackbone(Backbone):
         return self._layers(x, given.embedding, attend, None, before)[:, before_tokens:]
 
     def told_features(self, tokens: Tensor, cond: Tensor, told: Tensor) -> Tensor:
-        """As `ReadsOwnToken.told_features`."""
+        """As `IsTold.told_features`."""
         return self._run(tokens, cond, None, add_first(told, self.config.condition_positions))
 
     def new_cache(self) -> KVCache:

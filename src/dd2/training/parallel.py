@@ -44,14 +44,14 @@ def local_micro_batches(update: Update) -> range:
 
 
 def shard(network: N, device: torch.device) -> N:
-    """Shard a network's weights over all processes (FSDP2): its backbone layer by layer, then whatever stands beside that.
+    """Shard a network's weights over all processes (FSDP2): its backbones layer by layer, then whatever stands beside them.
 
     Every unit gives its gathered weights back after each pass, so that optimisers and averages always find the shards.
     """
     for part in network.children():
-        if isinstance(part, Backbone):
-            shard_backbone(part, device)
-        else:
+        for backbone in (module for module in part.modules() if isinstance(module, Backbone)):
+            shard_backbone(backbone, device)
+        if not isinstance(part, Backbone):
             fully_shard(part, mesh=_mesh(device), reshard_after_forward=True)
     return network
 

@@ -6,11 +6,13 @@ from torch import nn
 
 from dd2.checkpoints.native import load_generator, save_generator
 from dd2.code_student import CodeGuidance, CodeStudent
+from dd2.commands.distill_config import DistillConfig, check
 from dd2.errors import InputError
 from dd2.generator import Generator
 from dd2.losses import csd_loss
 from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig
 from dd2.method.csd import generator_loss, guidance_loss
+from dd2.method.networks import sizes_over_codes
 from dd2.method.regress import code_loss, regress_own_loss
 from dd2.scores import velocity
 from dd2.student import Drawn, Student
@@ -131,6 +133,14 @@ def test_rounds_without_what_they_learn_by_are_refused():
     assert CodeStudent.from_teacher(teacher).again is None
     with pytest.raises(InputError, match="no told_features"):
         CodeStudent.from_teacher(teacher, rounds=2)
+
+
+def test_distillation_refuses_rounds_that_could_not_learn():
+    teacher, networks = standardised(), NetworksConfig(generator="codes", rounds=2)
+    with pytest.raises(InputError, match=r"networks\.rounds needs regress\.iterations"):
+        check(DistillConfig(networks=networks), teacher)
+    assert CodeStudent.from_teacher(teacher, rounds=2).config == sizes_over_codes(networks, teacher)
+    assert sizes_over_codes(NetworksConfig(), teacher) is None
 
 
 @pytest.mark.parametrize(("extra", "rounds"), [(0, 1), (3, 1), (2, 3)])

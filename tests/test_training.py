@@ -262,7 +262,7 @@ def small_run(tmp_path_factory) -> list[str]:
 
 
 OVER_CODES = [
-    "--networks.generator", "codes", "--networks.guidance", "codes", "--networks.extra-layers", "1",
+    "--networks.generator", "codes", "--networks.guidance", "codes", "--networks.extra-layers", "1", "--networks.rounds", "2",
     "--regress.iterations", "4", "--regress.own-share", "0.5", "--regress.pairs", "32", "--regress.batch", "8",
     "--regress.accumulate", "2", "--regress.ode.steps", "2", "--csd.regression-weight", "0.2", "--csd.match.weight", "0.5",
     "--csd.match.features", "tokens", "--csd.match.projections", "8", "--csd.match.prime", "16",

@@ -167,11 +167,12 @@ class CodeStudent(OwnTokenStudent):
 
     def draw(self, noise: Tensor, cond: Tensor) -> Drawn:
         """The most probable code of each position; its gradient is that of the expected code (straight through)."""
-        logits, codes = self.first_round(noise, cond), self.codebook
-        earlier: list[Tensor] = []
+        logits = in_float32(self.output, self.own.own_features(noise, cond, lambda index, x: x))
+        codes, earlier = self.codebook, []
         if self.again is not None:
             for _ in range(self.config.rounds - 1):
-                earlier.append(logits)
+                if logits.requires_grad:  # for their losses; where there are none, the largest tensors of a pass are let go
+                    earlier.append(logits)
                 logits = self.again(codes[logits.argmax(-1)], noise, cond)
         chosen = codes[logits.argmax(-1)]
         if logits.requires_grad:
@@ -179,10 +180,6 @@ class CodeStudent(OwnTokenStudent):
                 expected = logits.softmax(-1) @ codes
             chosen = chosen + (expected - expected.detach())
         return Drawn(chosen, logits, tuple(earlier))
-
-    def first_round(self, noise: Tensor, cond: Tensor) -> Tensor:
-        """Logits (B, n, V) of what is decided from noise (B, n, C) alone, cond (B, ...)."""
-        return in_float32(self.output, self.own.own_features(noise, cond, lambda index, x: x))
 
     def as_generator(self, noise: Tensor, cond: Tensor) -> Tensor:
         return self.draw(noise, cond).tokens

@@ -108,7 +108,7 @@ class Drawn:
     Attributes:
         tokens: (B, n, C) clean standardised tokens.
         logits: (B, n, V) over the codes, from networks that decide by a classifier.
-        earlier: the same of the rounds before the last, from networks of several.
+        earlier: the same of the rounds before the last, from networks of several; none where no gradient is kept.
     """
 
     tokens: Tensor

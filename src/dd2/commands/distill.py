@@ -11,7 +11,6 @@ import torch
 from dd2.checkpoints.native import Role, load_generator, save_generator
 from dd2.checkpoints.record import RunRecord
 from dd2.checkpoints.runs import open_teacher
-from dd2.code_student import CodeStudent
 from dd2.commands.adapt import adapt
 from dd2.commands.distill_config import DistillConfig, check, with_usual_sampling
 from dd2.commands.run_folder import copy_parts, read_seconds, start_run, write_seconds
@@ -20,7 +19,7 @@ from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.generator import Generator
 from dd2.masked_student import MaskedStudent
-from dd2.method.networks import Networks, copied_student, fresh_student, networks_over_codes, starting_networks
+from dd2.method.networks import Networks, copied_student, fresh_student, networks_over_codes, sizes_over_codes, starting_networks
 from dd2.method.recipe import catching_up_stage, csd_stage, match_stage, regress_stage, tune_stages
 from dd2.student import OneStepNetwork, Student
 from dd2.teachers.base import Teacher
@@ -54,11 +53,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     masked = tuned.config if isinstance(tuned, MaskedStudent) else None
     if not config.networks.need_stage1:
         tuned = None
-    codes = (
-        CodeStudent.sizes(teacher, config.networks.extra_layers, config.networks.rounds)
-        if config.networks.generator == "codes"
-        else None
-    )
+    codes = sizes_over_codes(config.networks, teacher)
     record = RunRecord("distill", config.teacher, config.captions, config.csd.sampling, head, codes, masked)
     hint = start_run(config.out, config, "distill", record)
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)

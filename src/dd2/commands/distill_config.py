@@ -4,19 +4,19 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dd2.code_student import CodeStudent, has_own_classifier
+from dd2.code_student import has_own_classifier
 from dd2.commands.adapt import check_adaptation
 from dd2.errors import InputError
 from dd2.method.config import AdaptConfig, AlignConfig, CSDConfig, NetworksConfig, RegressConfig, TuneConfig
 from dd2.method.match import check_reference
-from dd2.method.networks import is_ar_diffusion
+from dd2.method.networks import is_ar_diffusion, networks_over_codes
 from dd2.processes import say
 from dd2.student import HeadConfig
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import require_codes
 from dd2.teachers.layers import layer_stacks
 from dd2.teachers.masked import MaskedBackbone
-from dd2.teachers.own_token import ReadsOwnToken
+from dd2.teachers.own_token import IsTold, ReadsOwnToken
 from dd2.training.loop import LoopConfig
 
 
@@ -108,10 +108,9 @@ def check(config: DistillConfig, teacher: Teacher) -> None:
         raise InputError("networks.rounds needs regress.iterations: the rounds before the last learn by the regression alone")
     if kinds.rounds > 1 and not config.csd.regression_weight:
         said.add("the rounds before the last stay as the regression leaves them: csd.regression_weight is 0")
-    if kinds.generator == "codes" and (kinds.extra_layers or kinds.rounds > 1 or not isinstance(teacher.backbone, ReadsOwnToken)):
-        CodeStudent.from_teacher(
-            require_codes(teacher, "networks.generator codes"), kinds.extra_layers, kinds.rounds
-        )  # says what is missing
+    untold = kinds.rounds > 1 and not isinstance(teacher.backbone, IsTold)
+    if kinds.generator == "codes" and (kinds.extra_layers or untold or not isinstance(teacher.backbone, ReadsOwnToken)):
+        networks_over_codes(replace(kinds, guidance="velocity"), teacher)  # says what is missing
     if "codes" in (kinds.generator, kinds.guidance) and not has_own_classifier(require_codes(teacher, "networks over codes")):
         said.add("networks over codes start with a fresh classifier: the teacher computes features or logits in its own way")
     if not config.networks.need_stage1:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dd2.code_student import CodeGuidance, CodeStudent
+from dd2.code_student import CodeGuidance, CodeStudent, CodeStudentConfig
 from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.align import load_average
 from dd2.method.config import CSDConfig, NetworksConfig
@@ -85,6 +85,11 @@ def copied_student(teacher: Teacher, kinds: NetworksConfig) -> ArDiffusion | Non
 def fresh_student(teacher: Teacher, copied: ArDiffusion | None, head: HeadConfig) -> ArDiffusion:
     """The teacher's layers under a head that has learned nothing."""
     return copied.with_fresh_head() if isinstance(copied, MaskedStudent) else Student.from_teacher(teacher, head)
+
+
+def sizes_over_codes(kinds: NetworksConfig, teacher: Teacher) -> CodeStudentConfig | None:
+    """Of the generator, where it is over codes."""
+    return CodeStudent.sizes(teacher, kinds.extra_layers, kinds.rounds) if kinds.generator == "codes" else None
 
 
 def networks_over_codes(kinds: NetworksConfig, teacher: Teacher) -> tuple[CodeStudent | None, CodeGuidance | None]:

@@ -1,24 +1,31 @@
 """Networks over codes: the straight-through choice, the closed-form score of the guidance network, the ODE on own tokens."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dd2.baselines.marginal import MarginalSampler
 from dd2.checkpoints.native import load_generator, save_generator
+from dd2.cli import main
 from dd2.code_student import CodeGuidance, CodeStudent
 from dd2.commands.distill_config import DistillConfig, check
 from dd2.errors import InputError
+from dd2.evaluation.methods import in_rounds, methods
 from dd2.generator import Generator
 from dd2.losses import csd_loss
 from dd2.method.config import CSDConfig, NetworksConfig, RegressConfig
 from dd2.method.csd import generator_loss, guidance_loss
 from dd2.method.networks import sizes_over_codes
 from dd2.method.regress import code_loss, regress_own_loss
+from dd2.pipeline import OneStepPipeline
+from dd2.sampling import Ways
 from dd2.scores import velocity
-from dd2.student import Drawn, Student
+from dd2.student import Drawn, HeadConfig, Student
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.layers import LayerStack, append_identities
+from dd2.training.samples import TeacherSamples
 from dd2.trajectory import OdeConfig, data_given, data_of_noise
 from models import TINY_HEAD, tiny_teacher, tiny_text, tiny_var
 
@@ -141,6 +148,75 @@ def test_distillation_refuses_rounds_that_could_not_learn():
         check(DistillConfig(networks=networks), teacher)
     assert CodeStudent.from_teacher(teacher, rounds=2).config == sizes_over_codes(networks, teacher)
     assert sizes_over_codes(NetworksConfig(), teacher) is None
+
+
+def randomised(teacher, rounds: int) -> CodeStudent:
+    """A generator of which no weight is the teacher's."""
+    student = CodeStudent.from_teacher(teacher, rounds=rounds).eval()
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return student
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_fewer_rounds_end_earlier_and_more_go_on(kind):
+    teacher = standardised(kind)
+    student, cond, noise = randomised(teacher, 3), teacher.conditions(torch.tensor([0, 1, 2])), noise_of(teacher)
+    drawn = student.draw(noise, cond)
+    for rounds, logits in enumerate([*drawn.earlier, drawn.logits], 1):
+        other = student.in_rounds(rounds)
+        assert other.rounds == rounds
+        assert not other.training
+        torch.testing.assert_close(other.draw(noise, cond).logits, logits)
+        assert other.backbone is student.backbone  # nothing is copied
+    assert student.in_rounds(3) is student
+    assert student.again is not None
+    fourth = student.again(teacher.codebook[drawn.logits.argmax(-1)], noise, cond)
+    torch.testing.assert_close(student.in_rounds(4).draw(noise, cond).logits, fourth)
+
+
+def test_rounds_that_were_not_trained_are_refused():
+    teacher = standardised()
+    one, velocity = CodeStudent.from_teacher(teacher), Student.from_teacher(teacher, HeadConfig(1, 8, 2))
+    assert one.in_rounds(1) is one
+    assert velocity.in_rounds(1) is velocity
+    for student in (one, velocity):
+        with pytest.raises(InputError, match=r"rounds 2: this generator was trained to draw in one round"):
+            student.in_rounds(2)
+    with pytest.raises(InputError, match="rounds at least 1"):
+        CodeStudent.from_teacher(teacher, rounds=2).in_rounds(-1)
+
+
+def test_a_generator_is_sampled_and_shipped_in_fewer_rounds(tmp_path):
+    teacher = standardised()
+    save_generator(tmp_path / "g", Generator.of(randomised(teacher, 3), teacher))
+    for rounds in ("0", "1", "3"):
+        main(["sample", str(tmp_path / "g"), "--count", "3", "--rounds", rounds, "--out", str(tmp_path / f"{rounds}.npz")])
+    whole, first, third = (np.load(tmp_path / f"{rounds}.npz")["arr_0"] for rounds in ("0", "1", "3"))
+    assert (whole == third).all()
+    assert (whole != first).any()
+    pipe = OneStepPipeline.from_pretrained(tmp_path / "g", rounds=1, dtype="float32")
+    pipe.save_pretrained(tmp_path / "fast")
+    again = OneStepPipeline.from_pretrained(tmp_path / "fast", dtype="float32")
+    assert again.generator.student.rounds == 1
+    assert not any("again" in name for name in again.generator.student.state_dict())
+    asked = {"labels": [0, 1, 2], "seeds": [0, 1, 2]}
+    torch.testing.assert_close(again(**asked).tokens, pipe(**asked).tokens)
+
+
+def test_an_evaluation_compares_numbers_of_rounds(tmp_path):
+    teacher = standardised()
+    ways = Ways(Generator.of(randomised(teacher, 3), teacher), teacher)
+    marginal = MarginalSampler(TeacherSamples.prepare(tmp_path, teacher, Sampling(), 6, 0, 6))
+    found = methods(ways, teacher, marginal, "three", rounds=(1, 3, 5))
+    assert found["generator"].title == "Generator, one step of 3 rounds"
+    assert [found[in_rounds(k)].title for k in (1, 5)] == ["Generator, one step, 1 round", "Generator, one step, 5 rounds"]
+    assert in_rounds(3) not in found  # it is the generator's own row
+    assert found[in_rounds(1)].decides != found[in_rounds(5)].decides
+    labels, seeds = torch.tensor([0, 1, 2]), [0, 1, 2]
+    tokens = {name: found[name].draw(labels, seeds)[1] for name in ("generator", in_rounds(1))}
+    torch.testing.assert_close(tokens["generator"], ways.one_step()(teacher.conditions(labels), seeds))
+    assert not torch.equal(*tokens.values())
 
 
 @pytest.mark.parametrize(("extra", "rounds"), [(0, 1), (3, 1), (2, 3)])

@@ -6,7 +6,7 @@ probabilities of the generator's own sequences, and Eq. 1 makes its conditional 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,6 +127,7 @@ class CodeStudent(OwnTokenStudent):
     Args:
         backbone, output, codebook: as `OwnTokenStudent`.
         config: the backbone gets layers until it has as many as it says, and copies of both make the later rounds.
+        again: the later rounds, where there are some already.
 
     Raises:
         InputError: the backbone cannot read a position's own token, or cannot be made deeper.
@@ -134,12 +135,29 @@ class CodeStudent(OwnTokenStudent):
 
     called = "a generator over codes (networks.generator codes)"
 
-    def __init__(self, backbone: Backbone, output: nn.Module, codebook: Tensor, config: CodeStudentConfig) -> None:
+    def __init__(
+        self, backbone: Backbone, output: nn.Module, codebook: Tensor, config: CodeStudentConfig, again: Round | None = None
+    ) -> None:
         super().__init__(backbone, output, codebook)
         self.config = config
         if config.layers > len(self.own.stack):
             backbone.deepen(config.layers - len(self.own.stack))
-        self.again = Round(copy.deepcopy(backbone), copy.deepcopy(output)) if config.rounds > 1 else None
+        if config.rounds == 1:
+            self.again = None
+        else:
+            self.again = again or Round(copy.deepcopy(backbone), copy.deepcopy(output))
+
+    @property
+    def rounds(self) -> int:
+        return self.config.rounds
+
+    def in_rounds(self, rounds: int) -> "CodeStudent":
+        """As `OneStepNetwork.in_rounds`: any number, as later rounds share their weights; fewer are faster."""
+        if rounds == self.rounds or self.again is None:
+            super().in_rounds(rounds)
+            return self
+        config = replace(self.config, rounds=rounds)
+        return CodeStudent(self.backbone, self.output, self.codes, config, self.again).train(self.training)
 
     @property
     def float32_parts(self) -> tuple[nn.Module, ...]:

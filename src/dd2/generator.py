@@ -55,6 +55,14 @@ class Generator:
         """The same for drawing in `dtype`, under autocast; weights that need none are shared (`dd2.precision`)."""
         return replace(self, student=in_precision(self.student, dtype), tokenizer=self.tokenizer.in_precision(dtype))
 
+    def in_rounds(self, rounds: int) -> "Generator":
+        """The same with a pass of so many rounds (`OneStepNetwork.in_rounds`); 0 is as it was trained.
+
+        Raises:
+            InputError: it was not trained in rounds.
+        """
+        return replace(self, student=self.student.in_rounds(rounds)) if rounds else self
+
     @property
     def as_teacher(self) -> HeadTeacher:
         """The network as the AR-diffusion model that it is, if it comes from stage 1.

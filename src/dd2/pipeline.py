@@ -105,6 +105,7 @@ class OneStepPipeline:
         captions: str = "",
         text_encoder: str = "",
         trust: Sequence[str] = (),
+        rounds: int = 0,
     ) -> "OneStepPipeline":
         """Load a run folder, a generator folder, or a Hugging Face repository that holds one.
 
@@ -120,14 +121,15 @@ class OneStepPipeline:
             text_encoder: for text-conditional models, where the encoder lies on this machine, if not where it was trained with
                 it.
             trust: modules of yours that the generator may import, because its teacher was module:function.
+            rounds: of a generator that was trained in several (`networks.rounds`), how many a pass has; 0: as trained.
 
         Raises:
-            InputError: there is nothing to load, or it is damaged.
+            InputError: there is nothing to load, it is damaged, or was not trained in rounds.
         """
         place = pick_device(device)
         precision = pick_precision(dtype, place)
         path = located(name, revision, token, local_files_only=local_files_only)
-        generator = open_generator(path, place, captions, trust, text_encoder)
+        generator = open_generator(path, place, captions, trust, text_encoder).in_rounds(whole_number("rounds", rounds))
         opened = functools.partial(open_run, path, place, captions, trust, text_encoder) if (path / FILE).is_file() else None
         return cls(generator, precision, opened, text_encoder)
 

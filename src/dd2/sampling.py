@@ -176,6 +176,14 @@ class Ways:
         with autocast(noise.device, self.precision):
             return self.generator.student.as_generator(noise, cond).float()
 
+    def in_rounds(self, rounds: int) -> "Ways":
+        """The same by a generator of so many rounds; 0 is as it was trained.
+
+        Raises:
+            InputError: it was not trained in rounds.
+        """
+        return replace(self, generator=self.generator.in_rounds(rounds))
+
     def two_passes(self) -> Draw:
         """The generator's own second pass."""
         return self._drawn(lambda cond, seeds: two_passes(self.generator.student, cond, seeds))

@@ -139,6 +139,23 @@ class OneStepNetwork(nn.Module, ABC):
         return ()
 
     @property
+    def rounds(self) -> int:
+        """How often a pass goes over the tokens."""
+        return 1
+
+    def in_rounds(self, rounds: int) -> "OneStepNetwork":
+        """The network, whose weights are shared, with a pass of so many rounds.
+
+        Raises:
+            InputError: it was not trained in rounds.
+        """
+        if rounds == self.rounds:
+            return self
+        raise InputError(
+            f"rounds {rounds}: this generator was trained to draw in one round (networks.rounds 1), so there are no others"
+        )
+
+    @property
     def has_two_passes(self) -> bool:
         """Whether `two_passes` can be called."""
         return False

@@ -81,6 +81,8 @@ def _evaluate_run(
     read_versions(config.run / "versions.json")  # refuses a damaged one before anything is drawn
     for k in config.steps:
         first_redrawn_step(run.teacher, run.sampling, k)  # refuses before anything is drawn
+    for k in config.rounds:
+        run.generator.student.in_rounds(k)
     for m in config.skip:
         kept_steps(require_codes(run.teacher, f"skip-{m}").order, m)
     for count in config.teacher_steps:
@@ -263,7 +265,7 @@ def comparison(config: EvaluateConfig, run: FinishedRun, ways: Ways, network: Fe
     over = "dataset" if config.prompts else config.marginal
     marginal, made_of = MarginalSampler(samples, over), f"{samples_identity(folder)} {len(samples)}"
     guidance = guidance_of(config.run, run) if config.guidance else None
-    rows = config.steps, config.skip, config.teacher_steps, config.teacher_at, guidance
+    rows = config.steps, config.skip, config.teacher_steps, config.teacher_at, guidance, config.rounds
     return scorer, methods(ways, run.teacher, marginal, made_of, *rows)
 
 

@@ -67,6 +67,8 @@ class SampleConfig(OtherSampling):
     """Number of the first image: several jobs, or a second one after an interruption, can share one numbering."""
     steps: int = 1
     """1: the generator alone. k: the teacher redraws the last k - 1 AR steps (Alg. 4)."""
+    rounds: int = 0
+    """Of a generator trained in several rounds (networks.rounds), how many a pass has: fewer are faster; 0: as trained."""
     prefix: Prefix = "snapped"
     """What the teacher reads of the generator's tokens under steps: their nearest codes, or the tokens as they are (Alg. 4)."""
     method: Literal["generator", "two_passes", "ar_diffusion", "teacher"] = "generator"
@@ -89,6 +91,10 @@ class SampleConfig(OtherSampling):
         for name in ("count", "steps", "batch", "per_prompt"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.rounds < 0:
+            raise InputError(f"rounds must not be negative, got {self.rounds}")
+        if self.rounds and self.method != "generator":
+            raise InputError(f"rounds {self.rounds} goes with method generator only, not {self.method}")
         self.check_seeds(self.count or USUAL_COUNT)
         if self.prompt and self.prompts:
             raise InputError("prompt and prompts are both given: type prompts, or name a list of them")
@@ -208,6 +214,7 @@ def _described(config: SampleConfig, ways: Ways, prompts: Prompts) -> dict[str, 
         "first": config.first,
         "method": config.method,
         "steps": config.steps,
+        "rounds": ways.generator.student.rounds,
         "sampling": ways.sampling.described() if by_teacher else "as distilled",
         "seeds": f"image i has seed {config.seed} + i, and prompt i modulo {len(prompts)}",
         "decoding": config.decoding,
@@ -220,14 +227,14 @@ def _opened(config: SampleConfig, prompts: Texts, device: torch.device) -> Ways:
     """The networks that a method needs."""
     place = config.text_encoder
     if config.method in ("generator", "two_passes") and config.steps == 1:
-        return Ways(open_generator(config.run, device, prompts, config.trust, place))
+        return Ways(open_generator(config.run, device, prompts, config.trust, place)).in_rounds(config.rounds)
     run = open_run(config.run, device, prompts, config.trust, place)
     sampling = config.applied(run.sampling)
     if sampling != run.sampling and (note := run.teacher.check(sampling)):
         say(f"note: {note}", sys.stderr)
     if config.method == "teacher" and (aligned := run.generator.tokenizer.aligned) is not None:
         say(f"note: the teacher's tokens are decoded by the run's decoder, {aligned}", sys.stderr)
-    return Ways(run.generator, run.teacher, sampling, run.ar_diffusion, config.prefix)
+    return Ways(run.generator, run.teacher, sampling, run.ar_diffusion, config.prefix).in_rounds(config.rounds)
 
 
 def _draw(config: SampleConfig, ways: Ways) -> Draw:

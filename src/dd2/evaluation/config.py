@@ -12,8 +12,8 @@ from dd2.sampling import Prefix
 from dd2.teachers.filtering import OtherSampling
 
 OF_RUNS = (
-    *("count", "steps", "prefix", "skip", "teacher_steps", "guidance", "marginal", "path_length", "epsilon", "curve"),
-    *("precision", "speed", "trust", "text_encoder"),
+    *("count", "steps", "prefix", "rounds", "skip", "teacher_steps", "guidance", "marginal", "path_length", "epsilon"),
+    *("curve", "precision", "speed", "trust", "text_encoder"),
 )
 """Fields that decide what is drawn of a run."""
 
@@ -50,6 +50,9 @@ class EvaluateConfig:
     """1 is the generator alone; each k > 1 adds a row in which the teacher redraws the last k - 1 AR steps (Alg. 4)."""
     prefix: Prefix = "snapped"
     """What the teacher reads of the generator's tokens in those rows: their nearest codes, or the tokens as they are (Alg. 4)."""
+    rounds: tuple[int, ...] = ()
+    """Of a generator that draws in several rounds (networks.rounds), each adds a row: the same weights in so many, which
+    is faster where they are fewer."""
     skip: tuple[int, ...] = ()
     """Each m adds a row: the teacher without its last m AR steps (skip-m)."""
     teacher_steps: tuple[int, ...] = ()

@@ -42,6 +42,11 @@ def few_steps(k: int) -> str:
     return f"generator_{k}_steps"
 
 
+def in_rounds(k: int) -> str:
+    """Name of the generator with another number of rounds than it was trained with."""
+    return f"generator_{k}_rounds"
+
+
 def skip(m: int) -> str:
     """Name of the teacher without its last m AR steps."""
     return f"teacher_skip_{m}"
@@ -62,6 +67,7 @@ def methods(
     teacher_steps: Sequence[int] = (),
     teacher_at: OtherSampling | None = None,
     guidance: Teacher | None = None,
+    rounds: Sequence[int] = (),
 ) -> dict[str, Method]:
     """What is compared, by name, in the order in which it is shown.
 
@@ -75,9 +81,10 @@ def methods(
         teacher_steps: also the teacher in so many AR steps, where their number is free.
         teacher_at: also the teacher with other settings.
         guidance: also the guidance network, as the AR model that it is.
+        rounds: also the generator in so many rounds, of one that was trained in several.
 
     Raises:
-        InputError: a number of steps is not possible, or needs a teacher over codes.
+        InputError: a number of steps or rounds is not possible, or needs a teacher over codes.
     """
     one_step = one_step_method(ways, teacher)
     generator = one_step.decides
@@ -99,6 +106,10 @@ def methods(
     if isinstance(teacher, CodeTeacher):
         nearest = whole(ways.one_step(), snap=True)
         found["generator_nearest"] = Method("Generator, one step, nearest codes", nearest, generator)
+    trained = ways.generator.student.rounds
+    for k in sorted({*rounds} - {trained}):
+        drawn = whole(ways.in_rounds(k).one_step())
+        found[in_rounds(k)] = Method(f"Generator, one step, {_rounds(k)}", drawn, {**generator, "rounds": k})
     if ways.generator.student.has_two_passes:
         found["generator_two_passes"] = Method("Generator, two passes of its own", whole(ways.two_passes()), generator)
     if guidance is not None:
@@ -180,7 +191,13 @@ def in_steps(teacher: Teacher, sampling: Sampling, steps: int) -> Sampling:
 def one_step_method(ways: Ways, teacher: Teacher) -> Method:
     """The generator as it is now."""
     decides = {"weights": weights_digest(ways.generator.student), **_decoder(ways)}
-    return Method("Generator, one step", _whole(ways, teacher, ways.one_step()), decides)
+    several = ways.generator.student.rounds
+    title = "Generator, one step" + (f" of {_rounds(several)}" if several > 1 else "")
+    return Method(title, _whole(ways, teacher, ways.one_step()), decides)
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _decoder(ways: Ways) -> dict[str, Any]:

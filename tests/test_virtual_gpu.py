@@ -31,6 +31,14 @@ DISTILL = [
     "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "2",
 ]  # fmt: skip
 
+OVER_CODES = [
+    "--networks.generator", "codes", "--networks.guidance", "codes", "--networks.extra-layers", "1", "--networks.rounds", "2",
+    "--regress.own-share", "0.5", "--csd.regression-weight", "0.2", "--csd.match.weight", "0.5",
+    "--csd.match.features", "tokens", "--csd.match.projections", "8", "--csd.match.prime", "16",
+    "--csd.match.then-iterations", "2", "--align.iterations", "0", "--align.then-iterations", "0",
+]  # fmt: skip
+"""Everything beyond the paper."""
+
 
 def test_the_rules():
     with virtual_gpu():
@@ -86,6 +94,20 @@ def test_distil_sample_and_evaluate(tmp_path, build, precision, more):
     assert {row["stage"] for row in rows} == {"tune", "regress", "guidance", "csd", "align", "csd_aligned"}
     assert all("seconds/backward" in row for row in rows)  # timed by events
     assert json.loads((run / "metrics.json").read_text())["frechet"]["generator"] > 0
+
+
+@pytest.mark.parametrize("build", [tiny_teacher, tiny_var])
+def test_networks_over_codes_and_all_that_goes_with_them(tmp_path, build):
+    """Extra layers, rounds, the noise they are told: each is made beside copies of the teacher, and must be where they are."""
+    save_teacher(tmp_path / "teacher", build())
+    run = tmp_path / "run"
+    with virtual_gpu():
+        flags = ["--teacher", str(tmp_path / "teacher"), "--out", str(run), *DISTILL, *OVER_CODES]
+        assert main(["distill", *flags]) == 0
+        assert main(["sample", str(run), "--count", "6", "--rounds", "1", "--out", str(tmp_path / "grid.png")]) == 0
+        assert main(["evaluate", str(run), "--count", "30", "--rounds", "3", "--guidance", "--batch", "16"]) == 0
+    assert {row["stage"] for row in MetricsLog(run / "metrics.jsonl").rows()} >= {"regress", "guidance", "csd"}
+    assert json.loads((run / "metrics.json").read_text())["frechet"]["generator_3_rounds"] > 0
 
 
 @pytest.mark.parametrize("build", [tiny_teacher, tiny_var, tiny_text])

@@ -103,7 +103,7 @@ class Round(nn.Module):
         self.backbone, self.output = backbone, output
         channels, width = backbone.token_shape[1], backbone.width
         last = nn.Linear(width, width)
-        self.told = nn.Sequential(nn.Linear(channels, width), nn.GELU(), last)
+        self.told = nn.Sequential(nn.Linear(channels, width), nn.GELU(), last).to(backbone.device)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 

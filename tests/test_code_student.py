@@ -197,11 +197,14 @@ def test_a_generator_is_sampled_and_shipped_in_fewer_rounds(tmp_path):
     assert (whole != first).any()
     pipe = OneStepPipeline.from_pretrained(tmp_path / "g", rounds=1, dtype="float32")
     pipe.save_pretrained(tmp_path / "fast")
-    again = OneStepPipeline.from_pretrained(tmp_path / "fast", dtype="float32")
-    assert again.generator.student.rounds == 1
-    assert not any("again" in name for name in again.generator.student.state_dict())
+    assert main(["export", str(tmp_path / "g"), str(tmp_path / "exported"), "--rounds", "1"]) == 0
+    assert "drawing in rounds: 1" in (tmp_path / "exported" / "README.md").read_text()
     asked = {"labels": [0, 1, 2], "seeds": [0, 1, 2]}
-    torch.testing.assert_close(again(**asked).tokens, pipe(**asked).tokens)
+    for folder in ("fast", "exported"):
+        again = OneStepPipeline.from_pretrained(tmp_path / folder, dtype="float32")
+        assert again.generator.student.rounds == 1
+        assert not any("again" in name for name in again.generator.student.state_dict())
+        torch.testing.assert_close(again(**asked).tokens, pipe(**asked).tokens)
 
 
 def test_an_evaluation_compares_numbers_of_rounds(tmp_path):

@@ -46,6 +46,8 @@ class ExportConfig:
     step: str = "newest"
     """Iteration of the checkpoint; newest, or best: the one whose average (csd.ema) has the lowest csd.validation. After
     alignment, or a stage of matching, these are the checkpoints of that further training."""
+    rounds: int = 0
+    """Of a generator trained in several rounds (networks.rounds), how many a pass has: fewer are faster; 0: as trained."""
     with_teacher: bool = False
     """Put the teacher into the folder too, so that more than one step can be drawn."""
     license: str = ""
@@ -62,6 +64,8 @@ class ExportConfig:
             raise InputError(f"out must end in {ending} for --format {self.format}, got {self.out}")
         if not ending and self.out.suffix in ENDINGS.values():
             raise InputError(f"out {self.out} is a file, and --format folder writes a folder; give --format torch or onnx")
+        if self.rounds < 0:
+            raise InputError(f"rounds must not be negative, got {self.rounds}")
         if self.format == "onnx" and self.dtype == "bfloat16":
             raise InputError("ONNX Runtime computes no convolution in bfloat16 on a CPU; give --dtype float16 or float32")
         if ending and (self.with_teacher or self.license):
@@ -82,6 +86,7 @@ def export(config: ExportConfig) -> Path:
     run, dtype = located(config.run), getattr(torch, config.dtype)
     record = RunRecord.read(run) if (run / FILE).is_file() else None
     generator, teacher, origin = _chosen(config, run, record)
+    generator = generator.in_rounds(config.rounds)
     if config.format != "folder":
         difference = write_graph(config.out, generator, config.format, dtype)
         by = "at most" if dtype == torch.float32 else "on average"
@@ -96,8 +101,9 @@ def export(config: ExportConfig) -> Path:
         if record is None:
             raise InputError(f"{run} is no run, so its teacher is unknown; leave --with-teacher out")
         teacher = open_record_teacher(record, run, torch.device("cpu"), trust=config.trust)
-    other = origin if (config.average, config.step) != ("ema", "newest") else ""
-    card = card_of(run, config.out.name, config.license, weights=other.replace(f"{run}/", ""))
+    chosen = "" if (config.average, config.step) == ("ema", "newest") else f"{origin.replace(f'{run}/', '')} of its run"
+    drawing = f"drawing in rounds: {config.rounds}" if config.rounds else ""
+    card = card_of(run, config.out.name, config.license, changed=", ".join(filter(None, (chosen, drawing))))
     write_package(config.out, generator, card, dtype, teacher=teacher if config.with_teacher else None, record=record)
     say(f"wrote {config.out}: {origin}")
     return config.out

@@ -77,23 +77,23 @@ def card_of(
     license: str = "",
     base_model: str = "",
     datasets: tuple[str, ...] = (),
-    weights: str = "",
+    changed: str = "",
 ) -> Card:
     """What a run's folder says for a model card; what it does not say is told.
 
     Args:
         run: the folder.
         name, license, base_model, datasets: as `Card`.
-        weights: which are shipped, where they are not those that dd2 evaluate measures.
+        changed: what is shipped otherwise than dd2 evaluate measures it.
     """
     if not (run / FILE).is_file():
         say(f"note: {run} is no run folder, so the card has no results and does not name the teacher", sys.stderr)
-        return Card(name, license, base_model, datasets)
+        return Card(name, license, base_model, datasets, changed=changed)
     if not license:
         say("note: the card states no licence (--license)", sys.stderr)
-    record, numbers = RunRecord.read(run), None if weights else measured(run)
-    if weights:
-        say(f"note: the card has no results, as dd2 evaluate measures another checkpoint than {weights}", sys.stderr)
+    record, numbers = RunRecord.read(run), None if changed else measured(run)
+    if changed:
+        say(f"note: the card has no results, as this is not what dd2 evaluate has measured: {changed}", sys.stderr)
     elif numbers is None:
         say(f"note: {run} was not evaluated, so the card has no results (dd2 evaluate {run})", sys.stderr)
     versions = run / "versions.json"
@@ -106,7 +106,7 @@ def card_of(
         sampling=record.sampling.described(),
         numbers=numbers,
         made=read_versions(versions) if versions.is_file() else {},
-        weights=weights,
+        changed=changed,
     )
 
 

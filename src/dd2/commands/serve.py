@@ -33,6 +33,8 @@ class ServeConfig:
     """Of a request."""
     max_waiting: int = 4
     """Requests that may wait while one is drawn; the next ones are told to come back."""
+    rounds: int = 0
+    """Of a generator trained in several rounds (networks.rounds), how many a pass has: fewer are faster; 0: as trained."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     precision: Precision = "auto"
@@ -44,6 +46,8 @@ class ServeConfig:
         """Refuse ports and limits without meaning."""
         if not 0 <= self.port < 65536:
             raise InputError(f"port must be in 0 to 65535, got {self.port}")
+        if self.rounds < 0:
+            raise InputError(f"rounds must not be negative, got {self.rounds}")
         if not 1 <= self.max_images <= 256 or not 0 <= self.max_waiting <= 100:
             raise InputError(
                 f"max_images must be 1 to 256 and max_waiting 0 to 100, got {self.max_images} and {self.max_waiting}"
@@ -65,7 +69,7 @@ def serve(config: ServeConfig) -> None:
         listening = server.free_port(config.port)
         with listening:
             pipeline = OneStepPipeline.from_pretrained(
-                config.run, device=config.device, dtype=config.precision, trust=config.trust
+                config.run, device=config.device, dtype=config.precision, trust=config.trust, rounds=config.rounds
             )
             studio = Studio(pipeline, config.run, Limits(config.max_images, config.max_waiting), config.trust)
             studio.warm_up()

@@ -49,7 +49,7 @@ class Card:
         sampling: the teacher's distribution that was distilled.
         numbers: metrics.json of its evaluation, or None.
         made: versions.json of its run.
-        weights: which they are, where they are not what its run ended with.
+        changed: what is not as its run ended with it.
     """
 
     name: str = "one-step generator"
@@ -60,7 +60,7 @@ class Card:
     sampling: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] | None = None
     made: dict[str, Any] = field(default_factory=dict)
-    weights: str = ""
+    changed: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what the Hub would."""
@@ -277,8 +277,8 @@ def _limits(card: Card, generator: Generator) -> str:
         lines.append("- Nobody has said under which licence it is. That of the teacher's weights and of its data bind.")
     if (aligned := generator.tokenizer.aligned) is not None:
         lines.append(f"- Its decoder is not the teacher's: {_elsewhere(str(aligned))}.")
-    if card.weights:
-        lines.append(f"- Its weights are {card.weights} of its run; they were not evaluated.")
+    if card.changed:
+        lines.append(f"- Not as its run was evaluated: {card.changed}.")
     commit = card.made.get("commit", "unknown")
     lines.append(f"- Made with dd2 {__version__}, commit {commit}.")
     return "\n".join(lines)

@@ -264,6 +264,15 @@ def test_seen_and_unseen_prompts_are_measured(bench, capsys):
     assert any("onestep*" in warning for warning in unseen["warnings"])
     assert (bench.run / "prompts" / "scenes-unseen" / "report.html").is_file()
     capsys.readouterr()
+    for command in ("sample", "evaluate", "report", "align-decoder", "serve"):
+        out = {
+            "report": ["--out", bench.run.with_name("no.html")],
+            "align-decoder": ["--out", bench.run.with_name("no"), "--features", bench.judge],
+        }
+        wrong = [command, bench.run, *out.get(command, []), "--text-encoder", bench.run]
+        wrong += ["--port", 0, "--api"] if command == "serve" else []
+        assert main([str(word) for word in wrong]) == 2, command
+        assert "is a flan-t5" in capsys.readouterr().err.strip().splitlines()[-1], command
     for more, said in (
         (["--count", 100], "choose another count (1554 or 777)"),
         (["--clip", "clip_b33"], "no variant"),

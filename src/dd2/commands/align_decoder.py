@@ -53,6 +53,8 @@ class AlignDecoderConfig:
     """The training."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Logging and saving."""
+    text_encoder: str = ""
+    """Where the text encoder lies on this machine, if not where the model says."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     seed: int = 0
@@ -75,7 +77,7 @@ def align_decoder(config: AlignDecoderConfig) -> Path:
         The generator's folder.
     """
     device = pick_device(config.device)
-    run = open_run(config.run, device, trust=config.trust)
+    run = open_run(config.run, device, trust=config.trust, text_encoder=config.text_encoder)
     if run.generator.code:
         raise InputError(
             f"{config.run}: the teacher is code of yours, which decodes in its own way; there is no decoder to train"

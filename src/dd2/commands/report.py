@@ -51,6 +51,8 @@ class ReportConfig:
     """Seed of the samples that are compared with training images, and of the walks."""
     precision: Precision | None = None
     """Arithmetic in which the pictures are drawn; None: as the run was evaluated."""
+    text_encoder: str = ""
+    """Where the text encoder lies on this machine, if not where the model says."""
     trust: tuple[str, ...] = ()
     """Modules of yours that runs may import, because their teacher or their features were module:function."""
     device: str = "auto"
@@ -80,7 +82,7 @@ def report(config: ReportConfig) -> None:
 def _section(config: ReportConfig, folder: Path) -> Section:
     device = pick_device(config.device)
     numbers = read_record(folder / "metrics.json", METRICS, f"run dd2 evaluate {folder}, which writes it")
-    run = open_run(folder, device, trust=config.trust)
+    run = open_run(folder, device, trust=config.trust, text_encoder=config.text_encoder)
     evaluation = evaluation_of(folder, numbers, config.trust)
     evaluation = evaluation if config.precision is None else replace(evaluation, precision=config.precision)
     ways = ways_of(run, evaluation)

@@ -35,6 +35,8 @@ class ServeConfig:
     """Requests that may wait while one is drawn; the next ones are told to come back."""
     rounds: int = 0
     """Of a generator trained in several rounds (networks.rounds), how many a pass has: fewer are faster; 0: as trained."""
+    text_encoder: str = ""
+    """Where the text encoder lies on this machine, if not where the model says."""
     trust: tuple[str, ...] = ()
     """Modules of yours that the run may import, because its teacher was module:function."""
     precision: Precision = "auto"
@@ -69,7 +71,12 @@ def serve(config: ServeConfig) -> None:
         listening = server.free_port(config.port)
         with listening:
             pipeline = OneStepPipeline.from_pretrained(
-                config.run, device=config.device, dtype=config.precision, trust=config.trust, rounds=config.rounds
+                config.run,
+                device=config.device,
+                dtype=config.precision,
+                text_encoder=config.text_encoder,
+                trust=config.trust,
+                rounds=config.rounds,
             )
             studio = Studio(pipeline, config.run, Limits(config.max_images, config.max_waiting), config.trust)
             studio.warm_up()

@@ -17,31 +17,38 @@ from dd2.reproduce.page import Measured
 PAGE = Path("docs/results/scenes.md")
 PARTS = {"seen": Path(), "unseen": Path("prompts/scenes-unseen")}
 SHOWN = {"agreement": ".3f", "frechet": ".2f", "teacher_nll": ".1f", "precision": ".3f", "recall": ".3f"}
-ROWS = ("teacher", "generator", "generator_two_passes", "generator_2_steps", "generator_4_steps", "onestep_marginal")
+ROWS = (
+    *("teacher", "generator", *(f"generator_{k}_rounds" for k in range(1, 17)), "generator_two_passes"),
+    *("generator_2_steps", "generator_4_steps", "onestep_marginal"),
+)
+KINDS = {"digit": "a digit anywhere", "tilt": "tilted", "place": "a place", "pair": "a pair", "count": "a count, anywhere"}
+KEPT = ("metrics", "gap_closed", "count", "features", "seconds", "evaluation", "warnings", "groups", "speed")
 HEAD = ["", "captions", "agreement", "Fréchet distance", "teacher NLL", "precision", "recall", "gap closed", "seconds"]
 
 
 def main() -> None:
     """Rewrite the table and keep the numbers beside it."""
     lines = [f"| {' | '.join(HEAD)} |", "|---|---" + "|---:" * (len(HEAD) - 2) + "|"]
+    kinds = [f"| | captions | {' | '.join(KINDS.values())} |", "|---|---" + "|---:" * len(KINDS) + "|"]
     kept: dict[str, Any] = {}
     for argument in sys.argv[1:]:
         title, _, folders = argument.partition("=")
         runs = [Path(folder) for folder in folders.split(",")]
         for part, inside in PARTS.items():
             numbers = [json.loads((run / inside / "metrics.json").read_text()) for run in runs]
-            kept.setdefault(title, {})[part] = [
-                {key: found[key] for key in ("metrics", "gap_closed", "count", "features", "seconds", "evaluation", "warnings")}
-                for found in numbers
-            ]
+            kept.setdefault(title, {})[part] = [{key: found[key] for key in KEPT if key in found} for found in numbers]
             lines += [row(title, part, name, numbers) for name in ROWS if name in numbers[0]["metrics"]]
+            kinds += [by_kind(title, part, name, numbers) for name in ("teacher", "generator")]
         shutil.copy(runs[0] / "prompts.png", PAGE.with_name(f"scenes_{_name(title)}_seen.png"))
         shutil.copy(runs[0] / PARTS["unseen"] / "prompts.png", PAGE.with_name(f"scenes_{_name(title)}_unseen.png"))
         shutil.copy(runs[0] / "curves.png", PAGE.with_name(f"scenes_{_name(title)}_curves.png"))
-    marked = re.compile(r"(<!-- scenes -->\n).*?(<!-- /scenes -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], PAGE.read_text()))
+    page = PAGE.read_text()
+    for mark, table in (("scenes", lines), ("scenes by kind", kinds)):
+        marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+        page = marked.sub(lambda m, table=table: m[1] + "\n".join(table) + "\n" + m[2], page)
+    PAGE.write_text(page)
     PAGE.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
-    print("\n".join(lines))
+    print("\n".join([*lines, "", *kinds]))
 
 
 def row(title: str, part: str, name: str, numbers: list[dict[str, Any]]) -> str:
@@ -53,6 +60,14 @@ def row(title: str, part: str, name: str, numbers: list[dict[str, Any]]) -> str:
     called = numbers[0]["methods"][name]
     said = f"**{title}**: {called}" if own else f"{title}: {called}"
     return f"| {said} | {part} | {' | '.join(cells)} | {gap} | {_spread(trained, '.0f') if own and part == 'seen' else ''} |"
+
+
+def by_kind(title: str, part: str, name: str, numbers: list[dict[str, Any]]) -> str:
+    """Agreement of one method with each kind of caption."""
+    cells = [
+        _spread([found["groups"].get(kind, {}).get(name, {}).get("agreement") for found in numbers], ".3f") for kind in KINDS
+    ]
+    return f"| {title}: {numbers[0]['methods'][name]} | {part} | {' | '.join(cells)} |"
 
 
 def _spread(values: Sequence[float | None], kind: str) -> str:

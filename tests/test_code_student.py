@@ -171,6 +171,7 @@ def test_fewer_rounds_end_earlier_and_more_go_on(kind):
         assert other.backbone is student.backbone  # nothing is copied
     assert student.in_rounds(3) is student
     assert student.again is not None
+    assert drawn.logits is not None
     fourth = student.again(teacher.codebook[drawn.logits.argmax(-1)], noise, cond)
     torch.testing.assert_close(student.in_rounds(4).draw(noise, cond).logits, fourth)
 
@@ -199,12 +200,11 @@ def test_a_generator_is_sampled_and_shipped_in_fewer_rounds(tmp_path):
     pipe.save_pretrained(tmp_path / "fast")
     assert main(["export", str(tmp_path / "g"), str(tmp_path / "exported"), "--rounds", "1"]) == 0
     assert "drawing in rounds: 1" in (tmp_path / "exported" / "README.md").read_text()
-    asked = {"labels": [0, 1, 2], "seeds": [0, 1, 2]}
     for folder in ("fast", "exported"):
         again = OneStepPipeline.from_pretrained(tmp_path / folder, dtype="float32")
         assert again.generator.student.rounds == 1
         assert not any("again" in name for name in again.generator.student.state_dict())
-        torch.testing.assert_close(again(**asked).tokens, pipe(**asked).tokens)
+        torch.testing.assert_close(again([0, 1, 2]).tokens, pipe([0, 1, 2]).tokens)
 
 
 def test_an_evaluation_compares_numbers_of_rounds(tmp_path):
@@ -217,9 +217,10 @@ def test_an_evaluation_compares_numbers_of_rounds(tmp_path):
     assert in_rounds(3) not in found  # it is the generator's own row
     assert found[in_rounds(1)].decides != found[in_rounds(5)].decides
     labels, seeds = torch.tensor([0, 1, 2]), [0, 1, 2]
-    tokens = {name: found[name].draw(labels, seeds)[1] for name in ("generator", in_rounds(1))}
-    torch.testing.assert_close(tokens["generator"], ways.one_step()(teacher.conditions(labels), seeds))
-    assert not torch.equal(*tokens.values())
+    drawn, first = (found[name].draw(labels, seeds)[1] for name in ("generator", in_rounds(1)))
+    torch.testing.assert_close(drawn, ways.one_step()(teacher.conditions(labels), seeds))
+    assert first is not None
+    assert (first != drawn).any()
 
 
 @pytest.mark.parametrize(("extra", "rounds"), [(0, 1), (3, 1), (2, 3)])

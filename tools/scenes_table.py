@@ -53,7 +53,8 @@ def main() -> None:
 
 def row(title: str, part: str, name: str, numbers: list[dict[str, Any]]) -> str:
     """One method of one kind of teacher, its mean and spread over seeds."""
-    cells = [_spread([found["metrics"][name].get(key) for found in numbers], kind) for key, kind in SHOWN.items()]
+    measured = [found["metrics"][name] for found in numbers if name in found["metrics"]]  # some rows are of the first seed alone
+    cells = [_spread([metrics.get(key) for metrics in measured], kind) for key, kind in SHOWN.items()]
     own = name == "generator"
     gap = _spread([found["gap_closed"] for found in numbers], ".3f") if own else ""
     trained = [sum(value for key, value in found["seconds"].items() if key not in ("evaluate", "total")) for found in numbers]

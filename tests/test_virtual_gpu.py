@@ -18,6 +18,7 @@ from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
 from dd2.training.samples import TeacherSamples
 from models import TINY_HEAD, tiny_teacher, tiny_text, tiny_var
+from test_training import OVER_CODES
 from virtual_gpu import virtual_gpu
 
 pytestmark = pytest.mark.e2e
@@ -30,14 +31,6 @@ DISTILL = [
     "--align.iterations", "2", "--align.then-iterations", "2",
     "--loop.save-every", "2", "--loop.log-every", "1", "--loop.preview-every", "2",
 ]  # fmt: skip
-
-OVER_CODES = [
-    "--networks.generator", "codes", "--networks.guidance", "codes", "--networks.extra-layers", "1", "--networks.rounds", "2",
-    "--regress.own-share", "0.5", "--csd.regression-weight", "0.2", "--csd.match.weight", "0.5",
-    "--csd.match.features", "tokens", "--csd.match.projections", "8", "--csd.match.prime", "16",
-    "--csd.match.then-iterations", "2", "--align.iterations", "0", "--align.then-iterations", "0",
-]  # fmt: skip
-"""Everything beyond the paper."""
 
 
 def test_the_rules():
@@ -103,6 +96,7 @@ def test_networks_over_codes_and_all_that_goes_with_them(tmp_path, build):
     run = tmp_path / "run"
     with virtual_gpu():
         flags = ["--teacher", str(tmp_path / "teacher"), "--out", str(run), *DISTILL, *OVER_CODES]
+        flags += ["--align.iterations", "0", "--align.then-iterations", "0"]  # which goes with no matching behind stage 2
         assert main(["distill", *flags]) == 0
         assert main(["sample", str(run), "--count", "6", "--rounds", "1", "--out", str(tmp_path / "grid.png")]) == 0
         assert main(["evaluate", str(run), "--count", "30", "--rounds", "3", "--guidance", "--batch", "16"]) == 0

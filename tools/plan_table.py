@@ -1,7 +1,8 @@
 """Fill the table of docs/memory-and-time.md: python tools/plan_table.py (a minute; nothing is computed)."""
 
-import re
 from pathlib import Path
+
+from marked import put
 
 from dd2.checkpoints.released import sketch
 from dd2.commands.plan import GB, PlanConfig, needs
@@ -30,8 +31,7 @@ def main() -> None:
             f"| `{name}` ({config.loop.parallel}) | {found.parameters['teacher'] / 1e6:,.0f} M | {found.total / GB:.0f} GB | "
             f"{found.seconds:.1f} | {iterations:,} | {hours:,.0f} |"
         )
-    marked = re.compile(r"(<!-- plans -->\n).*?(<!-- /plans -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], PAGE.read_text()))
+    put(PAGE, "plans", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

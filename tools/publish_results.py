@@ -7,12 +7,13 @@ The README's table of methods side by side is made of what docs/results holds of
 """
 
 import json
-import re
 import shutil
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from marked import put
 
 from dd2.evaluation.columns import COLUMNS
 
@@ -44,11 +45,8 @@ def main() -> None:
         shutil.copy(run / "samples.png", results / f"{name}_samples.png")
         shutil.copy(run / "curves.png", results / f"{name}_curves.png")
         for page in PAGES:
-            marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-            page.write_text(marked.sub(lambda m, n=numbers: m[1] + table(n) + m[2], page.read_text()))
-    marked = re.compile(r"(<!-- side by side -->\n).*?(<!-- /side by side -->)", re.DOTALL)
-    readme = PAGES[0]
-    readme.write_text(marked.sub(lambda m: m[1] + side_by_side(results) + m[2], readme.read_text()))
+            put(page, name, table(numbers))
+    put(PAGES[0], "side by side", side_by_side(results))
 
 
 def side_by_side(results: Path) -> str:

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from marked import put
+
 from dd2.reproduce.page import Measured
 
 PAGE = Path("docs/results/scenes.md")
 PARTS = {"seen": Path(), "unseen": Path("prompts/scenes-unseen")}
 SHOWN = {"agreement": ".3f", "frechet": ".2f", "teacher_nll": ".1f", "precision": ".3f", "recall": ".3f"}
-ROWS = (
-    *("teacher", "generator", *(f"generator_{k}_rounds" for k in range(1, 17)), "generator_two_passes"),
-    *("generator_2_steps", "generator_4_steps", "onestep_marginal"),
-)
+LEFT_OUT = ("generator_nearest",)
+"""Rows that say nothing here: these generators draw codes."""
 KINDS = {"digit": "a digit anywhere", "tilt": "tilted", "place": "a place", "pair": "a pair", "count": "a count, anywhere"}
 KEPT = ("metrics", "gap_closed", "count", "features", "seconds", "evaluation", "warnings", "groups", "speed")
 HEAD = ["", "captions", "agreement", "Fréchet distance", "teacher NLL", "precision", "recall", "gap closed", "seconds"]
@@ -37,16 +37,13 @@ def main() -> None:
         for part, inside in PARTS.items():
             numbers = [json.loads((run / inside / "metrics.json").read_text()) for run in runs]
             kept.setdefault(title, {})[part] = [{key: found[key] for key in KEPT if key in found} for found in numbers]
-            lines += [row(title, part, name, numbers) for name in ROWS if name in numbers[0]["metrics"]]
+            lines += [row(title, part, name, numbers) for name in numbers[0]["metrics"] if name not in LEFT_OUT]
             kinds += [by_kind(title, part, name, numbers) for name in ("teacher", "generator")]
         shutil.copy(runs[0] / "prompts.png", PAGE.with_name(f"scenes_{_name(title)}_seen.png"))
         shutil.copy(runs[0] / PARTS["unseen"] / "prompts.png", PAGE.with_name(f"scenes_{_name(title)}_unseen.png"))
         shutil.copy(runs[0] / "curves.png", PAGE.with_name(f"scenes_{_name(title)}_curves.png"))
-    page = PAGE.read_text()
-    for mark, table in (("scenes", lines), ("scenes by kind", kinds)):
-        marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-        page = marked.sub(lambda m, table=table: m[1] + "\n".join(table) + "\n" + m[2], page)
-    PAGE.write_text(page)
+    put(PAGE, "scenes", "\n".join(lines) + "\n")
+    put(PAGE, "scenes by kind", "\n".join(kinds) + "\n")
     PAGE.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
     print("\n".join([*lines, "", *kinds]))
 

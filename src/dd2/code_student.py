@@ -34,7 +34,9 @@ class CodeStudentConfig:
     def __post_init__(self) -> None:
         """Refuse numbers without meaning."""
         if self.layers < 0 or self.rounds < 1:
-            raise InputError(f"layers must not be negative, rounds at least 1, got {self.layers}, {self.rounds}")
+            raise InputError(
+                f"layers must not be negative and rounds at least 1, got layers {self.layers} and rounds {self.rounds}"
+            )
 
 
 class OwnTokenStudent(OneStepNetwork):
@@ -151,11 +153,10 @@ class CodeStudent(OwnTokenStudent):
     def rounds(self) -> int:
         return self.config.rounds
 
-    def in_rounds(self, rounds: int) -> "CodeStudent":
+    def in_rounds(self, rounds: int) -> OneStepNetwork:
         """As `OneStepNetwork.in_rounds`: any number, as later rounds share their weights; fewer are faster."""
         if rounds == self.rounds or self.again is None:
-            super().in_rounds(rounds)
-            return self
+            return super().in_rounds(rounds)
         config = replace(self.config, rounds=rounds)
         return CodeStudent(self.backbone, self.output, self.codes, config, self.again).train(self.training)
 

@@ -64,8 +64,6 @@ class ExportConfig:
             raise InputError(f"out must end in {ending} for --format {self.format}, got {self.out}")
         if not ending and self.out.suffix in ENDINGS.values():
             raise InputError(f"out {self.out} is a file, and --format folder writes a folder; give --format torch or onnx")
-        if self.rounds < 0:
-            raise InputError(f"rounds must not be negative, got {self.rounds}")
         if self.format == "onnx" and self.dtype == "bfloat16":
             raise InputError("ONNX Runtime computes no convolution in bfloat16 on a CPU; give --dtype float16 or float32")
         if ending and (self.with_teacher or self.license):

@@ -91,10 +91,6 @@ class SampleConfig(OtherSampling):
         for name in ("count", "steps", "batch", "per_prompt"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if self.rounds < 0:
-            raise InputError(f"rounds must not be negative, got {self.rounds}")
-        if self.rounds and self.method != "generator":
-            raise InputError(f"rounds {self.rounds} goes with method generator only, not {self.method}")
         self.check_seeds(self.count or USUAL_COUNT)
         if self.prompt and self.prompts:
             raise InputError("prompt and prompts are both given: type prompts, or name a list of them")
@@ -111,8 +107,9 @@ class SampleConfig(OtherSampling):
             raise InputError("layout captions counts its images from 0, and first is another number; leave it out")
         if self.out.suffix not in ("", ".png", ".npz"):
             raise InputError(f"out must end in .png or .npz, or be a folder without ending, got {self.out}")
-        if self.steps > 1 and self.method != "generator":
-            raise InputError(f"steps {self.steps} goes with method generator only, not {self.method}")
+        for name, usual in (("steps", 1), ("rounds", 0)):
+            if (value := getattr(self, name)) != usual and self.method != "generator":
+                raise InputError(f"{name} {value} goes with method generator only, not {self.method}")
         if self.method == "teacher" and self.prefix != "snapped":
             raise InputError("prefix would have no effect: it is about --steps 2 or more; leave it out")
         by_teacher = self.method == "teacher" or self.steps > 1

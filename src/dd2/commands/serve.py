@@ -48,8 +48,6 @@ class ServeConfig:
         """Refuse ports and limits without meaning."""
         if not 0 <= self.port < 65536:
             raise InputError(f"port must be in 0 to 65535, got {self.port}")
-        if self.rounds < 0:
-            raise InputError(f"rounds must not be negative, got {self.rounds}")
         if not 1 <= self.max_images <= 256 or not 0 <= self.max_waiting <= 100:
             raise InputError(
                 f"max_images must be 1 to 256 and max_waiting 0 to 100, got {self.max_images} and {self.max_waiting}"

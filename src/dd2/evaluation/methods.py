@@ -91,7 +91,7 @@ def methods(
     own = _with_own_decoder(ways)
     aligned = _decoder(ways)
     own_steps = teacher.num_steps(ways.sampling)
-    all_steps = _ar_steps(own_steps)
+    all_steps = _counted(own_steps, "AR step")
 
     def whole(draw: Draw, snap: bool = False) -> Callable[[Tensor, list[int]], Drawn]:
         return _whole(ways, teacher, draw, snap)
@@ -109,7 +109,7 @@ def methods(
     trained = ways.generator.student.rounds
     for k in sorted({*rounds} - {trained}):
         drawn = whole(ways.in_rounds(k).one_step())
-        found[in_rounds(k)] = Method(f"Generator, one step, {_rounds(k)}", drawn, {**generator, "rounds": k})
+        found[in_rounds(k)] = Method(f"Generator, one step, {_counted(k, 'round')}", drawn, {**generator, "rounds": k})
     if ways.generator.student.has_two_passes:
         found["generator_two_passes"] = Method("Generator, two passes of its own", whole(ways.two_passes()), generator)
     if guidance is not None:
@@ -125,7 +125,7 @@ def methods(
         found[skip(m)] = Method(f"Teacher without its last {m} AR steps (skip-{m})", _skipped(ways, m))
 
     for count in sorted({*teacher_steps} - {own_steps}, reverse=True):
-        found[teacher_in(count)] = _teacher_in(own, teacher, count, f"Teacher, {_ar_steps(count)}")
+        found[teacher_in(count)] = _teacher_in(own, teacher, count, f"Teacher, {_counted(count, 'AR step')}")
     if teacher.in_steps(ways.sampling, 1) is None:
         found["onestep_marginal"] = _independent(own, teacher, marginal, marginal_of)
     else:
@@ -138,8 +138,8 @@ def methods(
     return found
 
 
-def _ar_steps(count: int) -> str:
-    return "1 AR step" if count == 1 else f"{count} AR steps"
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _independent(ways: Ways, teacher: Teacher, marginal: MarginalSampler, marginal_of: object) -> Method:
@@ -192,12 +192,8 @@ def one_step_method(ways: Ways, teacher: Teacher) -> Method:
     """The generator as it is now."""
     decides = {"weights": weights_digest(ways.generator.student), **_decoder(ways)}
     several = ways.generator.student.rounds
-    title = "Generator, one step" + (f" of {_rounds(several)}" if several > 1 else "")
+    title = "Generator, one step" + (f" of {_counted(several, 'round')}" if several > 1 else "")
     return Method(title, _whole(ways, teacher, ways.one_step()), decides)
-
-
-def _rounds(count: int) -> str:
-    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _decoder(ways: Ways) -> dict[str, Any]:

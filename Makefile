@@ -78,7 +78,7 @@ digits-mar: setup
 	$(BIN)/dd2 distill configs/digits_mar.yaml
 	$(BIN)/dd2 evaluate runs/digits_mar --steps 1 2 4 --teacher-steps 8 4 2 --batch 100
 
-# docs/results/scenes.md: text to image, from pictures and captions to a one-step generator (about an hour on two cores).
+# docs/results/scenes.md: text to image, from pictures and captions to a one-step generator (an hour and a half of one core).
 scenes: setup
 	$(PIP) --editable '.[t2i]'
 	$(BIN)/dd2 train-classifier configs/scenes_classifier.yaml

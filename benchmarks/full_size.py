@@ -69,9 +69,8 @@ def main() -> None:
     else:
         sampling = replace(sampling, **MAR_STEPS)
     if isinstance(sizes := teacher.conditions, CaptionLabels):
-        features = torch.randn(batch, sizes.length, sizes.channels)
-        mask = (torch.arange(sizes.length) >= sizes.length - WORDS).expand(batch, -1)
-        teacher.conditions = CaptionLabels(sizes.length, sizes.channels, Captions(features * mask.unsqueeze(-1), mask))
+        captions = Captions(torch.randn(batch * WORDS, sizes.channels), torch.full((batch,), WORDS), sizes.length)
+        teacher.conditions = CaptionLabels(sizes.length, sizes.channels, captions)
     labels = teacher.conditions.default_labels(torch.arange(batch))
     cond = teacher.conditions(labels)
     tokens = timed("teacher sampling", lambda: teacher.sample(cond, sampling, range(batch)))

@@ -66,7 +66,7 @@ def tiny_text(seed: int = 0, *, next_scale: bool = False) -> CodeTeacher:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(3, 5, 6, generator=generator)
     mask = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]])
-    teacher.conditions = CaptionLabels(5, 6, Captions(features * mask.unsqueeze(-1), mask))
+    teacher.conditions = CaptionLabels(5, 6, Captions.of_padded(features, mask))
     return teacher
 
 

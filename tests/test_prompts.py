@@ -102,7 +102,7 @@ def test_any_bytes_are_prompts_or_one_line(tmp_path_factory, content, kind):
     else:
         assert all(0 < len(text) <= LONGEST for text in found.texts)
         assert len(found.digest()) == 64
-        assert Captions.encoded(found, open_encoder(WORDLLAMA)).mask.sum(1).min() >= 1
+        assert Captions.encoded(found, open_encoder(WORDLLAMA)).counts.min() >= 1
 
 
 def test_wordllama_is_its_package_s_own_vectors():
@@ -144,9 +144,9 @@ def test_who_made_the_features_is_remembered(cache, flan_t5, tmp_path, capsys):
     found.save(tmp_path / "f.safetensors")
     again = Captions.load(tmp_path / "f.safetensors")
     assert (again.texts, again.encoder) == (("a three", "seven"), spec)
-    assert torch.equal(again.features, found.features)
-    assert again.mask.sum(1).tolist() == [3, 2]
-    assert again.mask[0].tolist() == [0] * 9 + [1] * 3  # words come last
+    assert torch.equal(again.words, found.words)
+    assert again.counts.tolist() == [3, 2]
+    assert len(again.words) == 5  # no padding is kept
     t5 = open_encoder(spec_of(str(flan_t5), 12)).spec
     with pytest.raises(InputError, match="another text encoder"):
         captions_of(str(tmp_path / "f.safetensors"), t5)
@@ -161,7 +161,7 @@ def test_who_made_the_features_is_remembered(cache, flan_t5, tmp_path, capsys):
         open_encoder.cache_clear()
         with pytest.raises(InputError, match="not on this machine"):
             captions_of(typed(["a red fox"]), t5)
-        assert captions_of(typed(["a red fox"]), t5, place=str(moved)).mask.sum() == 4
+        assert captions_of(typed(["a red fox"]), t5, place=str(moved)).counts.tolist() == [4]
     finally:
         moved.rename(flan_t5)
     unknown = EncoderSpec("flan-t5", length=12, channels=8)
@@ -220,7 +220,7 @@ def test_a_damaged_file_of_kept_features_is_made_again(cache):
     file.unlink()  # not written over: the features are mapped from it
     file.write_bytes(b"torn")
     again = captions_of(prompts, WORDLLAMA)
-    assert torch.equal(again.features, first.features)
+    assert torch.equal(again.words, first.words)
     assert again.digest == first.digest == Captions.load(file).digest
 
 
@@ -232,7 +232,7 @@ def test_many_prompts_are_encoded_once(cache, monkeypatch, capsys):
     assert "of 40 prompts are longer than 12 positions (first: number" in said
     monkeypatch.setattr(Captions, "encoded", None)
     again = captions_of(prompts, WORDLLAMA)
-    assert torch.equal(again.features, first.features)
+    assert torch.equal(again.words, first.words)
     assert again.texts == prompts.texts
     with pytest.raises(TypeError):
         captions_of(prompts, spec_of("wordllama", 13))  # another file
@@ -260,7 +260,8 @@ def test_text_features_on_the_command_line(flan_t5, tmp_path, capsys):
     out = tmp_path / "f.safetensors"
     assert main(["text-features", "--prompts", prompts, "--out", str(out), "--text-encoder", str(flan_t5), "--length", "4"]) == 0
     made = load_file(out)
-    assert made["mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert made["counts"].tolist() == [4, 2]
+    assert len(made["features"]) == 6
     assert Captions.load(out).texts == ("A Red fox", "Snow")
     capsys.readouterr()
     for wrong, said in (

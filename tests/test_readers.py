@@ -103,11 +103,16 @@ def test_statistics_of_a_reference(tmp_path_factory, arrays, damage):
 @given(content=st.binary(max_size=80), damage=DAMAGE, cut=st.integers(0, 50))
 def test_caption_features(tmp_path_factory, content, damage, cut):
     file = tmp_path_factory.mktemp("captions") / "c.safetensors"
-    save_file({"features": torch.ones(2, 4, 3), "mask": torch.ones(2, 4, dtype=torch.uint8)}, file)
-    for changed in (content, damaged(file.read_bytes(), damage, cut)):
-        file.write_bytes(changed)
-        with result_or_one_line(file.name):
-            assert Captions.load(file).features.ndim == 3
+    old = {"features": torch.ones(2, 4, 3), "mask": torch.ones(2, 4, dtype=torch.uint8)}
+    for whole, metadata in (
+        (old, {}),
+        ({"features": torch.ones(3, 2), "counts": torch.tensor([1, 2], dtype=torch.int32)}, {"length": "4"}),
+    ):
+        save_file(whole, file, metadata)
+        for changed in (content, damaged(file.read_bytes(), damage, cut)):
+            file.write_bytes(changed)
+            with result_or_one_line(file.name):
+                assert len(Captions.load(file)[torch.tensor([0])]) == 1
 
 
 @FEW

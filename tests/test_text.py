@@ -1,5 +1,6 @@
 """Text conditioning: padding, features, and DD2 on a teacher whose captions are the digits' names."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.own_token import ReadsOwnToken
 from dd2.teachers.train import ar_loss
 from dd2.text.captions import Captions, caption_condition
-from dd2.text.encoder import left_padded
 from models import tiny_text
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -98,12 +98,20 @@ def test_attention_mask_is_causal_without_padding_and_with_oneself():
     assert torch.equal(attention_mask(torch.tensor([[False, True]]), 3, 4)[0, 0], mask[3:])
 
 
-def test_left_padding_moves_words_to_the_end():
-    features = torch.arange(1.0, 9.0).view(2, 4, 1)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    moved, words = left_padded(features, mask)
-    assert moved.flatten().tolist() == [0, 0, 1, 2, 5, 6, 7, 8]
-    assert words.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+def test_words_are_kept_without_padding_and_come_last_in_a_condition(tmp_path):
+    captions = Captions(torch.arange(1.0, 8.0).view(7, 1).half(), torch.tensor([2, 4, 1]), 4)
+    captions.save(tmp_path / "c.safetensors")
+    again = Captions.load(tmp_path / "c.safetensors")
+    cond = again[torch.tensor([2, 0, 1])]
+    assert cond[..., 0].tolist() == [[0, 0, 0, 7], [0, 0, 1, 2], [3, 4, 5, 6]]
+    assert cond[..., 1].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+    old = {"features": cond[..., :1].half(), "mask": cond[..., 1].to(torch.uint8)}  # as files had them once
+    save_file(old, tmp_path / "old.safetensors")
+    content = old["features"].float().numpy().tobytes() + old["mask"].float().numpy().tobytes()
+    padded = Captions.load(tmp_path / "old.safetensors")
+    assert torch.equal(padded[torch.arange(3)], cond)
+    assert padded.words.flatten().tolist() == [7, 1, 2, 3, 4, 5, 6]
+    assert padded.digest == sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -114,17 +122,43 @@ def test_left_padding_moves_words_to_the_end():
         (torch.ones(1, 4, 3), torch.tensor([[1.0, 1, 0, 0]]), "the mask must be"),
         (torch.ones(1, 4, 3), torch.tensor([[0.0, 1, 0, 1]]), "the mask must be"),
         (torch.ones(1, 4, 3), torch.full((1, 4), 0.5), "the mask must be"),
-        (torch.ones(1, 4, 3), torch.zeros(1, 4), "the mask must be"),
+        (torch.ones(1, 4, 3), torch.zeros(1, 4), "a caption has 1 to 4 words"),
         (torch.ones(1, 4, 3), torch.ones(1, 3), r"not \(N, P, channels\)"),
     ],
 )
-def test_caption_features_that_are_none(tmp_path, features, mask, said):
+def test_padded_caption_features_that_are_none(tmp_path, features, mask, said):
     save_file({"features": features, "mask": mask}, tmp_path / "c.safetensors")
     with pytest.raises(InputError, match=said):
         Captions.load(tmp_path / "c.safetensors")
     save_file(
         {"features": torch.ones(2, 4, 3).half(), "mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}, tmp_path / "c.safetensors"
     )
+    assert len(Captions.load(tmp_path / "c.safetensors")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "metadata", "said"),
+    [
+        ({"counts": torch.tensor([2, 2])}, {"length": "4"}, "a caption has 1 to 4 words, 3 in all"),
+        ({"counts": torch.tensor([3, 0])}, {"length": "4"}, "a caption has 1 to 4 words"),
+        ({"counts": torch.tensor([1, 2])}, {"length": "1"}, "a caption has 1 to 1 words"),
+        ({"counts": torch.tensor([1.0, 2.0])}, {"length": "4"}, "whole"),
+        ({"counts": torch.zeros(0, dtype=torch.int32)}, {"length": "4"}, "whole"),
+        ({"features": torch.full((3, 2), torch.inf)}, {"length": "4"}, "not finite"),
+        ({"features": torch.ones(3)}, {"length": "4"}, "channels"),
+        ({}, {"length": "four"}, "four"),
+        ({}, {}, "length"),
+        ({}, {"length": "4", "captions": '["one"]'}, "the texts are 1, the features those of 2"),
+        ({}, {"length": "4", "captions": '"one"'}, "no list"),
+        ({}, {"length": "4", "encoder": "[]"}, "cannot be read"),
+    ],
+)
+def test_caption_features_that_are_none(tmp_path, changed, metadata, said):
+    good = {"features": torch.ones(3, 2).half(), "counts": torch.tensor([1, 2])}
+    save_file({**good, **changed}, tmp_path / "c.safetensors", metadata)
+    with pytest.raises(InputError, match=said):
+        Captions.load(tmp_path / "c.safetensors")
+    save_file(good, tmp_path / "c.safetensors", {"length": "4"})
     assert len(Captions.load(tmp_path / "c.safetensors")) == 2
 
 
@@ -213,6 +247,6 @@ def test_the_commands_of_a_text_conditional_teacher(captions, tmp_path, capsys):
 
 
 def test_captions_that_do_not_fit_are_refused(captions):
-    with pytest.raises(Exception, match=r"this model needs \(N, 5, 6\)"):
+    with pytest.raises(Exception, match="of 6 positions and 12 channels; this model needs 5 and 6"):
         tiny_text().conditions.of_texts(str(captions))
-    assert Captions.load(captions).digest != Captions(torch.zeros(1, 6, 12), torch.ones(1, 6)).digest
+    assert Captions.load(captions).digest != Captions(torch.zeros(6, 12), torch.tensor([6]), 6).digest

@@ -24,7 +24,7 @@ class TextFeaturesConfig:
     prompts: str
     """Text file, one prompt a line; a .csv, .json or .jsonl of prompts; or "scenes". Their numbers from 0 become the labels."""
     out: Path
-    """File to write, .safetensors: features (N, P, C) float16, mask (N, P) uint8, and what they say."""
+    """File to write, .safetensors: features of all words (W, C) float16, counts (N,) of each prompt's, and what they say."""
     text_encoder: str = "google/flan-t5-xl"
     """"wordllama"; or a Flan-T5: folder, owner/name in the local cache of the Hub, owner/name@revision. LlamaGen's released
     models need flan-t5-xl."""

@@ -199,10 +199,10 @@ class CaptionLabels(Conditions):
         return self._captions
 
     def _fitting(self, captions: Captions) -> Captions:
-        if tuple(captions.features.shape[1:]) != (self.length, self.channels):
+        if (captions.length, channels := captions.words.shape[1]) != (self.length, self.channels):
             raise InputError(
-                f"the captions' features are {tuple(captions.features.shape)}; this model needs "
-                f"(N, {self.length}, {self.channels}): make them with the text encoder that it was trained with"
+                f"the captions' features are of {captions.length} positions and {channels} channels; this model needs "
+                f"{self.length} and {self.channels}: make them with the text encoder that it was trained with"
             )
         return captions
 

@@ -18,7 +18,7 @@ from dd2.files import cache_folder, writable_folder, write_atomic
 from dd2.processes import barrier, note, rank
 from dd2.progress import progress
 from dd2.records import parsed_text
-from dd2.text.encoder import EncoderSpec, TextEncoder, left_padded
+from dd2.text.encoder import EncoderSpec, TextEncoder
 from dd2.text.encoders import open_encoder
 from dd2.text.prompts import EMBEDDED, Prompts, read_prompts
 
@@ -32,77 +32,110 @@ KEPT_ABOVE = 32
 class Captions:
     """The captions of a run; their row numbers are its labels.
 
+    Of each caption only its words are kept: at 120 positions most captions are nine tenths padding, and thirty thousand of them,
+    of 2048 channels, would be 15 GB.
+
     Args:
-        features: (N, P, caption_dim) features of a text encoder, padding on the left.
-        mask: (N, P), 1 for a word and 0 for padding.
+        words: (W, caption_dim) features of a text encoder, caption after caption.
+        counts: (N,) words of each caption, at least one each; W in all.
+        length: P, positions of a condition.
         texts: what they say; empty where the file does not tell.
         encoder: that made them; None where the file does not tell.
+
+    Raises:
+        InputError: they do not go together, or are no finite numbers.
     """
 
-    def __init__(self, features: Tensor, mask: Tensor, texts: Sequence[str] = (), encoder: EncoderSpec | None = None) -> None:
-        self.features, self.mask, self.texts, self.encoder = features, mask, tuple(texts), encoder
+    def __init__(
+        self, words: Tensor, counts: Tensor, length: int, texts: Sequence[str] = (), encoder: EncoderSpec | None = None
+    ) -> None:
+        if words.ndim != 2 or counts.ndim != 1 or not len(counts) or counts.is_floating_point():
+            raise InputError(
+                f"features {tuple(words.shape)} and counts {tuple(counts.shape)} are not (W, channels) and whole (N,)"
+            )
+        if not (words.is_floating_point() and all(torch.isfinite(part).all() for part in words.split(65536))):
+            raise InputError("the features are not finite numbers")
+        if counts.min() < 1 or counts.max() > length or counts.sum() != len(words):
+            raise InputError(f"a caption has 1 to {length} words, {len(words)} in all, and the counts say otherwise")
+        if len(texts) not in (0, len(counts)):
+            raise InputError(f"the texts are {len(texts)}, the features those of {len(counts)} captions")
+        self.words, self.counts, self.length, self.texts, self.encoder = words, counts.long(), length, tuple(texts), encoder
+        self._ends = self.counts.cumsum(0)
+
+    @classmethod
+    def of_padded(
+        cls, features: Tensor, mask: Tensor, texts: Sequence[str] = (), encoder: EncoderSpec | None = None
+    ) -> "Captions":
+        """From features (N, P, caption_dim) and mask (N, P), 1 for a word and 0 for padding, which comes first.
+
+        Raises:
+            InputError: as the class, or the mask is another.
+        """
+        if features.ndim != 3 or mask.shape != features.shape[:2] or not len(mask):
+            raise InputError(f"features {tuple(features.shape)} and mask {tuple(mask.shape)} are not (N, P, channels) and (N, P)")
+        chosen = mask != 0
+        if not ((mask == 0) | (mask == 1)).all() or (chosen.long().diff(dim=1) < 0).any():
+            raise InputError("the mask must be 0 for padding, which comes first, and 1 for words")
+        return cls(features[chosen], chosen.sum(1), mask.shape[1], texts, encoder)
 
     @classmethod
     def load(cls, file: Path) -> "Captions":
-        """Read what `dd2 text-features` wrote.
+        """Read what `dd2 text-features` wrote, now or before it left the padding out.
 
         Raises:
             InputError: the file is missing or damaged.
         """
         try:
             tensors = load_file(file)
-            features, mask = tensors["features"], tensors["mask"]
             with safe_open(file, "pt") as opened:
                 said: dict[str, str] = opened.metadata() or {}
             texts = parsed_text(said.get("captions", "[]"))
-            encoder = parsed_text(said["encoder"]) if "encoder" in said else None
-            spec = None if encoder is None else EncoderSpec(**encoder)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            spec = EncoderSpec(**parsed_text(said["encoder"])) if "encoder" in said else None
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its texts are no list of them")
+            if "mask" in tensors:
+                return cls.of_padded(tensors["features"], tensors["mask"], texts, spec)
+            return cls(tensors["features"], tensors["counts"], int(said["length"]), texts, spec)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
             raise InputError(f"captions {file} cannot be read ({error}); make it with dd2 text-features") from error
-        if features.ndim != 3 or mask.shape != features.shape[:2] or not len(mask):
-            raise InputError(
-                f"captions {file} hold features {tuple(features.shape)} and mask {tuple(mask.shape)}, not (N, P, channels) and "
-                "(N, P); make it with dd2 text-features"
-            )
-        if not (features.is_floating_point() and all(torch.isfinite(part).all() for part in features.split(512))):
-            raise InputError(f"captions {file} hold features that are not finite numbers; make them again with dd2 text-features")
-        words = mask.float()
-        if not ((words == 0) | (words == 1)).all() or (words.diff(dim=1) < 0).any() or (words[:, -1] == 0).any():
-            raise InputError(
-                f"captions {file}: the mask must be 0 for padding, which comes first, and 1 for words, of which there is one at "
-                "least; make it again with dd2 text-features"
-            )
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) not in (0, len(mask)):
-            raise InputError(f"captions {file}: its texts are not as many as its features; make it with dd2 text-features")
-        return cls(features, mask, texts, spec)
 
     @classmethod
     def encoded(cls, prompts: Prompts, encoder: TextEncoder) -> "Captions":
         """What an encoder makes of prompts."""
-        found = []
+        words: list[Tensor] = []
+        counts: list[Tensor] = []
         with progress("text features", len(prompts), "prompt", shown=len(prompts) > KEPT_ABOVE) as bar:
             for start in range(0, len(prompts), AT_ONCE):
                 part = prompts.texts[start : start + AT_ONCE]
-                features, mask = left_padded(*encoder.encode(part))
-                found.append((features.half(), mask.to(torch.uint8)))
+                features, mask = encoder.encode(part)
+                words.append(features[mask != 0].half())
+                counts.append(mask.long().sum(1))
                 bar.update(len(part))
-        features, mask = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return cls(features, mask, prompts.texts, encoder.spec)
+        return cls(torch.cat(words), torch.cat(counts), encoder.spec.length, prompts.texts, encoder.spec)
 
     def save(self, file: Path) -> None:
         """Write them as `load` reads them."""
-        said = {"captions": json.dumps(self.texts)}
+        said = {"captions": json.dumps(self.texts), "length": str(self.length)}
         if self.encoder is not None:
             said["encoder"] = json.dumps(asdict(self.encoder))
-        write_atomic(file, save({"features": self.features, "mask": self.mask}, metadata=said))
+        write_atomic(file, save({"features": self.words, "counts": self.counts.to(torch.int32)}, metadata=said))
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.counts)
 
     def __getitem__(self, labels: Tensor) -> Tensor:
         """Conditions of row numbers (B,), on their device."""
-        rows = labels.cpu()
-        return caption_condition(self.features[rows], self.mask[rows]).to(labels.device)
+        return caption_condition(*self.padded(labels.cpu())).to(labels.device)
+
+    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, P, caption_dim) and mask (B, P) uint8 of row numbers (B,), the words at the end as in LlamaGen's models,
+        which see a caption's last word right before the first token.
+        """
+        counts = self.counts[rows].unsqueeze(1)
+        behind = torch.arange(self.length) - self.length  # -1 is the last position
+        mask = behind >= -counts
+        source = (self._ends[rows].unsqueeze(1) + behind).clamp(min=0)
+        return self.words[source] * mask.unsqueeze(-1), mask.to(torch.uint8)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -113,9 +146,9 @@ class Captions:
         if self.texts and self.encoder is not None and self.encoder.digest:
             content.update(json.dumps([self.texts, self.encoder.digest, self.encoder.length]).encode())
             return content.hexdigest()
-        for tensor in (self.features, self.mask):
-            for part in tensor.split(512):
-                content.update(part.float().contiguous().numpy().tobytes())
+        for which in (0, 1):
+            for rows in torch.arange(len(self)).split(512):
+                content.update(self.padded(rows)[which].float().contiguous().numpy().tobytes())
         return content.hexdigest()
 
 

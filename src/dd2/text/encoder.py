@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from dd2.errors import InputError
@@ -97,14 +96,3 @@ class TextEncoder(ABC):
 
         A text's features do not depend on the others.
         """
-
-
-def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the words of captions (B, P, channels), (B, P) from the left to the right end and zero the padding: LlamaGen's
-    models see a caption's last word right before the first token.
-    """
-    words = mask.bool().sum(1, keepdim=True)
-    length = mask.shape[1]
-    source = (torch.arange(length).to(mask.device) + words) % length  # (B, P)
-    moved = mask.gather(1, source)
-    return features.gather(1, source.unsqueeze(-1).expand_as(features)) * moved.unsqueeze(-1), moved

@@ -26,7 +26,8 @@ from dd2.student import HeadConfig, Student
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
-from dd2.teachers.var import VARConfig, var_teacher
+from dd2.teachers.var import var_teacher
+from dd2.teachers.var_blocks import VARConfig
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 from dd2.tokenizers.vq import VQTokenizer

@@ -12,7 +12,8 @@ from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.mar import MARTeacher
 from dd2.teachers.mar_network import MARConfig
-from dd2.teachers.var import VARConfig, var_teacher
+from dd2.teachers.var import var_teacher
+from dd2.teachers.var_blocks import VARConfig
 from dd2.text.captions import Captions
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.kl import KLConfig, KLTokenizer

@@ -18,7 +18,8 @@ from dd2.checkpoints.var import (
 )
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.filtering import Sampling
-from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
+from dd2.teachers.var import VARBackbone, var_teacher
+from dd2.teachers.var_blocks import VARConfig
 from dd2.tokenizers.multiscale import MultiScaleTokenizer
 from dd2.tokenizers.pyramid import shared_phi
 from golden_weights import golden_model, golden_sizes, golden_state, golden_values

@@ -230,7 +230,7 @@ def test_no_false_alarm_on_healthy_runs(log):
 
 
 def test_there_are_healthy_runs_to_look_at():
-    assert {log.stem for log in HEALTHY} >= {"demo", "digits_long", "digits_var", "digits_mar", "fashion"}
+    assert {log.stem for log in HEALTHY} >= {"demo", "digits_long", "digits_var", "digits_mar", "fashion", "scenes"}
 
 
 @pytest.mark.e2e

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +25,8 @@ from dd2.images import picture, to_uint8
 from dd2.precision import Precision, pick_precision
 from dd2.sampling import Draw, Ways
 from dd2.seeding import image_noise, seeds_of, whole_number
-from dd2.shipping.card import Card
-from dd2.shipping.hub import located, upload
-from dd2.shipping.package import write_package
+from dd2.shipping.hub import located
+from dd2.shipping.mixin import PushToHubMixin
 from dd2.teachers.base import Teacher
 from dd2.teachers.conditions import CaptionLabels, Conditions
 from dd2.text.prompts import typed
@@ -68,7 +66,7 @@ class OneStepOutput:
     seconds: float
 
 
-class OneStepPipeline:
+class OneStepPipeline(PushToHubMixin):
     """Images of labels in one forward pass, or in a few with the teacher.
 
         pipe = OneStepPipeline.from_pretrained("runs/mine")
@@ -283,55 +281,6 @@ class OneStepPipeline:
             drawn.append(ways.decode(ways.of_noise(part, cond), cond).cpu())
         return _as(torch.cat(drawn), output_type)
 
-    def save_pretrained(self, folder: str | Path, *, teacher: bool = False, card: Card | None = None) -> None:
-        """Write a package folder: the generator, its tokenizer and a model card, and the teacher if asked for.
-
-        Args:
-            folder: where to; it must not exist, or be empty.
-            teacher: ship it too, so that more than one step can be drawn.
-            card: what the card says.
-
-        Raises:
-            InputError: the folder is in use, or there is no teacher that could be shipped.
-        """
-        shipped = self._teacher if teacher else None
-        if teacher and shipped is None:
-            raise InputError("there is no teacher here to ship; load a run folder of dd2 distill")
-        whole = {"teacher": shipped[0], "record": shipped[1]} if shipped else {}
-        write_package(Path(folder), self.generator, card or Card(), **whole)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str = "Add a one-step generator",
-        teacher: bool = False,
-        card: Card | None = None,
-    ) -> str:
-        """Write a package and put it on the Hub (needs `pip install "dd2[hub]"`).
-
-        Args:
-            repo_id: "owner/name"; made where there is none.
-            private: of a new repository, for the owner alone.
-            revision: a branch; made where there is none.
-            token: of an account; by default the one that `hf auth login` kept.
-            commit_message: of the commit.
-            teacher, card: as `save_pretrained`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            InputError: as `save_pretrained`, or the Hub refuses.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "package"
-            self.save_pretrained(folder, teacher=teacher, card=replace(card or Card(), name=repo_id))
-            return upload(folder, repo_id, private=private, revision=revision, token=token, message=commit_message)
-
     @functools.cached_property
     def _teacher(self) -> tuple[Teacher, RunRecord] | None:
         """The teacher, opened when it is first needed."""
@@ -339,6 +288,10 @@ class OneStepPipeline:
             return None
         run = self._open_run()
         return run.teacher, run.record
+
+    def teacher_to_ship(self) -> tuple[Teacher, RunRecord] | None:
+        """As `PushToHubMixin.teacher_to_ship`."""
+        return self._teacher
 
     @functools.cached_property
     def _with_teacher(self) -> Ways:

@@ -12,7 +12,8 @@ from dd2.teachers.code import CodeTeacher
 from dd2.teachers.llamagen import LlamaGenConfig, llamagen_teacher
 from dd2.teachers.mar import MARTeacher
 from dd2.teachers.mar_network import MARConfig
-from dd2.teachers.var import VARConfig, var_teacher
+from dd2.teachers.var import var_teacher
+from dd2.teachers.var_blocks import VARConfig
 from dd2.tokenizers.autoencoder import VQConfig
 from dd2.tokenizers.kl import KLConfig, KLTokenizer
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer

@@ -9,7 +9,8 @@ from dd2.checkpoints.foreign import Origin, Shapes, Source, fill, need, numbered
 from dd2.errors import InputError
 from dd2.processes import note
 from dd2.teachers.code import CodeTeacher
-from dd2.teachers.var import VARConfig, var_teacher
+from dd2.teachers.var import var_teacher
+from dd2.teachers.var_blocks import VARConfig
 from dd2.tokenizers.multiscale import MultiScaleConfig, MultiScaleTokenizer
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -9,7 +9,8 @@ from dd2.teachers.base import Backbone, Teacher
 from dd2.teachers.llamagen import LlamaGenBackbone, LlamaGenConfig, llamagen_teacher
 from dd2.teachers.mar import MARBackbone, MARTeacher
 from dd2.teachers.mar_network import MARConfig
-from dd2.teachers.var import VARBackbone, VARConfig, var_teacher
+from dd2.teachers.var import VARBackbone, var_teacher
+from dd2.teachers.var_blocks import VARConfig
 from dd2.text.encoder import EncoderSpec
 from dd2.tokenizers.base import CodeTokenizer, Tokenizer
 from dd2.tokenizers.kl import KLTokenizer

@@ -19,12 +19,16 @@ from dd2.method.adapt import compare
 from dd2.method.config import AdaptConfig
 from dd2.teachers.adaptation import adapted_copy, table_of
 from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.conditions import CaptionLabels
 from dd2.teachers.filtering import Sampling
 from dd2.teachers.llamagen import LlamaGenBackbone, llamagen_teacher
+from dd2.text.captions import Captions
+from dd2.text.encoder import spec_of
+from dd2.text.encoders import open_encoder
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.schedule import OptimConfig
 from golden_weights import golden_model
-from models import tiny_text
+from models import tiny_teacher, tiny_text
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,39 @@ def test_real_images_as_data(original, tmp_path):
     assert main(["adapt", str(out / "config.yaml")]) == 0  # finished: it finds everything done
     (_, *rows) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert any(row["stage"] == "adapt" and 0 < row["teacher/loss"] < 6 for row in rows)
+
+
+@pytest.mark.e2e
+def test_pictures_with_captions_as_data(tmp_path, capsys):
+    """Of a teacher of texts: the data's captions are read by the encoder that it remembers, the run's own are compared on."""
+    teacher = tiny_teacher(caption_dim=256, caption_length=12, input_layer="table")
+    teacher.conditions = CaptionLabels(12, 256, encoder=open_encoder(spec_of("wordllama", 12)).spec)
+    save_teacher(tmp_path / "text", teacher)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    channels, side, _ = teacher.tokenizer.image_shape
+    for number, text in enumerate(["a red fox", "snow"]):
+        Image.new("RGB" if channels == 3 else "L", (side, side)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(text)
+    (tmp_path / "asked.txt").write_text("a three above a seven\ntwo fives\na nine\n")
+    arguments = ["adapt", "--teacher", tmp_path / "text", "--captions", tmp_path / "asked.txt", "--out", tmp_path / "run"]
+    arguments += ["--adapt.sequences", 32, "--adapt.iterations", 2, "--adapt.fit-iterations", 2]
+    assert main([str(a) for a in [*arguments, "--adapt.data", pictures]]) == 0
+    assert "2 different captions" in capsys.readouterr().out
+    assert require_codes(load_teacher(tmp_path / "run" / "teacher"), "a test").backbone.continuous
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row["stage"] == "adapt" for row in rows)
+    save_teacher(tmp_path / "unsaid", tiny_teacher(caption_dim=6, caption_length=5, input_layer="table"))
+    features = tmp_path / "features.safetensors"
+    Captions(torch.randn(3, 6), torch.ones(3, dtype=torch.int64), 5).save(features)
+    unsaid = ["adapt", "--teacher", tmp_path / "unsaid", "--captions", features, "--out", tmp_path / "other", "--adapt.data"]
+    for wrong, message in (
+        ([*arguments, "--adapt.data", "digits"], "has classes, and the teacher reads captions"),
+        ([*unsaid, pictures], "does not say which text encoder"),
+    ):
+        assert main([str(a) for a in wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_teacher_that_needs_nothing_is_refused(tmp_path, capsys):

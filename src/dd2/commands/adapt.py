@@ -20,7 +20,9 @@ from dd2.processes import say
 from dd2.teachers.adaptation import adapted_copy, input_layer, require_table, table_of
 from dd2.teachers.base import Teacher
 from dd2.teachers.code import CodeTeacher, require_codes
+from dd2.teachers.conditions import CaptionLabels, Conditions
 from dd2.teachers.filtering import Sampling
+from dd2.text.prompts import Prompts
 from dd2.training.health import loss_rises
 from dd2.training.loop import LoopConfig, Trainer
 from dd2.training.metrics import MetricsLog
@@ -69,7 +71,7 @@ def adapt_run(config: AdaptRunConfig) -> Path:
     original = require_codes(open_teacher(config.teacher, device, config.captions, text_encoder=config.text_encoder), "dd2 adapt")
     check_adaptation(original, config.adapt)
     hint = start_run(config.out, config, "adapt")
-    adapt(original, config.adapt, Trainer(config.out, config.seed, config.loop, device, hint))
+    adapt(original, config.adapt, Trainer(config.out, config.seed, config.loop, device, hint), config.text_encoder)
     say(f"wrote teacher folder {config.out / 'teacher'}")
     return config.out / "teacher"
 
@@ -81,34 +83,38 @@ def check_adaptation(original: Teacher, config: AdaptConfig) -> None:
         InputError: the teacher needs no adaptation, its captions are missing, or the images do not go with it.
     """
     require_table(original)
-    captions = original.conditions.digest()
-    if config.data != "teacher":
-        channels, size, _ = original.tokenizer.image_shape
-        data = open_data(config.data, size, channels, quiet=True)
-        classes, labels = data.num_classes, original.conditions.num_labels
-        if captions or classes != labels:
-            what = "captions" if captions else f"{labels} classes"
+    original.conditions.digest()  # refuses missing captions
+    if config.data == "teacher":
+        return
+    channels, size, _ = original.tokenizer.image_shape
+    data = open_data(config.data, size, channels, quiet=True)
+    if isinstance(original.conditions, CaptionLabels):
+        if not data.captions:
+            raise InputError(f"adapt.data {config.data} has classes, and the teacher reads captions: give pictures with theirs")
+        if original.conditions.encoder is None:
             raise InputError(
-                f"adapt.data {config.data} has {classes} classes, the teacher has {what}: they must be the same classes"
+                f"adapt.data {config.data} has captions, and the teacher does not say which text encoder reads them "
+                "(text_encoder in its config.json); leave adapt.data at teacher"
             )
-        names = original.conditions.class_names
-        if (
-            names
-            and data.class_names
-            and (other := [pair for pair in zip(data.class_names, names, strict=True) if len({*pair}) > 1])
-        ):
-            raise InputError(
-                f"adapt.data {config.data} has the class {other[0][0]} where the teacher has {other[0][1]}; rename its folders"
-            )
+        return
+    labels, names = original.conditions.num_labels, original.conditions.class_names
+    if data.captions or data.num_classes != labels:
+        what = "captions" if data.captions else f"{data.num_classes} classes"
+        raise InputError(f"adapt.data {config.data} has {what}, the teacher has {labels} classes: they must be the same classes")
+    if names and data.class_names and (other := [pair for pair in zip(data.class_names, names, strict=True) if len({*pair}) > 1]):
+        raise InputError(
+            f"adapt.data {config.data} has the class {other[0][0]} where the teacher has {other[0][1]}; rename its folders"
+        )
 
 
-def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple[CodeTeacher, float]:
+def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer, text_encoder: str = "") -> tuple[CodeTeacher, float]:
     """Stage 0 inside a run folder: both parts, the comparison, and teacher/.
 
     Args:
         original: a teacher with an embedding table.
         config: sizes, data and optimisers.
         trainer: the run.
+        text_encoder: where that of a text-conditional teacher lies, if not where it says; it reads the data's captions.
 
     Returns:
         The adapted teacher, and the seconds spent on training it over all sessions.
@@ -121,7 +127,7 @@ def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple
     torch.manual_seed(seed)
     adapted = adapted_copy(original, config.hidden)
     held_out = own.kept[:HELD_OUT].long().to(device), original.conditions(own.labels[:HELD_OUT].to(device))
-    ids, labels = _sequences(original, own, config, seed, device)
+    ids, labels, conditions = _sequences(original, own, config, seed, device, text_encoder)
     layer, codebook, table = input_layer(adapted), original.tokenizer.codebook.detach(), table_of(original)
 
     def fit(random: torch.Generator) -> Losses:
@@ -130,7 +136,7 @@ def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple
 
     def train(random: torch.Generator) -> Losses:
         rows = torch.randint(len(ids), (config.batch,), generator=random, device=device).to(ids.device)
-        cond = original.conditions(labels[rows].to(device))
+        cond = conditions(labels[rows].to(device))
         target = original if config.data == "teacher" else None
         return adapt_loss(adapted, target, ids[rows].long().to(device), cond, config.class_dropout, random)
 
@@ -150,14 +156,18 @@ def adapt(original: CodeTeacher, config: AdaptConfig, trainer: Trainer) -> tuple
 
 
 def _sequences(
-    original: CodeTeacher, own: TeacherSamples, config: AdaptConfig, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Ids (N, n) and labels (N,) of part (b)."""
+    original: CodeTeacher, own: TeacherSamples, config: AdaptConfig, seed: int, device: torch.device, text_encoder: str
+) -> tuple[Tensor, Tensor, Conditions]:
+    """Ids (N, n) and labels (N,) of part (b), and what the labels stand for."""
+    known = original.conditions
     if config.data == "teacher":
-        return own.kept[HELD_OUT:].int(), own.labels[HELD_OUT:]
+        return own.kept[HELD_OUT:].int(), own.labels[HELD_OUT:], known
     channels, size, _ = original.tokenizer.image_shape
     data = open_data(config.data, size, channels)
-    return tokenise(original.tokenizer, data, "train", config.sequences, seed, device)
+    if data.captions:
+        known = known.of_texts(Prompts(data.captions, config.data), text_encoder, device)
+    ids, labels = tokenise(original.tokenizer, data, "train", config.sequences, seed, device)
+    return ids, labels, known
 
 
 def _report(out: Path, step: int, before: dict[str, float], after: dict[str, float]) -> None:

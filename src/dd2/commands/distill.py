@@ -59,7 +59,7 @@ def distill(config: DistillConfig, resume: str = "") -> dict[str, float]:
     trainer = Trainer(config.out, config.seed, config.loop, device, resume or hint)
     seconds = read_seconds(config.out)
     if not teacher.backbone.continuous:
-        teacher, spent = adapt(require_codes(teacher, "stage 0"), config.adapt, trainer)
+        teacher, spent = adapt(require_codes(teacher, "stage 0"), config.adapt, trainer, config.text_encoder)
         seconds["adapt"] = spent
     samples, spent = _samples(config, teacher, seconds.get("samples", 0.0))
     seconds |= {**spent, "csd": 0.0}

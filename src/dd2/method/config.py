@@ -26,7 +26,7 @@ class AdaptConfig:
     """Optimiser of part (a)."""
     data: str = "teacher"
     """Sequences of part (b). "teacher": its own samples, with its distribution as the target. "digits", or a folder or zip of
-    CLASS/IMAGE files: code ids of real images (the paper)."""
+    CLASS/IMAGE files, for a teacher of texts of pictures with captions: code ids of real images (the paper)."""
     sequences: int = 50_000
     """Sequences of part (b)."""
     iterations: int = 20_000

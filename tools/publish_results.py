@@ -40,9 +40,10 @@ def main() -> None:
         run = Path(folder)
         numbers = json.loads((run / "metrics.json").read_text())
         versions = json.loads((run / "versions.json").read_text())
-        for session in (versions, *versions.get("resumed", ())):  # commands may name folders of a machine; the pages have them
+        for session in (versions, *versions.get("resumed", ())):  # they may name folders of a machine, as cache does below
             session.pop("command", None)
         numbers["versions"] = versions
+        numbers["evaluation"].pop("cache", None)
         (results / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
         shutil.copy(run / "samples.png", results / f"{name}_samples.png")
         shutil.copy(run / "curves.png", results / f"{name}_curves.png")

@@ -147,6 +147,7 @@ def test_who_made_the_features_is_remembered(cache, flan_t5, tmp_path, capsys):
     assert torch.equal(again.words, found.words)
     assert again.counts.tolist() == [3, 2]
     assert len(again.words) == 5  # no padding is kept
+    assert again[torch.tensor([0])][0, :, -1].tolist() == [0] * 9 + [1] * 3  # words come last
     t5 = open_encoder(spec_of(str(flan_t5), 12)).spec
     with pytest.raises(InputError, match="another text encoder"):
         captions_of(str(tmp_path / "f.safetensors"), t5)
@@ -262,7 +263,9 @@ def test_text_features_on_the_command_line(flan_t5, tmp_path, capsys):
     made = load_file(out)
     assert made["counts"].tolist() == [4, 2]
     assert len(made["features"]) == 6
-    assert Captions.load(out).texts == ("A Red fox", "Snow")
+    read = Captions.load(out)
+    assert read[torch.arange(2)][..., -1].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert read.texts == ("A Red fox", "Snow")
     capsys.readouterr()
     for wrong, said in (
         (["--out", tmp_path / "f.npz"], "must end in .safetensors"),

@@ -146,9 +146,12 @@ class Captions:
         if self.texts and self.encoder is not None and self.encoder.digest:
             content.update(json.dumps([self.texts, self.encoder.digest, self.encoder.length]).encode())
             return content.hexdigest()
-        for which in (0, 1):
-            for rows in torch.arange(len(self)).split(512):
-                content.update(self.padded(rows)[which].float().contiguous().numpy().tobytes())
+        masks = []
+        for rows in torch.arange(len(self)).split(512):
+            features, mask = self.padded(rows)
+            content.update(features.float().numpy().tobytes())
+            masks.append(mask)
+        content.update(torch.cat(masks).float().numpy().tobytes())
         return content.hexdigest()
 
 

@@ -342,6 +342,10 @@ def test_a_bench_of_real_images_trains_everything_first(tmp_path, monkeypatch, n
     kept = {path.name.split("-")[0] for path in (tmp_path / "runs" / name).iterdir()}
     assert kept == {"tokenizer", "teacher", "classifier", "stage1", "dd1", "dd2", "best", "features"}
     assert main([*arguments, "--dry-run"]) == 0
+    (tmp_path / "runs").rename(tmp_path / "moved")  # what is made stays made where it is moved, evaluations too
+    monkeypatch.setattr("dd2.reproduce.workshop.evaluate", pytest.fail)
+    assert main([*arguments, "--out", str(tmp_path / "moved")]) == 0
+    assert json.loads((tmp_path / "results" / f"{name}_table3.json").read_text())["rows"] == rows
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -87,7 +87,7 @@ class Workshop:
             tokenizer = self._tokenizer_run() / "tokenizer"
             train_teacher(replace(self.bench.teacher, out=self._teacher_run(), tokenizer=tokenizer, device=self.device))
         if self.bench.classifier is not None and not Path(self._features()).is_dir():
-            train_classifier(replace(self.bench.classifier, out=Path(self._features()).parent, device=self.device))
+            train_classifier(replace(self.bench.classifier, out=self._classifier_run(), device=self.device))
 
     def prepared(self) -> bool:
         """Whether `prepare` has nothing left to do."""
@@ -98,7 +98,7 @@ class Workshop:
         """The runs that `prepare` makes, as far as they are there."""
         runs = [self._tokenizer_run()] if self.bench.tokenizer is not None else []
         runs += [self._teacher_run()] if self.bench.teacher is not None else []
-        runs += [Path(self._features()).parent] if self.bench.classifier is not None else []
+        runs += [self._classifier_run()] if self.bench.classifier is not None else []
         return [run for run in runs if (run / "versions.json").is_file()]
 
     def run(self, cell: Cell) -> Path:
@@ -130,7 +130,7 @@ class Workshop:
             trust=(self._teacher(),),  # named by the user, if it is code
             **fields,
         )
-        file = folder / "evaluations" / f"{_digest(config, ('run', 'cache', 'device', 'trust'))}.json"
+        file = folder / "evaluations" / f"{self._digest(config, ('run', 'cache', 'device', 'trust'))}.json"
         if not file.is_file() or not _evaluated_alike(file, config):
             numbers = evaluate(config)
             file.parent.mkdir(exist_ok=True)
@@ -150,7 +150,28 @@ class Workshop:
         return replace(config, stage1=str(self.folder(cell.stage1)))
 
     def _folder(self, kind: str, config: Any) -> Path:
-        return self.root / f"{kind}-{_digest(config, FREE)}"
+        return self.root / f"{kind}-{self._digest(config, FREE)}"
+
+    def _digest(self, config: Any, without: tuple[str, ...]) -> str:
+        """Hash of what decides a run; of other runs, the names of their folders, which are hashes themselves.
+
+        Fields that have their defaults are no part of it, so that a field which dd2 gets later changes no name; nor is where the
+        root lies, so that what is made stays made where it is moved.
+        """
+        usual = defaults(type(config))
+        kept = {
+            name: self._named(name, value)
+            for name, value in flat(config).items()
+            if name not in without and not name.startswith("loop.") and (name not in usual or usual[name] != value)
+        }
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+    def _named(self, name: str, value: Any) -> Any:
+        if name in ("stage1", "tokenizer", "run") and value:
+            return Path(value).name
+        if name in ("teacher", "features") and Path(value).is_relative_to(self.root):
+            return str(Path(value).relative_to(self.root))
+        return value
 
     def _tokenizer_run(self) -> Path:
         return self._folder("tokenizer", self.bench.tokenizer)
@@ -159,13 +180,16 @@ class Workshop:
         assert self.bench.teacher is not None
         return self._folder("teacher", replace(self.bench.teacher, tokenizer=self._tokenizer_run()))
 
+    def _classifier_run(self) -> Path:
+        return self._folder("classifier", self.bench.classifier)
+
     def _teacher(self) -> str:
         return self.bench.distill.teacher if self.bench.teacher is None else str(self._teacher_run() / "teacher")
 
     def _features(self) -> str:
         if self.bench.classifier is None:
             return "digits"
-        return str(self._folder("classifier", self.bench.classifier) / "classifier")
+        return str(self._classifier_run() / "classifier")
 
     def _continue(self, before: Path, folder: Path) -> None:
         """Start a run folder with another's finished stage 2, which it would repeat bit by bit."""
@@ -198,17 +222,3 @@ def _check_defaults(folder: Path, config: Any) -> None:
             continue
         if name in kept and kept[name] != value:
             raise InputError(f"{folder} was made with {name} {kept[name]}, which is {value} now; remove it, and it is made again")
-
-
-def _digest(config: Any, without: tuple[str, ...]) -> str:
-    """Hash of what decides a run; of other runs, the names of their folders, which are hashes themselves.
-
-    Fields that have their defaults are no part of it, so that a field which dd2 gets later changes no name.
-    """
-    usual = defaults(type(config))
-    kept = {
-        name: Path(value).name if name in ("stage1", "tokenizer", "run") and value else value
-        for name, value in flat(config).items()
-        if name not in without and not name.startswith("loop.") and (name not in usual or usual[name] != value)
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]

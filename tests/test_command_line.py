@@ -152,6 +152,8 @@ def test_lists_are_spelled_alike():
     assert steps("--steps=1,3", "--skip", "1,2") == (1, 3)
     with pytest.raises(InputError, match="what has no flag comes before the options: dd2 RUN"):
         load_config(EvaluateConfig, "", ["--steps", "1", "2", "runs/a"])
+    with pytest.raises(InputError, match="false; a switch takes no value: --FIELD, or --no-FIELD"):
+        load_config(EvaluateConfig, "", ["run", "--speed", "false"])
 
 
 def test_labels_by_number_and_name():

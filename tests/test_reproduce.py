@@ -207,6 +207,26 @@ def test_every_bench_describes_every_table(name):
         assert {label for claim in made.claims for label in (claim.better, claim.worse)} <= set(labels)
 
 
+def test_some_rows_of_a_table(tiny_bench, tmp_path, capsys):
+    arguments = ["reproduce", "--bench", "tiny", "--table", "3", "--seeds", "0", "--count", "60", "--out", "runs"]
+    arguments += ["--results", "results", "--rows"]
+    assert main([*arguments, "DD1", "DD2"]) == 0  # with the claim about both
+    content = json.loads((tmp_path / "results" / "tiny_table3.json").read_text())
+    assert content["rows"].keys() == {"DD1", "DD2"}
+    assert [claim["claim"] for claim in content["claims"]] == [
+        "DD2 is better than DD1, at no more than half of its training time"
+    ]
+    assert {path.name.split("-")[0] for path in (tmp_path / "runs" / "tiny").glob("*-*")} == {"stage1", "dd1", "dd2"}
+    assert content["command"].endswith("--rows DD1 DD2")
+    assert main([*arguments, "DD1"]) == 0  # with none
+    page = (tmp_path / "results" / "tiny_table3.md").read_text()
+    assert "claims, and what" not in page
+    assert "| DD1 | 1 |" in page
+    capsys.readouterr()
+    assert main([*arguments, "DD3"]) == 2
+    assert "table 3 has no row 'DD3'; its rows are 'DD1', 'DD2', " in capsys.readouterr().err
+
+
 def refused(capsys, *arguments: object) -> str:
     assert main([str(a) for a in arguments]) == 2
     return capsys.readouterr().err

@@ -1,5 +1,6 @@
 """dd2 reproduce: the paper's tables at sizes that one machine can run."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class ReproduceConfig:
     imagenette64 and imagenette64_var (a GPU, and --images)."""
     budget: float = 0.0
     """Minutes of one DD2 distillation on the bench's machine; iterations of both methods scale with it. 0: the bench's own."""
+    rows: tuple[str, ...] = ()
+    """Labels of the rows to make, with the claims about them alone; none: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run of everything for each."""
     count: int = 10_000
@@ -60,8 +63,7 @@ def reproduce(config: ReproduceConfig) -> None:
     bench = open_bench(config.bench, config.images, config.teacher)
     budget = config.budget or bench.minutes
     bench = bench.scaled(budget)
-    names = list(TABLES) if config.table == "all" else [config.table]
-    tables = {name: open_table(name, bench) for name in names}
+    tables = _tables(config, bench)
     workshop = Workshop(bench, config.out.resolve() / config.bench, config.count, config.device)
     cells = _cells(workshop, tables, config.seeds)
     say(_plan(workshop, cells, budget))
@@ -89,6 +91,19 @@ def reproduce(config: ReproduceConfig) -> None:
         write(config.results, file, table, collect(table, evaluations), made, curves_of(table, evaluations))
         say(f"wrote {config.results / file}.md")
     say(f"wrote {write_index(config.results, config.bench)}")
+
+
+def _tables(config: ReproduceConfig, bench: Bench) -> dict[str, Table]:
+    """The tables asked for, of the rows asked for."""
+    names = list(TABLES) if config.table == "all" else [config.table]
+    whole = {name: open_table(name, bench) for name in names}
+    known = list(dict.fromkeys(row.label for table in whole.values() for row in table.rows))
+    for label in config.rows:
+        if label not in known:
+            raise InputError(f"table {config.table} has no row {label!r}; its rows are {', '.join(map(repr, known))}")
+    if not config.rows:
+        return whole
+    return {name: table for name, full in whole.items() if (table := full.of_rows(config.rows)).rows}
 
 
 def _evaluation(name: str, table: Table) -> dict[str, Any]:
@@ -148,5 +163,5 @@ def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float) -> di
         "seeds": list(config.seeds),
         "count": config.count,
         "command": f"dd2 reproduce --table {name} --bench {config.bench} --budget {budget:g} --count {config.count} "
-        f"--seeds {' '.join(map(str, config.seeds))}",
+        f"--seeds {' '.join(map(str, config.seeds))}{' --rows ' + shlex.join(config.rows) if config.rows else ''}",
     }

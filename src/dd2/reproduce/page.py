@@ -46,7 +46,7 @@ def collect(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> Resul
     results: Results = {}
     for row in table.rows:
         results[row.label] = {}
-        for column in {*table.columns, *(claim.column for claim in table.claims), "seconds", "floor", "worst"}:
+        for column in {*table.columns, *(claim.column for claim in table.claims), "gap", "seconds", "floor", "worst"}:
             values = [value(numbers, row.method, column) for numbers in evaluations[row.label]]
             known = [number for number in values if number is not None]
             if known:
@@ -151,9 +151,10 @@ def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str,
     lines = [f"# {table.title}, on {made['bench']}", "", f"`{made['command']}`", "", _described(made), ""]
     lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
     lines += [f"| {row.label} | {row.steps} | {_cells(row, columns, results)} | {row.paper} |" for row in table.rows]
-    lines += ["", *([_wrapped(table.note), ""] if table.note else []), "What the paper claims, and what is found here:", ""]
-    lines += [_said(entry) for entry in verdicts]
-    lines += ["", f"![{table.title}]({name}.png)", ""]
+    lines += ["", *([_wrapped(table.note), ""] if table.note else [])]
+    if verdicts:
+        lines += ["What the paper claims, and what is found here:", "", *map(_said, verdicts), ""]
+    lines += [f"![{table.title}]({name}.png)", ""]
     if "milliseconds" in columns:
         lines += [f"Milliseconds were measured on {made['measured on']}.", ""]
     if table.curves:
@@ -185,7 +186,7 @@ def _plot(table: Table, results: Results) -> bytes:
     """The main column, a bar per row."""
     from matplotlib.figure import Figure
 
-    column = table.claims[0].column
+    column = table.claims[0].column if table.claims else "gap"
     shown = [row for row in table.rows if column in results[row.label]]
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(shown)), layout="constrained")
     axes = figure.add_subplot()

@@ -1,7 +1,7 @@
 """What a table is made of: rows of runs, columns of numbers, and the claims that are checked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dd2.evaluation.columns import COLUMNS as MEASURED
@@ -71,6 +71,11 @@ class Table:
     evaluation: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     curves: bool = False
+
+    def of_rows(self, labels: tuple[str, ...]) -> "Table":
+        """The same of these rows alone, with the claims that compare two of them."""
+        claims = [claim for claim in self.claims if claim.better in labels and claim.worse in labels]
+        return replace(self, rows=[row for row in self.rows if row.label in labels], claims=claims)
 
 
 COLUMNS = MEASURED | {

@@ -2,9 +2,10 @@
 
     python benchmarks/full_size.py var_d16|llamagen_l|mar_b|llamagen_t2i_xl [--batch 1] [--lean]
 
-Runs what users run: teacher sampling (guided; KV-cached, or a MAR in 8 AR steps), one-step sampling with decoding, and one
-stage-2 iteration (one guidance and one generator update, AdamW included; no matching of whole images). Writes
-benchmarks/results/full_size_NAME.json. The pictures are noise. A text-conditional model gets random features of a caption.
+Runs what users run, by the packaged configuration: teacher sampling (guided; KV-cached, or a MAR in 8 AR steps), one-step
+sampling with decoding, one update of the regression on the generator's own tokens, and one stage-2 iteration (one guidance and
+one generator update, AdamW included; no matching of whole images). Writes benchmarks/results/full_size_NAME.json. The pictures
+are noise. A text-conditional model gets random features of a caption.
 
 --lean is for models whose iteration does not fit into memory otherwise: no average of the generator (which no update reads),
 AdamW's state of one network at a time (each makes its first step in any case), and layers computed again in the backward pass.
@@ -25,10 +26,9 @@ from dd2.checkpoints.foreign import parameters
 from dd2.checkpoints.released import RELEASED
 from dd2.commands.distill_config import DistillConfig
 from dd2.config import load_config
-from dd2.method.networks import Networks, copied_student
-from dd2.method.recipe import csd_stage
+from dd2.method.networks import copied_student, networks_over_codes, starting_networks
+from dd2.method.recipe import csd_stage, regress_stage
 from dd2.sampling import one_step
-from dd2.student import Student
 from dd2.teachers.code import CodeTeacher
 from dd2.teachers.conditions import CaptionLabels
 from dd2.text.captions import Captions
@@ -75,8 +75,8 @@ def main() -> None:
     cond = teacher.conditions(labels)
     tokens = timed("teacher sampling", lambda: teacher.sample(cond, sampling, range(batch)))
     assert isinstance(tokens, torch.Tensor)
-    student = copied_student(teacher, config.networks) or Student.from_teacher(teacher, config.head)
-    networks = Networks.from_tuned(student)
+    student = copied_student(teacher, config.networks) if config.networks.need_stage1 else None
+    networks = starting_networks(config.csd, student, None, networks_over_codes(config.networks, teacher))
     del student
     if arguments.lean:
         networks.ema = networks.generator
@@ -85,9 +85,12 @@ def main() -> None:
             prepare_layers(network, recompute=True, compiled=False)
     timed("one-step sampling and decoding", lambda: teacher.decode(one_step(networks.generator, cond, range(batch)), cond))
     samples = TeacherSamples(teacher, teacher.stored(tokens), labels)
-    stage = csd_stage(networks, teacher, samples, config.csd)
     random = torch.Generator().manual_seed(0)
-    for update in stage.updates:
+    stages = [csd_stage(networks, teacher, samples, config.csd)]
+    if isinstance(teacher, CodeTeacher):
+        regress = replace(config.regress, batch=batch, accumulate=1, own_share=1.0)
+        stages.insert(0, regress_stage(networks, teacher, samples, None, regress, config.csd.sampling))
+    for update in [update for stage in stages for update in stage.updates]:
 
         def step(update=update) -> None:
             loss, _ = update.loss(random)
@@ -97,8 +100,8 @@ def main() -> None:
             if arguments.lean:
                 update.optimizer.state.clear()
 
-        timed(f"{update.name} update", step)
-    stage.after(0)
+        timed(f"{'regression' if update is stages[0].updates[0] and len(stages) > 1 else update.name} update", step)
+    stages[-1].after(0)
     sizes = {
         "teacher": [parameter for part in teacher.stored_parts.values() for parameter in part.parameters()],
         "student": list(networks.generator.parameters()),

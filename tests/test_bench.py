@@ -7,8 +7,9 @@ import torch
 
 from dd2.cli import main
 from dd2.commands import bench_eq1
-from dd2.commands.bench import bench_teacher, peak_of_tensors
+from dd2.commands.bench import bench_teacher, paper_recipe, peak_of_tensors
 from dd2.commands.bench_eq1 import Shape
+from dd2.commands.distill_config import DistillConfig
 from dd2.commands.plan import PlanConfig, plan
 from dd2.config import load_config
 from dd2.errors import InputError
@@ -88,3 +89,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
 def test_released_models_have_their_sizes():
     with pytest.raises(InputError, match="known are digits, var_d16"):
         bench_teacher("none", torch.device("cpu"), 0)
+
+
+def test_every_model_has_a_configuration_of_the_papers_recipe():
+    for name in ("digits", "var_d16", "var_d36_512", "llamagen_b", "llamagen_xl_384"):
+        run = load_config(DistillConfig, paper_recipe(name))
+        assert run.networks.need_stage1
+    assert paper_recipe("var_d20") == "var_d20_paper"
+    assert paper_recipe("var_d30") == "var_d24_paper"

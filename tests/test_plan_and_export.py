@@ -135,7 +135,7 @@ def test_what_is_kept_for_backward():
 
 
 def test_plans_say_what_to_change(capsys):
-    assert main(["plan", "llamagen_b", "--model", "llamagen_b", "--gpus", "8", "--memory", "20GB"]) == 0
+    assert main(["plan", "llamagen_b", "--model", "llamagen_b", "--gpus", "8", "--memory", "12GB"]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said
     assert "--csd.batch" in said

@@ -7,6 +7,7 @@ logs and saves before that place must be equal to the last bit. Below it are the
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dd2 import seeding
 from dd2.checkpoints.native import load_generator, load_teacher, save_teacher
 from dd2.commands.distill import distill
 from dd2.commands.distill_config import DistillConfig
-from dd2.config import load_config
+from dd2.config import find_yaml, load_config
 from dd2.errors import InputError
 from dd2.fields import with_fields
 from dd2.losses import noised
@@ -521,7 +522,7 @@ TABLES_10_AND_11: dict[str, dict[str, Any]] = {
 def test_the_full_size_configurations_are_the_papers(name):
     from dd2.fields import flat
 
-    config = load_config(DistillConfig, name)
+    config = load_config(DistillConfig, f"{name}_paper")
     found, expected = flat(config), dict(TABLES_10_AND_11[name])
     assert (config.tune.batch * config.tune.accumulate, config.csd.batch * config.csd.accumulate) == expected.pop("batch")
     expected |= {f"{optim}.betas": [0.9, 0.95] for optim in ("tune.optim", "csd.generator", "csd.guidance")}
@@ -530,3 +531,28 @@ def test_the_full_size_configurations_are_the_papers(name):
     next_scale = name.startswith("var")
     expected |= {"tune.sampling.top_k": 900 if next_scale else 8000, "csd.sampling.top_p": 0.95 if next_scale else 1.0}
     assert {field: found[field] for field in expected} == expected
+
+
+RECIPE = {
+    **{"networks.generator": "codes", "networks.guidance": "codes", "regress.ode.solver": "heun", "regress.ode.steps": 8},
+    **{"csd.d": "dmd", "csd.k": 2, "csd.generator_draws": 4, "csd.snap_teacher": True, "csd.noise_level.low": 0.1},
+    **{"csd.regression_weight": 0.1, "csd.match.weight": 1.0, "csd.match.distance": "frechet"},
+}
+"""What this library's recipe is on every bench that it was measured on, and at full size."""
+BENCHES = ("digits", "digits_var", "fashion")
+FULL_SIZE = sorted(
+    file.stem for file in find_yaml("digits").parent.glob("*.yaml") if re.fullmatch(r"(var_d|llamagen_)\w+(?<!_paper)", file.stem)
+)
+
+
+@pytest.mark.parametrize("name", [*BENCHES, *FULL_SIZE])
+def test_the_full_size_configurations_are_the_recipe_of_the_benches(name):
+    from dd2.fields import flat
+
+    config = load_config(DistillConfig, name)
+    found = flat(config)
+    assert {field: found[field] for field in RECIPE} == RECIPE
+    assert config.tune.sampling == config.csd.sampling  # the reference is of the distribution that is aimed at
+    assert len(FULL_SIZE) == 10
+    if name in FULL_SIZE:
+        assert config.csd.batch * config.csd.accumulate == config.regress.batch * config.regress.accumulate == 512

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
-from dd2.config import positional
+from dd2.config import packaged, positional
 from dd2.fields import field_types
 from dd2.processes import say
 
@@ -52,8 +51,8 @@ def flags_of(config_class: type) -> dict[str, tuple[str, ...]]:
 
 
 def _configurations() -> str:
-    """Names of the packaged configurations."""
-    return " ".join(sorted(f"configs/{file.name}" for file in (files("dd2") / "configs").iterdir()))
+    """The packaged configurations as a command takes them."""
+    return " ".join(f"configs/{name}.yaml" for name in packaged())
 
 
 def _bash(flags: Mapping[str, Mapping[str, tuple[str, ...]]], *, zsh: bool) -> str:

@@ -131,12 +131,15 @@ def find_yaml(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = files("dd2") / "configs"
     stem = Path(name).stem
-    if (packaged / f"{stem}.yaml").is_file() and name in (stem, f"{stem}.yaml", f"configs/{stem}.yaml"):
-        return Path(str(packaged / f"{stem}.yaml"))
-    known = ", ".join(sorted(Path(str(entry)).stem for entry in packaged.iterdir()))
-    raise InputError(f"configuration {name} does not exist; give a YAML file, or one of dd2's own: {known}")
+    if stem in packaged() and name in (stem, f"{stem}.yaml", f"configs/{stem}.yaml"):
+        return Path(str(files("dd2") / "configs" / f"{stem}.yaml"))
+    raise InputError(f"configuration {name} does not exist; give a YAML file, or one of dd2's own: {', '.join(packaged())}")
+
+
+def packaged() -> list[str]:
+    """Names of the configurations that dd2 brings along."""
+    return sorted(Path(str(entry)).stem for entry in (files("dd2") / "configs").iterdir())
 
 
 def load_config(config_class: type[C], name: str, overrides: Sequence[str] = (), command: str = "dd2") -> C:

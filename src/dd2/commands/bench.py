@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from dd2 import __version__
 from dd2.checkpoints.released import RELEASED
 from dd2.checkpoints.runs import open_teacher
+from dd2.config import packaged
 from dd2.errors import InputError
 from dd2.evaluation.columns import Column
 from dd2.evaluation.speed import seconds_per_call
@@ -66,7 +67,9 @@ def bench_teacher(name: str, device: torch.device, seed: int) -> CodeTeacher:
 
 def paper_recipe(name: str) -> str:
     """The configuration of a model's distillation by the paper's recipe, which is what the benches have always measured."""
-    return "digits_paper" if name == "digits" else name
+    if f"{name}_paper" in packaged():
+        return f"{name}_paper"
+    return "var_d24_paper" if name.startswith("var") else "llamagen_l_paper"  # those nearest to what the paper has not
 
 
 def machine(device: torch.device) -> dict[str, Any]:

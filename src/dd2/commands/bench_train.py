@@ -26,7 +26,7 @@ from dd2.training.samples import TeacherSamples
 
 @dataclass(frozen=True)
 class BenchTrainConfig(BenchConfig):
-    """Seconds, operations a second and peak memory of one iteration of stage 2, with each model's own configuration.
+    """Seconds, operations a second and peak memory of one iteration of stage 2 by the paper's recipe.
 
     Released models have their sizes and random weights. An iteration is K guidance updates and one generator update of one
     micro-batch each, optimisers and average included.

@@ -86,7 +86,8 @@ def main() -> None:
     timed("one-step sampling and decoding", lambda: teacher.decode(one_step(networks.generator, cond, range(batch)), cond))
     samples = TeacherSamples(teacher, teacher.stored(tokens), labels)
     random = torch.Generator().manual_seed(0)
-    stages = [csd_stage(networks, teacher, samples, config.csd)]
+    ode = config.regress.ode if isinstance(teacher, CodeTeacher) else None
+    stages = [csd_stage(networks, teacher, samples, config.csd, ode=ode)]
     if isinstance(teacher, CodeTeacher):
         regress = replace(config.regress, batch=batch, accumulate=1, own_share=1.0)
         stages.insert(0, regress_stage(networks, teacher, samples, None, regress, config.csd.sampling))

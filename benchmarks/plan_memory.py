@@ -19,8 +19,8 @@ import torch
 
 from dd2.commands.bench import peak_of_process, peak_of_tensors
 from dd2.commands.plan import PlanConfig, needs
-from dd2.method.config import CSDConfig
-from dd2.method.networks import Networks
+from dd2.method.config import CSDConfig, MatchConfig, NetworksConfig
+from dd2.method.networks import networks_over_codes, starting_networks
 from dd2.method.recipe import csd_stage
 from dd2.student import HeadConfig, Student
 from dd2.teachers.code import CodeTeacher
@@ -44,7 +44,10 @@ CASES = {
     "llamagen, dmd, 4 draws": {"family": "llamagen", "batch": 8, "d": "dmd", "generator_draws": 4},
     "var, guided": {"family": "var", "batch": 4, "d": "sid"},
     "var, guided, recompute": {"family": "var", "batch": 4, "d": "sid", "recompute": True},
+    "llamagen, codes, matched": {"family": "llamagen", "batch": 8, "d": "dmd", "generator_draws": 4, "codes": True},
+    "var, guided, codes, matched": {"family": "var", "batch": 4, "d": "dmd", "generator_draws": 4, "codes": True},
 }
+MATCHED = MatchConfig(weight=1.0, projections=64, reference=600, prime=64)
 
 
 def build(family: str) -> CodeTeacher:
@@ -68,8 +71,10 @@ def config_of(case: dict) -> PlanConfig:
         d=case["d"],
         sampling=sampling,
         validation=0,
+        match=MATCHED if "codes" in case else MatchConfig(),
     )
-    config = replace(PlanConfig(), head=HeadConfig(depth=3, width=384), csd=csd)
+    kinds = NetworksConfig(generator="codes", guidance="codes") if "codes" in case else NetworksConfig()
+    config = replace(PlanConfig(), head=HeadConfig(depth=3, width=384), csd=csd, networks=kinds)
     return replace(config, loop=replace(config.loop, recompute=case.get("recompute", False)))
 
 
@@ -78,8 +83,11 @@ def train(case: dict) -> None:
     config = config_of(case)
     teacher = build(case["family"]).eval().requires_grad_(False)
     teacher.standardise()
-    networks = Networks.from_tuned(Student.from_teacher(teacher, config.head))
-    samples = TeacherSamples(teacher, torch.zeros(4, teacher.order.n, dtype=torch.long), torch.arange(4))
+    student = Student.from_teacher(teacher, config.head) if config.networks.need_stage1 else None
+    networks = starting_networks(config.csd, student, None, networks_over_codes(config.networks, teacher))
+    del student
+    ids = torch.randint(len(teacher.codebook), (MATCHED.reference, teacher.order.n), generator=torch.Generator().manual_seed(0))
+    samples = TeacherSamples(teacher, ids, torch.arange(len(ids)) % 4)
     stage = csd_stage(networks, teacher, samples, config.csd)
     for network in (networks.generator, networks.guidance):
         prepare_layers(network.backbone, config.loop.recompute, compiled=False)

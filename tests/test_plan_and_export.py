@@ -145,6 +145,11 @@ def test_plans_say_what_to_change(capsys):
     sharded = needs(replace(config, loop=replace(config.loop, parallel="fsdp2")), sketch("llamagen_b"))
     assert sharded.memory["Adam"] == whole.memory["Adam"] / 8
     assert sharded.memory["teacher and tokenizer"] < 0.6 * whole.memory["teacher and tokenizer"]  # its backbone is sharded too
+    assert whole.memory["logits"] == 3 * 4 * config.csd.batch * 256 * 16384
+    width, found = 768, config.csd.match.projections
+    assert whole.memory["matching"] > 4 * 256 * width * found + 8 * (width + found) ** 2  # the largest projection, a covariance
+    paper = needs(load_config(PlanConfig, "llamagen_l_paper", ["--model", "llamagen_b", "--gpus", "8"]), sketch("llamagen_b"))
+    assert not {"logits", "matching"} & paper.memory.keys()
     frugal = needs(replace(config, loop=replace(config.loop, recompute=True)), sketch("llamagen_b"))
     assert frugal.memory["activations"] < 0.5 * whole.memory["activations"]
     assert whole.flops < frugal.flops < 4 / 3 * whole.flops

@@ -218,8 +218,14 @@ def test_some_rows_of_a_table(tiny_bench, tmp_path, capsys):
     ]
     assert {path.name.split("-")[0] for path in (tmp_path / "runs" / "tiny").glob("*-*")} == {"stage1", "dd1", "dd2"}
     assert content["command"].endswith("--rows DD1 DD2")
-    assert main([*arguments, "DD1"]) == 0  # with none
-    page = (tmp_path / "results" / "tiny_table3.md").read_text()
+    assert "this library's recipe" not in content["iterations"]
+    assert "6 of stage 2 (DD2)" in content["iterations"]
+    capsys.readouterr()
+    assert main([*arguments, "DD1"]) == 2  # which would lose the other row
+    assert "has rows that --rows leaves out (DD2); give another --results" in capsys.readouterr().err
+    arguments[arguments.index("results")] = "few"
+    assert main([*arguments, "DD1"]) == 0  # with no claim
+    page = (tmp_path / "few" / "tiny_table3.md").read_text()
     assert "claims, and what" not in page
     assert "| DD1 | 1 |" in page
     capsys.readouterr()

@@ -287,7 +287,7 @@ def _one_line(box: str, command: str, places: Sequence[str]) -> str:
     bare = re.search(r"nrecognized options: ([^-\s]\S*)$|arguments: \[.*'([^'-][^']*)'\]$", text)
     if bare:  # perhaps a word that has no flag, behind options that take it for one of theirs
         first = " ".join([command, *map(str.upper, places), *(() if places else ("CONFIG.yaml",))])
-        if (bare[1] or bare[2]).lower() in ("true", "false", "yes", "no", "on", "off"):
-            return f"{text}; a switch takes no value: --FIELD, or --no-FIELD (--GROUP.no-FIELD); see {command} --help"
+        if (bare[1] or bare[2]).lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+            text += "; a switch takes no value: --FIELD, or --no-FIELD (--GROUP.no-FIELD)"
         text += f"; what has no flag comes before the options: {first} [--field value ...]"
     return f"{text}; see {command} --help"

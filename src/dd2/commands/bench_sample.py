@@ -35,8 +35,9 @@ PAPER = {"var_d16": 7.0, "var_d20": 8.0, "var_d24": 8.1, "llamagen_l": 238.0}
 class BenchSampleConfig(BenchConfig):
     """Seconds per image with and without decoding, beside the KV-cached teacher of the same run.
 
-    Released models have their sizes and random weights, digits its own teacher; the teacher samples as in the model's
-    configuration. A share is of the rate of a large matrix product in the same precision, measured in the same run.
+    Released models have their sizes and random weights, digits its own teacher; one step is that of the paper's networks, and
+    sampling the paper's, or that of the nearest model it has. A share is of the rate of a large matrix product in the same
+    precision, measured in the same run.
     """
 
     models: tuple[str, ...] = ("digits",)

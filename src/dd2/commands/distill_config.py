@@ -49,7 +49,7 @@ class DistillConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     teacher_samples: int = 400_000
-    """Sequences sampled from the teacher for stage 1."""
+    """Sequences sampled from the teacher: for stage 1, and whose labels, tokens' standardisation, matching and validation use."""
     sample_batch: int = 64
     """Sequences sampled from the teacher at a time."""
     sample_in_loop: bool = False

@@ -18,6 +18,7 @@ from dd2.errors import InputError
 from dd2.external import is_code
 from dd2.masked_student import MaskedStudent
 from dd2.method.csd import Guidance
+from dd2.method.match import feature_sizes
 from dd2.method.networks import copied_student, networks_over_codes
 from dd2.processes import say
 from dd2.scores import HeadScore
@@ -94,6 +95,10 @@ class Needs:
         """Bytes on one GPU."""
         return sum(self.memory.values())
 
+    def fits(self, available: float) -> bool:
+        """Whether it leaves enough of `available` bytes for what is not counted."""
+        return self.total <= RESERVE * available
+
 
 def plan(config: PlanConfig) -> Needs:
     """Print what the distillation needs and what to change if it does not fit.
@@ -165,6 +170,10 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
         + 3 * min(tile, 4.0 * csd.generator_draws * rows * codes)
         + 4.0 * csd.generator_draws * rows * channels * 8,
     }
+    # Of one network over codes at a time: logits, their log-softmax and the gradient, in float32.
+    rounds = generator_network.config.rounds if isinstance(generator_network, CodeStudent) else 0
+    if deciding := max(rounds, int(isinstance(guidance_network, CodeGuidance))):
+        memory["logits"] = 3 * 4.0 * rows * codes * deciding
     backbone, heads = passes["backbone"], passes["generator_head"]
     generated = drawn["backbone"].flops + drawn["one_head"].flops
     again = backbone.flops if config.loop.recompute else 0.0
@@ -180,6 +189,7 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     if csd.match.weight:
         generator_update += matched.flops + matched.backward
         memory["activations"] += half * matched.saved
+        memory["matching"] = _of_matching(config, teacher)
     flops = csd.accumulate * (csd.k * guidance_update + batches * generated + generator_update)
     rate, described = _rate(config)
     regress = config.regress
@@ -188,6 +198,14 @@ def needs(config: PlanConfig, teacher: Teacher) -> Needs:
     start = regress.iterations * regress.accumulate * (regress.batch / batch) * regression
     start += regress.guidance_iterations * csd.accumulate * (guidance_update + generated)
     return Needs(sizes, memory, flops, flops / (config.gpus * rate), described, start)
+
+
+def _of_matching(config: PlanConfig, teacher: Teacher) -> float:
+    """Bytes of fixed projections and of the moments: memory, batch, sum, reference and what their distance is found with."""
+    sizes, (positions, channels) = feature_sizes(teacher, config.csd.match), teacher.backbone.token_shape
+    read = {"projected": positions * teacher.backbone.width, "tokens": positions * channels, "condition": teacher.backbone.width}
+    squared = 8.0 * sum(sizes.values()) ** 2
+    return sum(4.0 * read[name] * size for name, size in sizes.items() if name in read) + 8 * squared
 
 
 Network = OneStepNetwork | CodeGuidance
@@ -278,7 +296,7 @@ def _described(config: PlanConfig, found: Needs) -> str:
         f"micro-batch {csd.batch}):",
     ]
     lines += [f"  {name:24}{size / GB:8.1f} GB" for name, size in found.memory.items()]
-    fits = found.total <= RESERVE * config.bytes_per_gpu
+    fits = found.fits(config.bytes_per_gpu)
     lines.append(f"  {'in all':24}{found.total / GB:8.1f} GB of {config.memory}: {'fits' if fits else 'does not fit'}")
     iterations = csd.iterations + config.align.then_iterations
     hours = found.seconds * iterations / 3600

@@ -34,7 +34,8 @@ class RememberedMoments(nn.Module):
         self.register_buffer("first", torch.zeros(size, dtype=torch.float64, device=device))
         self.register_buffer("second", torch.zeros(size, size, dtype=torch.float64, device=device))
         self.register_buffer("primed", torch.zeros((), dtype=torch.bool, device=device))
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._batches = 0
 
     @torch.no_grad()
     def prime(self, parts: Iterable[Tensor], count: int) -> None:
@@ -51,18 +52,19 @@ class RememberedMoments(nn.Module):
         values = found.double()
         first, second = values.mean(0), values.T @ values / len(values)
         if torch.is_grad_enabled():
-            self._seen.append((first.detach(), second.detach()))
+            new = first.detach(), second.detach()
+            self._sums = new if self._sums is None else (self._sums[0] + new[0], self._sums[1] + new[1])
+            self._batches += 1
         first, second = torch.lerp(first, self.first, self.beta), torch.lerp(second, self.second, self.beta)
         return distance_between(first, second - torch.outer(first, first), reference, ridge=RIDGE)
 
     @torch.no_grad()
     def remember(self) -> None:
         """Take the moments of all micro-batches since the last call into the memory. All processes must call it."""
-        if not self._seen:
+        if self._sums is None:
             return
-        sums = [torch.stack(part).sum(0) for part in zip(*self._seen, strict=True)]
-        count = len(self._seen) * world_size()
+        sums, count = [part.clone() for part in self._sums], self._batches * world_size()
         sum_over_processes(sums)
-        self._seen.clear()
+        self._sums, self._batches = None, 0
         for kept, new in zip((self.first, self.second), sums, strict=True):
             kept.lerp_(new / count, 1 - self.beta)

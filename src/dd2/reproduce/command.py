@@ -8,6 +8,7 @@ from typing import Any
 from dd2.errors import InputError
 from dd2.files import writable_folder
 from dd2.processes import say
+from dd2.records import read_record
 from dd2.reproduce.benches import Bench, open_bench
 from dd2.reproduce.page import collect, curves_of, provenances, write, write_index
 from dd2.reproduce.rows import Table
@@ -70,6 +71,8 @@ def reproduce(config: ReproduceConfig) -> None:
     if config.dry_run:
         return
     writable_folder(config.results, "results folder")
+    for name, table in tables.items():
+        _keep_whole(config, name, table)
     workshop.prepare()
     for index, cell in enumerate(cells):
         say(f"[{index + 1} of {len(cells)}] {cell}")
@@ -80,8 +83,10 @@ def reproduce(config: ReproduceConfig) -> None:
             row.label: [workshop.evaluated(row.cell(seed), **_evaluation(name, table)) for seed in config.seeds]
             for row in table.rows
         }
-        file = f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
-        made = _made(config, name, bench, budget) | provenances([*workshop.prepared_runs(), *map(workshop.folder, used)])
+        file = _page(config, name)
+        made = _made(config, name, bench, budget, {cell.kind for cell in used}) | provenances(
+            [*workshop.prepared_runs(), *map(workshop.folder, used)]
+        )
         machines = {
             numbers["evaluation"].get("made", {}).get("machine", "a machine not recorded")
             for runs in evaluations.values()
@@ -104,6 +109,19 @@ def _tables(config: ReproduceConfig, bench: Bench) -> dict[str, Table]:
     if not config.rows:
         return whole
     return {name: table for name, full in whole.items() if (table := full.of_rows(config.rows)).rows}
+
+
+def _page(config: ReproduceConfig, name: str) -> str:
+    return f"{config.bench}_{'table' if name.isdigit() else ''}{name}"
+
+
+def _keep_whole(config: ReproduceConfig, name: str, table: Table) -> None:
+    """Refuse to put a page of some rows in the place of one that has more."""
+    file = config.results / f"{_page(config, name)}.json"
+    if config.rows and file.is_file():
+        there = read_record(file, {"rows": dict}, "move it away")["rows"]
+        if lost := sorted(there.keys() - {row.label for row in table.rows}):
+            raise InputError(f"{file} has rows that --rows leaves out ({', '.join(lost)}); give another --results")
 
 
 def _evaluation(name: str, table: Table) -> dict[str, Any]:
@@ -152,16 +170,25 @@ def _minutes(bench: Bench, cell: Cell, budget: float) -> float:
     return budget * 0.8 * (changes.get("csd.k", usual - 1) + 1) / usual
 
 
-def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float) -> dict[str, Any]:
-    tune, csd, dd1 = bench.paper.tune.iterations, bench.paper.csd.iterations, bench.dd1.train.iterations
-    own = bench.distill
+def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float, kinds: set[str]) -> dict[str, Any]:
+    """What a page says of how it was made; `kinds` of its runs."""
+    own, dd1 = bench.distill, bench.dd1
+    iterations = {
+        "dd2": f"{bench.paper.tune.iterations} iterations of stage 1 and {bench.paper.csd.iterations} of stage 2 (DD2)",
+        "best": f"{own.regress.iterations} iterations of regression and {own.csd.iterations} of stage 2 (this library's recipe)",
+        "dd1": f"{dd1.train.iterations} iterations on {dd1.pairs:,} pairs (DD1)",
+        "stage1": f"{bench.paper.tune.iterations} iterations of stage 1",
+    }
+    if "dd2" in kinds:
+        del iterations["stage1"]
+    options = [("rows", config.rows), ("images", [Path(config.images).name] if config.images else [])]
     return {
         "bench": config.bench,
         "budget": budget,
-        "iterations": f"{tune} iterations of stage 1 and {csd} of stage 2 (DD2), {own.regress.iterations} of regression and "
-        f"{own.csd.iterations} of stage 2 (this library's recipe), {dd1} on {bench.dd1.pairs:,} pairs (DD1)",
+        "iterations": ", ".join(said for kind, said in iterations.items() if kind in kinds),
         "seeds": list(config.seeds),
         "count": config.count,
         "command": f"dd2 reproduce --table {name} --bench {config.bench} --budget {budget:g} --count {config.count} "
-        f"--seeds {' '.join(map(str, config.seeds))}{' --rows ' + shlex.join(config.rows) if config.rows else ''}",
+        f"--seeds {' '.join(map(str, config.seeds))}"
+        + "".join(f" --{option} {shlex.join(words)}" for option, words in options if words),
     }

@@ -46,7 +46,8 @@ def collect(table: Table, evaluations: dict[str, list[dict[str, Any]]]) -> Resul
     results: Results = {}
     for row in table.rows:
         results[row.label] = {}
-        for column in {*table.columns, *(claim.column for claim in table.claims), "gap", "seconds", "floor", "worst"}:
+        claimed = (claim.column for claim in table.claims)
+        for column in dict.fromkeys((*table.columns, *claimed, "gap", "seconds", "floor", "worst")):
             values = [value(numbers, row.method, column) for numbers in evaluations[row.label]]
             known = [number for number in values if number is not None]
             if known:
@@ -186,7 +187,7 @@ def _plot(table: Table, results: Results) -> bytes:
     """The main column, a bar per row."""
     from matplotlib.figure import Figure
 
-    column = table.claims[0].column if table.claims else "gap"
+    column = table.claims[0].column if table.claims else table.columns[0]
     shown = [row for row in table.rows if column in results[row.label]]
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(shown)), layout="constrained")
     axes = figure.add_subplot()

@@ -156,7 +156,7 @@ class Workshop:
         """Hash of what decides a run; of other runs, the names of their folders, which are hashes themselves.
 
         Fields that have their defaults are no part of it, so that a field which dd2 gets later changes no name; nor is where the
-        root lies, so that what is made stays made where it is moved.
+        root and the images lie, so that what is made stays made where it is moved.
         """
         usual = defaults(type(config))
         kept = {
@@ -167,7 +167,7 @@ class Workshop:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
     def _named(self, name: str, value: Any) -> Any:
-        if name in ("stage1", "tokenizer", "run") and value:
+        if name in ("stage1", "tokenizer", "run", "data") and value:
             return Path(value).name
         if name in ("teacher", "features") and Path(value).is_relative_to(self.root):
             return str(Path(value).relative_to(self.root))

@@ -181,7 +181,8 @@ def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float, kinds
     }
     if "dd2" in kinds:
         del iterations["stage1"]
-    options = [("rows", config.rows), ("images", [Path(config.images).name] if config.images else [])]
+    images = [Path(config.images).name] if config.images else []
+    options = [("rows", config.rows), ("images", images), ("teacher", [config.teacher] if config.teacher else [])]
     return {
         "bench": config.bench,
         "budget": budget,

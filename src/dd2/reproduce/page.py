@@ -149,7 +149,7 @@ def markdown(name: str, table: Table, results: Results, verdicts: list[dict[str,
     columns = [column for column in table.columns if any(column in found for found in results.values())]
     paper = f"paper ({table.paper})" if table.paper else "paper"
     heads = ["", "passes", *(COLUMNS[column][0] for column in columns), paper]
-    lines = [f"# {table.title}, on {made['bench']}", "", f"`{made['command']}`", "", _described(made), ""]
+    lines = [f"# {table.title}, on {made['bench']}", "", _wrapped(f"`{made['command']}`"), "", _described(made), ""]
     lines += ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 2) + "---|"]
     lines += [f"| {row.label} | {row.steps} | {_cells(row, columns, results)} | {row.paper} |" for row in table.rows]
     lines += ["", *([_wrapped(table.note), ""] if table.note else [])]

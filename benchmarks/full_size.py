@@ -91,17 +91,18 @@ def main() -> None:
     if isinstance(teacher, CodeTeacher):
         regress = replace(config.regress, batch=batch, accumulate=1, own_share=1.0)
         stages.insert(0, regress_stage(networks, teacher, samples, None, regress, config.csd.sampling))
-    for update in [update for stage in stages for update in stage.updates]:
+    for stage in stages:
+        for update in stage.updates:
 
-        def step(update=update) -> None:
-            loss, _ = update.loss(random)
-            loss.backward(inputs=update.parameters)
-            update.optimizer.step()
-            update.optimizer.zero_grad(set_to_none=True)
-            if arguments.lean:
-                update.optimizer.state.clear()
+            def step(update=update) -> None:
+                loss, _ = update.loss(random)
+                loss.backward(inputs=update.parameters)
+                update.optimizer.step()
+                update.optimizer.zero_grad(set_to_none=True)
+                if arguments.lean:
+                    update.optimizer.state.clear()
 
-        timed(f"{'regression' if update is stages[0].updates[0] and len(stages) > 1 else update.name} update", step)
+            timed(f"{'regression' if stage.name == 'regress' else update.name} update", step)
     stages[-1].after(0)
     sizes = {
         "teacher": [parameter for part in teacher.stored_parts.values() for parameter in part.parameters()],

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from dd2.commands.bench import peak_of_process, peak_of_tensors
-from dd2.commands.plan import PlanConfig, needs
+from dd2.commands.needs import needs
+from dd2.commands.plan_config import PlanConfig
 from dd2.method.config import CSDConfig, MatchConfig, NetworksConfig
 from dd2.method.networks import networks_over_codes, starting_networks
 from dd2.method.recipe import csd_stage

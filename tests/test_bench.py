@@ -10,7 +10,8 @@ from dd2.commands import bench_eq1
 from dd2.commands.bench import bench_teacher, paper_recipe, peak_of_tensors
 from dd2.commands.bench_eq1 import Shape
 from dd2.commands.distill_config import DistillConfig
-from dd2.commands.plan import PlanConfig, plan
+from dd2.commands.plan import plan
+from dd2.commands.plan_config import PlanConfig
 from dd2.config import load_config
 from dd2.errors import InputError
 

@@ -15,7 +15,8 @@ import plan_memory
 from dd2.checkpoints.native import load_generator, save_teacher
 from dd2.checkpoints.released import RELEASED, sketch
 from dd2.cli import main
-from dd2.commands.plan import PlanConfig, needs
+from dd2.commands.needs import needs
+from dd2.commands.plan_config import PlanConfig
 from dd2.config import load_config
 from dd2.masked_student import MaskedStudent, MaskedStudentConfig
 from dd2.method.config import CSDConfig, MatchConfig, RegressConfig
@@ -135,7 +136,7 @@ def test_what_is_kept_for_backward():
 
 
 def test_plans_say_what_to_change(capsys):
-    assert main(["plan", "llamagen_b", "--model", "llamagen_b", "--gpus", "8", "--memory", "12GB"]) == 0
+    assert main(["plan", "llamagen_b", "--model", "llamagen_b", "--gpus", "8", "--memory", "20GB"]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said
     assert "--csd.batch" in said

@@ -374,6 +374,15 @@ def test_a_bench_of_real_images_trains_everything_first(tmp_path, monkeypatch, n
     assert json.loads((tmp_path / "results" / f"{name}_table3.json").read_text())["rows"] == rows
 
 
+def test_runs_are_named_alike_wherever_root_and_images_lie(tmp_path):
+    places = [(tmp_path / "a", "images.zip"), (tmp_path / "b", "/elsewhere/images.zip")]
+    shops = [Workshop(open_bench("fashion", images), root, 60, "cpu") for root, images in places]
+    for cell in (Cell("dd1", 0), Cell("dd2", 0), Cell("best", 1)):
+        assert shops[0].folder(cell).name == shops[1].folder(cell).name
+    other = Workshop(open_bench("fashion", "others.zip"), tmp_path / "a", 60, "cpu")
+    assert other.folder(Cell("dd1", 0)).name != shops[0].folder(Cell("dd1", 0)).name
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_no_two_rows_of_a_table_are_the_same_numbers(name, tmp_path):
     bench = open_bench("digits")

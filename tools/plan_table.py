@@ -5,7 +5,8 @@ from pathlib import Path
 from marked import put
 
 from dd2.checkpoints.released import sketch
-from dd2.commands.plan import GB, PlanConfig, needs
+from dd2.commands.needs import needs
+from dd2.commands.plan_config import GB, PlanConfig
 from dd2.config import load_config
 
 PAGE = Path("docs/memory-and-time.md")
@@ -31,7 +32,7 @@ def main() -> None:
         assert found.fits(config.bytes_per_gpu), f"{name} does not fit: {found.total / GB:.0f} GB"
         iterations = config.csd.iterations + config.align.then_iterations
         hours = GPUS * found.seconds * iterations / 3600
-        start = f"{GPUS * found.start / found.flops * found.seconds / 3600:,.0f}" if found.start else ""
+        start = f"{GPUS * found.start_seconds / 3600:,.0f}" if found.start else ""
         lines.append(
             f"| `{name}` ({config.loop.parallel}) | {found.parameters['teacher'] / 1e6:,.0f} M | {found.total / GB:.0f} GB | "
             f"{found.seconds:.1f} | {iterations:,} | {hours:,.0f} | {start} |"

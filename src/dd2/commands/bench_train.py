@@ -8,7 +8,8 @@ import torch
 
 from dd2.commands.bench import BenchConfig, bench_teacher, matmul_rate, paper_recipe, peak_of_process, write_results
 from dd2.commands.distill_config import DistillConfig
-from dd2.commands.plan import PlanConfig, needs
+from dd2.commands.needs import needs
+from dd2.commands.plan_config import PlanConfig
 from dd2.config import load_config
 from dd2.device import pick_device
 from dd2.errors import InputError

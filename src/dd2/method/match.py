@@ -32,16 +32,18 @@ FIRST_SEED = 3 * 2**60
 PRIMED_AT_ONCE = 64
 
 
-def feature_sizes(teacher: Teacher, config: MatchConfig) -> dict[str, int]:
-    """Channels of each kind of features, in the order of the configuration."""
+def channels_read(teacher: Teacher) -> dict[str, int]:
+    """Channels that each kind of projected features is made of."""
     positions, channels = teacher.backbone.token_shape
     width = teacher.backbone.width
-    sizes = {
-        "mean": width,
-        "projected": min(config.projections, positions * width),
-        "tokens": min(config.projections, positions * channels),
-        "condition": min(CONDITION_CHANNELS, width),
-    }
+    return {"projected": positions * width, "tokens": positions * channels, "condition": width}
+
+
+def feature_sizes(teacher: Teacher, config: MatchConfig) -> dict[str, int]:
+    """Channels of each kind of features, in the order of the configuration."""
+    wanted = {"projected": config.projections, "tokens": config.projections, "condition": CONDITION_CHANNELS}
+    sizes = {"mean": teacher.backbone.width}
+    sizes |= {name: min(wanted[name], channels) for name, channels in channels_read(teacher).items()}
     return {name: sizes[name] for name in config.features}
 
 
@@ -71,10 +73,7 @@ class SequenceFeatures:
 
     def __init__(self, teacher: Teacher, config: MatchConfig) -> None:
         self.teacher, self.config = teacher, config
-        positions, channels = teacher.backbone.token_shape
-        width = teacher.backbone.width
-        read = {"projected": positions * width, "tokens": positions * channels, "condition": width}
-        sizes = feature_sizes(teacher, config)
+        read, sizes = channels_read(teacher), feature_sizes(teacher, config)
         self._projections = {name: self._projection(name, read[name], sizes[name]) for name in config.features if name in read}
 
     def __call__(self, tokens: Tensor, cond: Tensor) -> Tensor:

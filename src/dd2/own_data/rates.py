@@ -14,7 +14,8 @@ import torch
 
 from dd2.checkpoints.runs import open_teacher
 from dd2.commands.distill import distill
-from dd2.commands.plan import PlanConfig, needs
+from dd2.commands.needs import needs
+from dd2.commands.plan_config import PlanConfig
 from dd2.commands.train_classifier import train_classifier
 from dd2.commands.train_teacher import HELD_OUT, train_teacher
 from dd2.commands.train_tokenizer import train_tokenizer

@@ -179,8 +179,8 @@ def _made(config: ReproduceConfig, name: str, bench: Bench, budget: float, kinds
         "dd1": f"{dd1.train.iterations} iterations on {dd1.pairs:,} pairs (DD1)",
         "stage1": f"{bench.paper.tune.iterations} iterations of stage 1",
     }
-    if "dd2" in kinds:
-        del iterations["stage1"]
+    if "dd2" in kinds:  # which says it
+        kinds = kinds - {"stage1"}
     images = [Path(config.images).name] if config.images else []
     options = [("rows", config.rows), ("images", images), ("teacher", [config.teacher] if config.teacher else [])]
     return {
